@@ -8,7 +8,7 @@
 5. `policy_engines`: the engines as the loop uses them, and `policy_trainer`: the trainer; `push`
    brings the engines the trainer's weights.
 6. `rollouts`: prompts, responses and their rewards; `teacher_checks` refuses teachers that cannot
-   score them in on-policy distillation, `batch_checks` batches too small for the trainer's ranks.
+   score them in on-policy distillation.
 7. `advantages`: the arithmetic of rewards; `algorithms` has one module per algorithm,
    `corrections` the settings that correct any of them, and `verifier_audit` says what wrong
    rewards do to advantages.

@@ -14,7 +14,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, ParallelConfig, Verb
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.hardware import Assumptions, Hardware
-from megatron_r1.controller.batch_checks import check_batches
+from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.models.hf_config import HFConfig, read_hf_config, sparse_layers
 from megatron_r1.models.memory import BYTES
