@@ -24,7 +24,7 @@ from megatron_r1.controller.rollouts.rollout import (
     check_grades,
 )
 from megatron_r1.controller.rollouts.sample_log import StepLog
-from megatron_r1.controller.rollouts.teacher_fleets import Teachers
+from megatron_r1.controller.rollouts.teacher_fleets import TeacherFleets
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.episodes import Episode, EpisodeResult, Generate, Player
@@ -64,7 +64,7 @@ class RolloutCollector:
         pool: RewardPool,
         tokenizer: PromptTokenizer,
         rewards: RewardsConfig,
-        teachers: Teachers | None = None,
+        teachers: TeacherFleets | None = None,
         player: Player | None = None,
     ):
         """Prepare to collect; nothing is sampled yet.

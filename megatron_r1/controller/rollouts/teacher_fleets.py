@@ -28,7 +28,7 @@ NUM_SHOWN = 8
 """Sources that an error names."""
 
 
-class Teachers:
+class TeacherFleets:
     """The engines of all teachers, to be started with their models.
 
     Args:
@@ -124,7 +124,9 @@ def teacher_fleet(
     )
 
 
-def open_teachers(config: Config, logs: Path, notify: Callable[[str], None]) -> Teachers | None:
+def open_teachers(
+    config: Config, logs: Path, notify: Callable[[str], None]
+) -> TeacherFleets | None:
     """Return the teachers of section `teacher`; None for a run without one.
 
     Args:
@@ -136,7 +138,7 @@ def open_teachers(config: Config, logs: Path, notify: Callable[[str], None]) -> 
         return None
     sources = (DEFAULT, *teacher.by_source)
     fleets = {source: teacher_fleet(config, logs, notify, source) for source in sources}
-    return Teachers(fleets, {source: teacher.engines_of(source).path for source in sources})
+    return TeacherFleets(fleets, {source: teacher.engines_of(source).path for source in sources})
 
 
 def teacher_source(prompt: Prompt, sources: Iterable[str]) -> str:

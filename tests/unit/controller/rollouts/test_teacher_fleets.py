@@ -11,7 +11,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands.run_facts import describe_teachers
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.controller.rollouts.teacher_fleets import Teachers, teacher_source
+from megatron_r1.controller.rollouts.teacher_fleets import TeacherFleets, teacher_source
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
@@ -43,7 +43,7 @@ class Scorer:
 @pytest.fixture
 def teachers():
     fleets = {"": Scorer(-1.0), "gsm8k": Scorer(-2.0), "code": Scorer(-3.0)}
-    return Teachers(fleets, {"": "all", "gsm8k": "sums", "code": "programs"})
+    return TeacherFleets(fleets, {"": "all", "gsm8k": "sums", "code": "programs"})
 
 
 def test_a_data_source_goes_before_the_kind_and_others_have_the_default():
@@ -95,7 +95,7 @@ def test_kl_is_the_mean_over_the_tokens_of_each_teacher(teachers):
     ]
     # (0.5 + 1.5 + 3) / 3; no question of code was drawn.
     assert teachers.kl_by_source(groups) == {"teacher/kl/gsm8k": 5 / 3, "teacher/kl/others": -1.0}
-    assert Teachers({"": Scorer(0.0)}, {"": "all"}).kl_by_source(groups) == {}
+    assert TeacherFleets({"": Scorer(0.0)}, {"": "all"}).kl_by_source(groups) == {}
 
 
 def recipe(**by_source):

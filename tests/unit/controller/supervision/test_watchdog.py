@@ -23,7 +23,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import RewardsConfig, parse
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
-from megatron_r1.controller.rollouts.teacher_fleets import Teachers
+from megatron_r1.controller.rollouts.teacher_fleets import TeacherFleets
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.hang_diagnosis import coordinates
 from megatron_r1.controller.supervision.supervisor import Supervisor
@@ -403,7 +403,7 @@ def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monk
             teacher = RolloutFleet(1, tmp_path, role="teacher")
             server = EngineServer(run.config.model.path, tmp_path / "teacher-0.log")
             teacher.engines.append(Engine(0, server, client, role="teacher", num_running=4))
-            run.collector.teachers = Teachers({"": teacher}, {"": run.config.model.path})
+            run.collector.teachers = TeacherFleets({"": teacher}, {"": run.config.model.path})
             async with supervisor.watching():
                 await score()
 
