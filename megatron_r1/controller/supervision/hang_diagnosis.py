@@ -20,7 +20,7 @@ from r1_grading.pool import OutstandingJob
 from megatron_r1.base.processes import process_table
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.in_flight import InFlightGroup, InFlightGroups, Phase
-from megatron_r1.controller.supervision.run_handles import RunHandles
+from megatron_r1.controller.supervision.run_roles import RunRoles
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.server import EngineServer
@@ -285,7 +285,7 @@ def _shorten_question(question: str) -> str:
     return question.replace("\n", " ")[:80]
 
 
-async def diagnose(run: RunHandles) -> list[RoleDiagnosis]:
+async def diagnose(run: RunRoles) -> list[RoleDiagnosis]:
     """Return a diagnosis per role; the first is what everything waits for."""
     collector = run.collector
     inspections = [inspect_trainer(run.trainer)]
@@ -301,7 +301,7 @@ async def diagnose(run: RunHandles) -> list[RoleDiagnosis]:
     return [diagnoses.pop(awaited_role), *diagnoses.values()]
 
 
-def report(run: RunHandles, diagnoses: list[RoleDiagnosis], quiet_seconds: float) -> str:
+def report(run: RunRoles, diagnoses: list[RoleDiagnosis], quiet_seconds: float) -> str:
     """Return the text of a hang's report.
 
     Args:
@@ -322,7 +322,7 @@ def report(run: RunHandles, diagnoses: list[RoleDiagnosis], quiet_seconds: float
     return "\n".join(lines) + "\n"
 
 
-def _awaited_role(run: RunHandles) -> str:
+def _awaited_role(run: RunRoles) -> str:
     """Return the role that the controller waits for.
 
     A pending call to the trainer comes first: engines may generate for a later step meanwhile.
@@ -339,11 +339,11 @@ def _awaited_role(run: RunHandles) -> str:
     return "teacher" if collector.in_flight.count("awaiting_teacher") else "controller"
 
 
-def _is_pushing(run: RunHandles) -> bool:
+def _is_pushing(run: RunRoles) -> bool:
     return run.recorder.view.current_phase[0] == "push"
 
 
-def _inspect_controller(run: RunHandles) -> RoleDiagnosis:
+def _inspect_controller(run: RunRoles) -> RoleDiagnosis:
     phase, detail = run.recorder.view.current_phase
     activity = f"{phase} ({detail})" if detail else phase or "nothing"
     details = []

@@ -17,7 +17,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.in_flight import Phase
-from megatron_r1.controller.supervision.run_handles import RunHandles
+from megatron_r1.controller.supervision.run_roles import RunRoles
 from megatron_r1.controller.supervision.watchdog import Watchdog
 
 ADDRESS_FILE = "health_address"
@@ -157,7 +157,7 @@ class HealthServer(Collector):
             yield from _rollout_metrics(run.collector)
 
 
-def _step_metrics(run: RunHandles) -> Iterator[Metric]:
+def _step_metrics(run: RunRoles) -> Iterator[Metric]:
     latest_metrics = dict(run.recorder.latest)
     yield _gauge("step", "last finished step", latest_metrics.pop("step", run.recorder.state.step))
     seconds = {}

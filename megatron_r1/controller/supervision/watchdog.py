@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.controller.supervision.hang_diagnosis import count_tokens, diagnose, report
-from megatron_r1.controller.supervision.run_handles import RunHandles
+from megatron_r1.controller.supervision.run_roles import RunRoles
 from megatron_r1.reporting.formatting import format_seconds
 from megatron_r1.trainer.operations import CheckpointOperations, operation_names
 
@@ -32,7 +32,7 @@ class Watchdog:
         num_reports: hangs so far.
     """
 
-    def __init__(self, run: RunHandles) -> None:
+    def __init__(self, run: RunRoles) -> None:
         self.run = run
         self.hang_seconds = run.config.run.hang_seconds
         self.num_reports = 0

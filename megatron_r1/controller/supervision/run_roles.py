@@ -11,7 +11,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 
 
 @dataclass
-class RunHandles:
+class RunRoles:
     """The roles of a run.
 
     Attributes:
