@@ -32,6 +32,12 @@ def test_a_sample_longer_than_the_limit_gets_a_microbatch_alone():
     assert [0] in pack([5_000, 10, 10, 10], 1, 1_000).shares[0]
 
 
+def test_a_sample_goes_to_another_micro_batch_where_the_cheapest_has_no_room():
+    """The three short samples cost less than the long one, and leave no room for the last."""
+    packing = pack([8, 3, 3, 3, 2], 1, 10, cost=lambda length: length**2)
+    assert sorted(map(sorted, packing.shares[0])) == [[0, 4], [1, 2, 3]]
+
+
 def test_ranks_carry_nearly_the_same_cost_where_balancing_tokens_would_not():
     lengths, ranks, cost = heavy_tailed(512, 65_536), 16, lambda n: n * (1 + n / 29_600)
 
