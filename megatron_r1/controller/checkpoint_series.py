@@ -104,8 +104,8 @@ class CheckpointSeries:
         Waits for the previous one first.
 
         Args:
-            trainer: the ranks.
-            step: the finished steps.
+            trainer: has its ranks save what they hold.
+            step: the number of finished steps.
             state: the controller's state, JSON values.
 
         Raises:

@@ -22,7 +22,7 @@ class PolicyTrainer:
 
     Args:
         config: the run's settings.
-        trainer: the ranks.
+        trainer: calls the passes on the ranks.
         state: counts the policy's updates.
 
     Attributes:

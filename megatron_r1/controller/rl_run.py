@@ -186,7 +186,7 @@ class RunCheckpoints:
         """Start a checkpoint after `step`.
 
         Args:
-            step: the training step.
+            step: the newest finished step.
             sampler_state: the position in the prompts after that step."""
         state = self.recorder.state
         state.step, state.sampler = step, sampler_state

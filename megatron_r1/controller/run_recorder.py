@@ -55,11 +55,11 @@ class RunRecorder:
         """Open the records of a run.
 
         Args:
-            folder: the run's.
+            folder: where the run's files are.
             config: the run's settings.
             may_change: settings that may differ from the folder's.
-            title: for the terminal.
-            facts: for the terminal.
+            title: the run's name, for the live view.
+            facts: short texts for its header.
 
         Raises:
             UserError: other settings than the run's, or no undamaged checkpoint."""
@@ -104,7 +104,7 @@ class RunRecorder:
         """Load the newest checkpoint into the trainer; go further back where it is damaged.
 
         Args:
-            trainer: the ranks.
+            trainer: has its ranks load the checkpoint.
             with_reference: whether the checkpoint holds a reference policy.
 
         Raises:
@@ -135,8 +135,8 @@ class RunRecorder:
         """Show and keep what should be changed, each topic once a run.
 
         Args:
-            step: the training step.
-            sentences: topic → sentence."""
+            step: the training step that the advice is from.
+            sentences: the advice by topic."""
         for topic, text in sentences.items():
             if topic not in self._advised:
                 self.folder.append_advice({"step": step, "topic": topic, "text": text})

@@ -265,7 +265,7 @@ class EngineLinks:
         """Let all trainer ranks connect with these sets, and return their results.
 
         Args:
-            sets: new sets.
+            sets: new sets, whose engines have no links yet.
             call_engines: lets the engines connect. It is called when the trainer's turn begins,
                 which may be computing for long: the engines' timeout begins with it."""
         closed_sets, self._closed_sets = self._closed_sets, []
@@ -314,7 +314,7 @@ class EngineLinks:
         """Drop the engines at fault of a set that has failed, and return its other engines.
 
         Args:
-            engine_set: the set.
+            engine_set: the set that has failed; its links are dropped.
             on_engine_lost: called with each engine at fault and the error.
             failures: the failures, as trainer ranks report them."""
         engines, error = engine_set.engines, failures[0].error

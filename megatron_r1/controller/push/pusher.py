@@ -39,7 +39,7 @@ def create_pusher(
     Args:
         config: the recipe.
         trainer: the client of the trainer.
-        fleet: the engines.
+        fleet: the engines that get the weights.
         probes: the token ids of each prompt by which pushed weights are probed."""
     push, fp8 = config.push, config.push.fp8
     is_on_hosts = config.rollout.placement == "hosts"

@@ -70,10 +70,10 @@ class RolloutCollector:
         """Prepare to collect; nothing is sampled yet.
 
         Args:
-            fleet: the engines.
-            pool: the reward workers.
+            fleet: the engines that sample.
+            pool: the workers that grade.
             tokenizer: encodes questions and decodes responses.
-            rewards: the settings of the rewards.
+            rewards: section `rewards`.
             teachers: the teachers' engines, if any.
             player: plays episodes with an environment or agent; None: a response is one turn."""
         self.fleet = fleet

@@ -29,7 +29,7 @@ async def collect_informative(
         collect: samples and grades a group for each prompt.
         draw: returns that many new prompts.
         num_groups: the groups of the rollout.
-        max_rounds: the most rounds."""
+        max_rounds: `rl.dynamic_sampling_rounds`."""
     different_groups: list[Group] = []
     equal_groups: list[Group] = []
     rounds: list[Rollout] = []

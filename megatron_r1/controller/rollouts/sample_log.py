@@ -82,7 +82,7 @@ class SampleLog:
         """Open the log of `step`, with the groups that it already holds.
 
         Args:
-            step: the training step.
+            step: the training step, from 1.
             schedule: `config.rl.digest_until` the step; groups that were sampled under another
                 schedule, as a continued run may have it, are not used."""
         path = step_log_path(self.folder, step)

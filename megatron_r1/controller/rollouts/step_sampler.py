@@ -169,8 +169,8 @@ class RolloutStream(Generic[T]):
 
         Args:
             sample: samples the rollout of a step; called in the order of the steps.
-            first_step: the first step.
-            last_step: the last step.
+            first_step: the run's next step.
+            last_step: the run's last step, `run.steps`.
             staleness: how many steps ahead of training a rollout may begin.
             one_at_a_time: start a rollout only when the one before has ended: where the number of
                 its prompts is not known in advance, and where engines gain nothing from more

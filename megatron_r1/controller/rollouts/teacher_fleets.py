@@ -152,7 +152,7 @@ def check_sources(teacher: TeacherConfig, prompts: Sequence[Prompt]) -> dict[str
     """Return the number of questions of each teacher, by source.
 
     Args:
-        teacher: the section.
+        teacher: section `teacher`.
         prompts: the questions to train on.
 
     Raises:

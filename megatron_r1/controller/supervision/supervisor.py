@@ -27,7 +27,7 @@ class Supervisor:
         Args:
             config: the recipe.
             recorder: the run's record.
-            trainer: the ranks.
+            trainer: the trainer's ranks, by their client.
             spans_hosts: the health endpoint listens on every address instead of 127.0.0.1."""
         self._run = RunRoles(config, recorder, trainer)
         self._watchdog = Watchdog(self._run)

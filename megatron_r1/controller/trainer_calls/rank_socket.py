@@ -31,7 +31,7 @@ class RankSocket:
         """Listen for ranks.
 
         Args:
-            bind: a ZeroMQ address.
+            bind: the ZeroMQ address to listen on.
             token: authenticates the ranks."""
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -51,7 +51,7 @@ class RankSocket:
 
         Args:
             rank: its number among all trainer ranks.
-            call: the encoded call.
+            call: the `RankCall` as bytes.
             share: the parts of the replica's samples (`encode_samples`); none for other operations.
 
         Raises:
