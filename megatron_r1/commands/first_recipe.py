@@ -1,7 +1,8 @@
 """Sizes of a first recipe, each with its reason, guessed from the model, the lengths of the prompts
 and the machine."""
 
-from megatron_r1.commands.recipe_draft import Guess, Machine
+from megatron_r1.commands.machine import Machine
+from megatron_r1.commands.recipe_draft import Guess
 from megatron_r1.models.hf_config import HFConfig, key_value_heads
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 

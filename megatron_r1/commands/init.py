@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
+from megatron_r1.commands.machine import detect_machine
 from megatron_r1.commands.recipe_draft import (
     Guess,
     QuestionSource,
@@ -20,7 +21,6 @@ from megatron_r1.commands.recipe_draft import (
     recipe_text,
     value_text,
 )
-from megatron_r1.commands.rl_checks import detect_machine
 from megatron_r1.commands.rl_draft import MAX_ROWS, MODEL_ARGUMENT, rl_recipe
 from megatron_r1.commands.supervised_drafts import supervised_recipe
 from megatron_r1.commands.trained_model import find_exported

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_r1.commands.machine import Machine
 from megatron_r1.config.yaml_text import format_value
 from megatron_r1.models.hf_config import HFConfig
 
@@ -35,23 +36,6 @@ class Guess(NamedTuple):
     key: str
     value: Any
     reason: str
-
-
-@dataclass(frozen=True)
-class Machine:
-    """The machine of a run.
-
-    Attributes:
-        num_gpus: 0 for a CPU.
-        free_bytes: free memory of the host, or of one GPU."""
-
-    num_gpus: int
-    free_bytes: int
-
-    @property
-    def is_cpu(self) -> bool:
-        """Whether the machine has no GPU."""
-        return self.num_gpus == 0
 
 
 @dataclass(frozen=True)

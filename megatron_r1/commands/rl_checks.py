@@ -9,13 +9,12 @@ import math
 import os
 import subprocess
 
-import psutil
-
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.first_recipe import guess_layout
-from megatron_r1.commands.recipe_draft import Machine, value_text
+from megatron_r1.commands.machine import detect_machine
+from megatron_r1.commands.recipe_draft import value_text
 from megatron_r1.commands.trainer_checks import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
@@ -37,21 +36,6 @@ from megatron_r1.push.plan.recipe_plan import check_pushes
 
 VLLM_FRACTION = 0.92
 """vLLM's default of --gpu-memory-utilization (config/cache.py)."""
-
-
-def detect_machine() -> Machine:
-    """Return this machine: its visible GPUs and the bytes of the smallest one's memory, or without
-    a GPU the host's free memory.
-
-    Raises:
-        OSError: nvidia-smi is missing.
-        subprocess.CalledProcessError: nvidia-smi fails.
-    """
-    if not gpu.is_usable():
-        return Machine(0, psutil.virtual_memory().available)
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    sizes_mib = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
-    return Machine(len(gpu.visible_gpus(os.environ)), min(map(int, sizes_mib)) * 2**20)
 
 
 def engines_share_gpus(config: Config) -> bool:

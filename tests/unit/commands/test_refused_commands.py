@@ -13,7 +13,7 @@ from small_qwen2 import MODEL
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli, init
-from megatron_r1.commands.recipe_draft import Machine
+from megatron_r1.commands.machine import Machine
 
 LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"
 CASES = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text(encoding="utf-8"))

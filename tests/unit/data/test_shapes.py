@@ -19,7 +19,7 @@ from small_qwen2 import MODEL
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli, init, rl_draft
-from megatron_r1.commands.recipe_draft import Machine
+from megatron_r1.commands.machine import Machine
 from megatron_r1.commands.rl_prompts import prepare
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.rows import read_canonical_rows
