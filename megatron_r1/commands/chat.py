@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.stopping import read_when_ready
-from megatron_r1.commands.recipe_draft import value_text
+from megatron_r1.commands.guessed_settings import value_text
 from megatron_r1.commands.trained_model import (
     CONVERT,
     find_exported,

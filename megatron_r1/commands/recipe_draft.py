@@ -1,15 +1,14 @@
 """A draft of a recipe: settings with the reason of each, and their text, in which the reasons are
 comments."""
 
-import json
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from megatron_r1.commands.guessed_settings import Guess, value_text
 from megatron_r1.commands.machine import Machine
-from megatron_r1.config.yaml_text import format_value
 from megatron_r1.models.hf_config import HFConfig
 
 LINE_WIDTH = 100
@@ -28,14 +27,6 @@ SECTION_ORDER = (
     "checkpoint",
     "eval",
 )
-
-
-class Guess(NamedTuple):
-    """A setting of the recipe, and why it has this value."""
-
-    key: str
-    value: Any
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -94,10 +85,3 @@ def recipe_text(title: Sequence[str], guesses: Sequence[Guess]) -> str:
             )
             lines.append(f"  {guess.key.partition('.')[2]}: {value_text(guess.value)}")
     return "\n".join(lines) + "\n"
-
-
-def value_text(value: Any) -> str:
-    """Return a value as YAML on one line."""
-    if isinstance(value, str) and "\n" in value:
-        return json.dumps(value, ensure_ascii=False)
-    return format_value(value)

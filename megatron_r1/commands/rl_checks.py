@@ -2,8 +2,8 @@
 GPUs of this host. `rl_prompts` reads the prompts that it may draw.
 
 Trainer ranks take the first GPUs, engines that run on the controller's host equal shares of all
-(`engines.server.gpu`): both are on the same GPUs. `commands.first_recipe.guess_layout` decides the
-placement that `init` writes, and that a recipe without one is refused with."""
+(`engines.server.gpu`): both are on the same GPUs. `commands.guessed_settings.guess_layout` decides
+the placement that `init` writes, and that a recipe without one is refused with."""
 
 import math
 import os
@@ -12,9 +12,8 @@ import subprocess
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
-from megatron_r1.commands.first_recipe import guess_layout
+from megatron_r1.commands.guessed_settings import guess_layout, value_text
 from megatron_r1.commands.machine import detect_machine
-from megatron_r1.commands.recipe_draft import value_text
 from megatron_r1.commands.trainer_checks import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms

@@ -15,9 +15,10 @@ from r1_grading.terms import DEFAULT_WEIGHTS
 from r1_grading.truths import accepted_answers, is_missing, math_truth
 
 from megatron_r1 import config as configuration
-from megatron_r1.commands import first_recipe, rl
+from megatron_r1.commands import guessed_settings, rl
+from megatron_r1.commands.guessed_settings import Guess
 from megatron_r1.commands.machine import Machine
-from megatron_r1.commands.recipe_draft import Guess, QuestionSource, RecipeDraft
+from megatron_r1.commands.recipe_draft import QuestionSource, RecipeDraft
 from megatron_r1.commands.rl_prompts import explain_renamed_columns, prepare
 from megatron_r1.commands.trained_model import template_of_model, trained_recipe
 from megatron_r1.config import infer_verb
@@ -223,16 +224,16 @@ def _sizes(
 ) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
     machine = source.machine
-    limits = first_recipe.guess_lengths(
+    limits = guessed_settings.guess_lengths(
         max(len(tokenizer.encode(question, messages)) for messages, question in questions),
         max_positions(source.folder),
         machine,
     )
     num_heldout, heldout = _heldout([question for _, question in questions], machine)
     return [
-        *first_recipe.guess_layout(source.hf_config, source.parameters, machine),
+        *guessed_settings.guess_layout(source.hf_config, source.parameters, machine),
         *limits,
-        *first_recipe.guess_batches(source.parameters, len(questions) - num_heldout, machine),
+        *guessed_settings.guess_batches(source.parameters, len(questions) - num_heldout, machine),
         *heldout,
     ]
 

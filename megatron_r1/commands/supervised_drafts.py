@@ -9,8 +9,9 @@ from typing import Any
 from r1_grading.truths import is_missing
 
 from megatron_r1 import config as configuration
-from megatron_r1.commands import first_recipe, reward_model, sft
-from megatron_r1.commands.recipe_draft import Guess, QuestionSource, RecipeDraft
+from megatron_r1.commands import guessed_settings, reward_model, sft
+from megatron_r1.commands.guessed_settings import Guess
+from megatron_r1.commands.recipe_draft import QuestionSource, RecipeDraft
 from megatron_r1.data.columns import columns_by_name
 from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
 from megatron_r1.data.preferences import Kind, kind_of_rows, read_preferences
@@ -104,8 +105,8 @@ def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
 
 
 def _supervised_sizes(source: QuestionSource) -> list[Guess]:
-    layout = first_recipe.guess_layout(source.hf_config, source.parameters, source.machine)
-    batches = first_recipe.guess_batches(source.parameters, 1, source.machine)
+    layout = guessed_settings.guess_layout(source.hf_config, source.parameters, source.machine)
+    batches = guessed_settings.guess_batches(source.parameters, 1, source.machine)
     return [
         *(guess for guess in layout if not guess.key.startswith(("rollout.", "push."))),
         *(guess for guess in batches if guess.key in SUPERVISED_SIZES),

@@ -13,7 +13,7 @@ from small_qwen2 import MODEL
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli, rl, rl_checks, torchrun
-from megatron_r1.commands.recipe_draft import value_text
+from megatron_r1.commands.guessed_settings import value_text
 from megatron_r1.commands.rl_checks import check_gpu_memory
 from megatron_r1.engines.server import gpu
 from megatron_r1.rehearse.model import write_folder

@@ -1,8 +1,11 @@
-"""Sizes of a first recipe, each with its reason, guessed from the model, the lengths of the prompts
-and the machine."""
+"""Settings that are guessed for a recipe, each with its reason: sizes, from the model, the lengths
+of the prompts and the machine."""
+
+import json
+from typing import Any, NamedTuple
 
 from megatron_r1.commands.machine import Machine
-from megatron_r1.commands.recipe_draft import Guess
+from megatron_r1.config.yaml_text import format_value
 from megatron_r1.models.hf_config import HFConfig, key_value_heads
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 
@@ -17,6 +20,21 @@ GPU_FRACTION = 0.6
 """The share of a GPU's memory that weights, gradients and moments may take."""
 LEARNING_RATES = ((20e6, 3e-5), (200e6, 2e-5), (float("inf"), 3e-6))
 """(less than so many parameters, rate); the last is DeepSeek-R1-Zero's."""
+
+
+class Guess(NamedTuple):
+    """A setting of the recipe, and why it has this value."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+def value_text(value: Any) -> str:
+    """Return a value as YAML on one line."""
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value, ensure_ascii=False)
+    return format_value(value)
 
 
 def guess_lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess]:
