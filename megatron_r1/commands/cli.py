@@ -31,7 +31,7 @@ RECIPE_VERBS = {
 }
 """Verbs that take a recipe: modules with `run(config)`, and what else `VerbModule` lists."""
 PLAIN_VERBS = {
-    "init": "megatron_r1.commands.init",
+    "init": "megatron_r1.commands.init.verb",
     "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score",
     "compare": "megatron_r1.commands.compare.verb",

@@ -12,7 +12,8 @@ from safetensors.numpy import save_file
 from small_qwen2 import MODEL
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands import cli, init
+from megatron_r1.commands import cli
+from megatron_r1.commands.init import verb as init
 from megatron_r1.commands.machine import Machine
 
 LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"

@@ -8,7 +8,7 @@ from r1_grading.code.problem import parse_problem
 from r1_grading.truths import accepted_answers, math_truth
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.commands.supervised_drafts import are_examples
+from megatron_r1.commands.init.supervised_drafts import are_examples
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.preferences import read_preferences
 from megatron_r1.data.prompts import load_prompts

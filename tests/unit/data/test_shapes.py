@@ -18,7 +18,9 @@ from small_qwen2 import MODEL
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands import cli, init, rl_draft
+from megatron_r1.commands import cli
+from megatron_r1.commands.init import rl_draft
+from megatron_r1.commands.init import verb as init
 from megatron_r1.commands.machine import Machine
 from megatron_r1.commands.rl_prompts import prepare
 from megatron_r1.data.prompts import load_prompts

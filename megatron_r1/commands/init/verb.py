@@ -14,10 +14,10 @@ from pathlib import Path
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.commands.guessed_settings import Guess, value_text
+from megatron_r1.commands.init.recipe_draft import QuestionSource, RecipeDraft, recipe_text
+from megatron_r1.commands.init.rl_draft import MAX_ROWS, MODEL_ARGUMENT, rl_recipe
+from megatron_r1.commands.init.supervised_drafts import supervised_recipe
 from megatron_r1.commands.machine import detect_machine
-from megatron_r1.commands.recipe_draft import QuestionSource, RecipeDraft, recipe_text
-from megatron_r1.commands.rl_draft import MAX_ROWS, MODEL_ARGUMENT, rl_recipe
-from megatron_r1.commands.supervised_drafts import supervised_recipe
 from megatron_r1.commands.trained_model import find_exported
 from megatron_r1.config import Config
 from megatron_r1.data.rows import read_canonical_rows
