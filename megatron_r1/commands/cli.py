@@ -33,7 +33,7 @@ RECIPE_VERBS = {
 PLAIN_VERBS = {
     "init": "megatron_r1.commands.init.verb",
     "chat": "megatron_r1.commands.chat",
-    "score": "megatron_r1.commands.score",
+    "score": "megatron_r1.commands.score.verb",
     "compare": "megatron_r1.commands.compare.verb",
     "why": "megatron_r1.commands.why",
     "check-model": "megatron_r1.commands.check_model.verb",

@@ -12,8 +12,8 @@ import pytest
 from waiting import wait_until
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.commands import score
 from megatron_r1.commands.cli import main
+from megatron_r1.commands.score import verb as score
 from megatron_r1.config import Config
 
 GRADERS = """

@@ -20,7 +20,7 @@ from small_qwen2 import MODEL
 
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.files.framed_records import append_frame
-from megatron_r1.commands import score_audit
+from megatron_r1.commands.score import audit_option
 from megatron_r1.commands.why import run
 from megatron_r1.config import Config, RLConfig
 from megatron_r1.config.algorithms import ALGORITHMS
@@ -921,7 +921,7 @@ def test_an_audit_of_the_run_finds_a_wrong_grade(planted, capsys):
     terms = {"accuracy": 1.0, "format": 1.0}
     second[3] = replace(second[3], rewards=terms, reward=1.1)
     planted.read()
-    score_audit.run(Config(), str(planted.folder / "run"))
+    audit_option.run(Config(), str(planted.folder / "run"))
     printed = capsys.readouterr().out
     assert "8 verdicts, 8 read a second time" in printed
     (line,) = (each for each in printed.splitlines() if each.startswith("  wrong"))

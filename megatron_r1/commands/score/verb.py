@@ -34,7 +34,7 @@ from r1_grading.terms import RUN_ARGUMENTS, reward_arguments
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_writer
 from megatron_r1.base.processes.stopping import read_when_ready
-from megatron_r1.commands import score_audit
+from megatron_r1.commands.score import audit_option
 from megatron_r1.config import Config
 from megatron_r1.data.table_files import describe_json_error
 from megatron_r1.reporting.formatting import format_duration
@@ -76,7 +76,7 @@ def run(
     """Grade `source` into `target`, "-" for a pipe, and print one line of summary; or audit a file.
 
     Uses every core unless `rewards.workers` is given. `target` appears when all lines are graded.
-    `score_audit.run` has the errors of an audit.
+    `audit_option.run` has the errors of an audit.
 
     Args:
         config: the settings given on the command line.
@@ -91,7 +91,7 @@ def run(
             are written: a served model failed, or no line could be graded, as such zeros should not
             be trained on."""
     if audit is not None:
-        score_audit.run(config, audit, **options)
+        audit_option.run(config, audit, **options)
         return
     if options:
         name = f"--{next(iter(options))}"
