@@ -9,9 +9,8 @@
    brings the engines the trainer's weights.
 6. `rollouts`: prompts, responses and their rewards; `teacher_checks` refuses teachers that cannot
    score them in on-policy distillation.
-7. `advantages`: the arithmetic of rewards; `algorithms` has one module per algorithm,
-   `corrections` the settings that correct any of them, and `verifier_audit` says what wrong
-   rewards do to advantages.
+7. `advantages`: the arithmetic of rewards; `algorithms` has one module per algorithm, and
+   `corrections` the settings that correct any of them.
 8. `trainer_calls`: carries each of the trainer's passes to its ranks.
 9. `run_recorder`: the run's folder and metrics; `checkpoint_series` has its checkpoints, and
    `advice` says what to change where a rollout teaches little."""

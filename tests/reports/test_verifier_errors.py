@@ -9,7 +9,7 @@ import pytest
 from r1_grading import RewardPool
 
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.controller.verifier_audit import audit
+from megatron_r1.commands.score.verifier_audit import audit
 from megatron_r1.evaluation.verifier_errors import AnswerContent, AuditedResponse, SecondMethodJudge
 from tests.grading.code_answers import fenced, needs_sandbox
 from tests.reports.test_answers import OUTPUTS

@@ -1,3 +1,3 @@
 """The parts of `megatron-r1 score`, which grades lines, or audits grades with `--audit`.
 
-`verb` grades; `audit_option` audits `audited_responses` and prints the result."""
+`verb` grades; `audit_option` prints what `verifier_audit` finds in `audited_responses`."""

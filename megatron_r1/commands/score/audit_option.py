@@ -12,9 +12,15 @@ from r1_grading.base.errors import shorten
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.commands.score.audited_responses import OPTION, read_responses, read_run
+from megatron_r1.commands.score.verifier_audit import (
+    NUM_GROUPS,
+    SAMPLE_SIZE,
+    Advantages,
+    Audit,
+    audit,
+)
 from megatron_r1.config import Config, RLConfig
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.verifier_audit import NUM_GROUPS, SAMPLE_SIZE, Advantages, Audit, audit
 from megatron_r1.evaluation.fraction_intervals import FractionEstimate
 from megatron_r1.evaluation.verifier_errors import (
     AUDITED_REWARDS,

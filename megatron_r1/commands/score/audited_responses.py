@@ -9,9 +9,9 @@ from typing import Any
 from r1_grading.rewards import UNGRADED
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.commands.score.verifier_audit import logged_responses, source_of
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import training_reward
-from megatron_r1.controller.verifier_audit import logged_responses, source_of
 from megatron_r1.data.table_files import describe_json_error
 from megatron_r1.evaluation.verifier_errors import AUDITED_REWARDS, AnswerContent, AuditedResponse
 from megatron_r1.reporting.formatting import finite_metric

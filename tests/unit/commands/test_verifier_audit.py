@@ -11,9 +11,9 @@ from r1_grading import Grade
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
+from megatron_r1.commands.score.verifier_audit import audit, logged_responses
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import decode, encode, pack, unpack
-from megatron_r1.controller.verifier_audit import audit, logged_responses
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.evaluation.verifier_errors import (
