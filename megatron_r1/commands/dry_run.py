@@ -14,13 +14,13 @@ from r1_grading.terms import ACCURACY, weights_at
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
+from megatron_r1.commands.cpu_memory import cpu_memory
 from megatron_r1.commands.rl_prompts import explain_renamed_columns
 from megatron_r1.commands.rollout_roles import open_player
 from megatron_r1.commands.run_facts import describe_stop_tokens
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import warmup_note
 from megatron_r1.controller.advice import find_advice
-from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import (

@@ -16,13 +16,13 @@ from r1_grading.truths import accepted_answers, is_missing, math_truth
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands import guessed_settings, rl
+from megatron_r1.commands.cpu_memory import cpu_memory
 from megatron_r1.commands.guessed_settings import Guess
 from megatron_r1.commands.init.recipe_draft import QuestionSource, RecipeDraft
 from megatron_r1.commands.machine import Machine
 from megatron_r1.commands.rl_prompts import explain_renamed_columns, prepare
 from megatron_r1.commands.trained_model import template_of_model, trained_recipe
 from megatron_r1.config import infer_verb
-from megatron_r1.controller.cpu_memory import cpu_memory
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, guess_columns
 from megatron_r1.data.prompt import Prompt, is_heldout, normalize_question

@@ -10,9 +10,8 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.files.framed_records import append_frame
-from megatron_r1.commands import dry_run
+from megatron_r1.commands import cpu_memory, dry_run
 from megatron_r1.config import Config, load
-from megatron_r1.controller import cpu_memory
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.controller.rollouts.sample_log import encode, pack
 from megatron_r1.data.prompt import Prompt

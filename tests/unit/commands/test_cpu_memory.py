@@ -6,14 +6,14 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import Config
-from megatron_r1.config.hardware import HARDWARE
-from megatron_r1.controller import cpu_memory as memory
-from megatron_r1.controller.cpu_memory import (
+from megatron_r1.commands import cpu_memory as memory
+from megatron_r1.commands.cpu_memory import (
     CPUMemory,
     cpu_memory,
     free_bytes,
 )
+from megatron_r1.config import Config
+from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models.memory import layer_activations
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.plan.job import PlannedJob
