@@ -23,8 +23,7 @@ from megatron_r1.evaluation.evaluation_page import write_report
 from megatron_r1.evaluation.figure import write_figure
 from megatron_r1.evaluation.identity import identity_settings, versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, load_prompt_sets, prompt_digest
-from megatron_r1.evaluation.response import SamplingSettings, TextResponse
-from megatron_r1.evaluation.response_grader import TextResponseGrader
+from megatron_r1.evaluation.response import SamplingSettings, TextResponse, TextResponseGrader
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.results_table import print_table
 from megatron_r1.evaluation.sampling import ResponseSampler

@@ -26,8 +26,7 @@ from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.data.prompts import load_prompts, prompt_options
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import Policy, SamplingSettings
-from megatron_r1.evaluation.response_grader import TextResponseGrader
+from megatron_r1.evaluation.response import Policy, SamplingSettings, TextResponseGrader
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import ResponseSampler
 from megatron_r1.reporting.formatting import format_count

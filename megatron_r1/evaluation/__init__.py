@@ -1,7 +1,7 @@
 """Evaluation on benchmarks, and the loop that samples and grades responses.
 
 - The loop: `sampling`, of `prompt_sets` (`benchmarks`), by an `engine_model` or a `remote_model`;
-  `response` and `response_grader`; `response_log` and `identity` let it resume.
+  `response` and its grader; `response_log` and `identity` let it resume.
 - Numbers: `summary`, `estimates` and `fraction_intervals` with intervals, `voting`, `win_rates`.
 - For people: `results_table`, `figure`, `evaluation_page`.
 - What judges: `score_reliability` of reward models, `verifier_errors` of verifiers.
