@@ -19,13 +19,12 @@ from megatron_r1.base.files.json_lines import read_lines, write_lines
 from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
 from megatron_r1.config import Config
 from megatron_r1.data.prompt import Prompt
-from megatron_r1.evaluation.evaluation_page import write_report
+from megatron_r1.evaluation.evaluation_report import print_table, write_report
 from megatron_r1.evaluation.figure import write_figure
 from megatron_r1.evaluation.identity import identity_settings, versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, load_prompt_sets, prompt_digest
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse, TextResponseGrader
 from megatron_r1.evaluation.response_log import ResponseLog
-from megatron_r1.evaluation.results_table import print_table
 from megatron_r1.evaluation.sampling import ResponseSampler
 from megatron_r1.evaluation.summary import Summary, summarize
 from megatron_r1.reporting.run_folder import RunFolder

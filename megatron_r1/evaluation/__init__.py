@@ -3,6 +3,6 @@
 - The loop: `sampling`, of `prompt_sets` (`benchmarks`), by an `engine_model` or a `remote_model`;
   `response` and its grader; `response_log` and `identity` let it resume.
 - Numbers: `summary`, `estimates` and `fraction_intervals` with intervals, `voting`, `win_rates`.
-- For people: `results_table`, `figure`, `evaluation_page`.
+- For people: `evaluation_report`, `figure`.
 - What judges: `score_reliability` of reward models, `verifier_errors` of verifiers.
 - The model's folder: `model_folder`."""

@@ -1,6 +1,6 @@
 """The samples that the page of an evaluation shows."""
 
-from megatron_r1.evaluation.evaluation_page import NUM_EXAMPLES, write_report
+from megatron_r1.evaluation.evaluation_report import NUM_EXAMPLES, write_report
 
 
 def sample(question, reward, reason, ungraded=False):
