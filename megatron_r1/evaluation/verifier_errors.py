@@ -4,7 +4,7 @@ Responses are *accepted* where their reward is 1, else *rejected*. A stratum has
 one data source, one kind and one of these verdicts; the sample takes about as many of each
 (`draw_sample`). A second method reads the drawn ones (`SecondMethodJudge`), and a verdict is
 
-- wrong, where both readings of an answer, or all runs of a program, contradict it,
+- wrong, where both verdicts on an answer, or all runs of a program, contradict it,
 - confirmed, where at least a part of it confirms and none that decides more contradicts it,
 - undecided otherwise: it counts as no error at the interval's lower end, as an error at the upper.
 
@@ -180,17 +180,17 @@ class SecondMethodJudge:
         return SecondVerdict(classify_runs(is_accepted, passes), reason)
 
 
-class MathematicsReadings(NamedTuple):
+class MathematicsVerdicts(NamedTuple):
     """What the second reader's two methods say of an answer: "right", "wrong" or "unsure"."""
 
     math_verify: str
     sampled_values: str
 
 
-def mathematics_readings(grade: Grade) -> MathematicsReadings:
+def mathematics_verdicts(grade: Grade) -> MathematicsVerdicts:
     """Return what a grade of the second reader says; one without a verdict (out of time or memory,
     a malformed truth) is unsure."""
-    return MathematicsReadings(*(grade.verdict or "unsure,unsure").split(","))
+    return MathematicsVerdicts(*(grade.verdict or "unsure,unsure").split(","))
 
 
 def judge_mathematics(
@@ -201,8 +201,8 @@ def judge_mathematics(
     Args:
         is_accepted: the verdict.
         grade: the second reader's.
-        without_math_verify: leave its reading by math-verify out."""
-    math_verify, sampled_values = mathematics_readings(grade)
+        without_math_verify: leave its verdict by math-verify out."""
+    math_verify, sampled_values = mathematics_verdicts(grade)
     if without_math_verify:
         math_verify = sampled_values
     return SecondVerdict(classify_verdict(is_accepted, math_verify, sampled_values), grade.reason)
@@ -220,7 +220,7 @@ def classify_runs(is_accepted: bool, passes: Sequence[bool]) -> Outcome:
 
 
 def classify_verdict(is_accepted: bool, math_verify: str, sampled_values: str) -> Outcome:
-    """Return what two readings say of a verdict; each is "right", "wrong" or "unsure".
+    """Return what two methods say of a verdict; each says "right", "wrong" or "unsure".
 
     | math-verify | values at points | outcome |
     |---|---|---|
@@ -231,8 +231,8 @@ def classify_verdict(is_accepted: bool, math_verify: str, sampled_values: str) -
 
     Args:
         is_accepted: the verdict.
-        math_verify: math-verify's reading.
-        sampled_values: that of values at points."""
+        math_verify: what math-verify says.
+        sampled_values: what values at points say."""
     verdict, contrary = ("right", "wrong") if is_accepted else ("wrong", "right")
     if sampled_values == verdict or (sampled_values == "unsure" and math_verify == verdict):
         return "confirmed"

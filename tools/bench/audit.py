@@ -38,7 +38,7 @@ from megatron_r1.evaluation.verifier_errors import (
     SecondVerdict,
     classify_runs,
     judge_mathematics,
-    mathematics_readings,
+    mathematics_verdicts,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,7 +189,7 @@ async def _read_mathematics(pool: RewardPool, answer: LabelledAnswer) -> Reading
     options = {"reading": answer.reading}
     ours = await pool.grade("math", answer.response, answer.truth, **options)
     second = await pool.grade(READER, answer.response, answer.truth, **options)
-    accepted_by_math_verify = mathematics_readings(second).math_verify == "right"
+    accepted_by_math_verify = mathematics_verdicts(second).math_verify == "right"
     text = re.sub(r"</?answer>", "", answer.response)
     numbers, truths = NUMBER.findall(text), NUMBER.findall(str(answer.truth))
     return Reading(
