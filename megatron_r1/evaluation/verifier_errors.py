@@ -2,7 +2,7 @@
 
 Responses are *accepted* where their reward is 1, else *rejected*. A stratum has the responses of
 one data source, one kind and one of these verdicts; the sample takes about as many of each
-(`draw_sample`). A second method reads the drawn ones (`SecondMethodJudge`), and a verdict is
+(`draw_sample`). A second method reads the drawn ones (`PooledSecondMethod`), and a verdict is
 
 - wrong, where both verdicts on an answer, or all runs of a program, contradict it,
 - confirmed, where at least a part of it confirms and none that decides more contradicts it,
@@ -123,9 +123,9 @@ class ErrorRates:
     wrongly_accepted: FractionEstimate | None
 
 
-class SecondMethodJudge:
-    """Judges verdicts in the workers of a pool: mathematics by a second reader, programs by running
-    their tests again.
+class PooledSecondMethod:
+    """The second method in the workers of a pool: mathematics by a second reader, programs by
+    running their tests again.
 
     Args:
         pool: the workers.

@@ -10,7 +10,11 @@ from r1_grading import RewardPool
 
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.commands.score.verifier_audit import audit
-from megatron_r1.evaluation.verifier_errors import AnswerContent, AuditedResponse, SecondMethodJudge
+from megatron_r1.evaluation.verifier_errors import (
+    AnswerContent,
+    AuditedResponse,
+    PooledSecondMethod,
+)
 from tests.grading.code_answers import fenced, needs_sandbox
 from tests.reports.test_answers import OUTPUTS
 
@@ -58,7 +62,7 @@ def audited(responses, known=None, **options):
     async def run():
         async with RewardPool(2, timeout_seconds=20.0) as pool:
             graders = pool if known is None else Remembering(pool, known)
-            methods = SecondMethodJudge(graders, {}, repeats=2)
+            methods = PooledSecondMethod(graders, {}, repeats=2)
             return await audit(responses, methods.judge, num_groups=0, **options)
 
     return asyncio.run(run())
@@ -143,7 +147,7 @@ def test_a_program_that_passes_by_chance_is_listed_as_flaky():
 
     async def judged():
         async with RewardPool(1, timeout_seconds=20.0) as pool:
-            return await SecondMethodJudge(pool, {}, repeats=60).judge(flaky)
+            return await PooledSecondMethod(pool, {}, repeats=60).judge(flaky)
 
     finding = asyncio.run(judged())
     assert finding.outcome == "undecided"

@@ -27,7 +27,7 @@ from megatron_r1.evaluation.verifier_errors import (
     MATH_VERIFY,
     AuditedResponse,
     ErrorRates,
-    SecondMethodJudge,
+    PooledSecondMethod,
 )
 
 VERIFIERS = ("math", MATH_VERIFY)
@@ -104,7 +104,7 @@ async def _audit(
     cores = len(os.sched_getaffinity(0))
     workers = settings.workers if "workers" in settings.model_fields_set else cores
     async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
-        methods = SecondMethodJudge(
+        methods = PooledSecondMethod(
             pool, settings.call_options, without_math_verify=without_math_verify
         )
         return await audit(

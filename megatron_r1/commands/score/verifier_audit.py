@@ -116,7 +116,7 @@ async def audit(
 
     Args:
         responses: what it graded; each has a place of its own.
-        judge: the second method (`SecondMethodJudge.judge`).
+        judge: the second method (`PooledSecondMethod.judge`).
         size: how many responses to draw for the error rates.
         seed: the seed of the draws.
         num_groups: how many groups to draw whole, for the effect on advantages; 0 for none.

@@ -19,7 +19,7 @@ from megatron_r1.engines.server.responses import Response
 from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
     AuditedResponse,
-    SecondMethodJudge,
+    PooledSecondMethod,
     SecondVerdict,
     classify_verdict,
     draw_sample,
@@ -255,7 +255,7 @@ def test_programs_whose_verdict_changes_are_flaky(rewards, outcome, left):
     pool = Pool(*rewards)
     content = AnswerContent("```python\nprint(1)\n```", {}, {})
     response = AuditedResponse("1", "-", "code", None, 1.0, 1.0, lambda: content)
-    finding = asyncio.run(SecondMethodJudge(pool, {}).judge(response))
+    finding = asyncio.run(PooledSecondMethod(pool, {}).judge(response))
     assert finding.outcome == outcome
     assert len(pool.rewards) == left
     assert finding.reason.startswith("flaky") == (outcome == "undecided" and rewards[0] is not None)
@@ -280,6 +280,6 @@ def test_verdicts_of_math_verify_are_not_confirmed_by_math_verify(verdict, outco
     content = AnswerContent("<answer>1</answer>", "2", {})
     response = AuditedResponse("1", "-", "math", None, 1.0, 1.0, lambda: content)
     for options, expected in (({}, outcome), ({"without_math_verify": True}, without)):
-        judge = SecondMethodJudge(Reader(), {}, **options)
+        judge = PooledSecondMethod(Reader(), {}, **options)
         assert asyncio.run(judge.judge(response)).outcome == expected
     assert [fields.get("without_math_verify", False) for fields in asked] == [False, True]
