@@ -100,32 +100,34 @@ async def _answer(config: Config, model: Path, questions: list[str] | None) -> N
     rollout = config.rollout
     decoding = SamplingSettings.from_rollout(rollout)
     with temporary_logs() as scratch:
-        policy = EngineModel(config, model, decoding, scratch, None)
+        engine_model = EngineModel(config, model, decoding, scratch, None)
         try:
             _note("starting vLLM")
             with contextlib.redirect_stdout(sys.stderr):
-                await policy.start()
+                await engine_model.start()
             if questions is None:
-                await _converse(policy, config.run.seed)
+                await _converse(engine_model, config.run.seed)
             else:
-                await _answer_all(policy, questions, config.run.seed)
+                await _answer_all(engine_model, questions, config.run.seed)
         finally:
-            await policy.close()
+            await engine_model.close()
 
 
-async def _converse(policy: EngineModel, seed: int) -> None:
+async def _converse(engine_model: EngineModel, seed: int) -> None:
     """Answer each line of the terminal, with another seed each time."""
     _note("one question a line; Ctrl-D ends")
     async for line in _typed_lines():
         if line.strip():
-            print(_show_response(await policy.respond(line.strip(), seed)), flush=True)
+            print(_show_response(await engine_model.respond(line.strip(), seed)), flush=True)
             seed += 1
 
 
-async def _answer_all(policy: EngineModel, questions: list[str], seed: int) -> None:
+async def _answer_all(engine_model: EngineModel, questions: list[str], seed: int) -> None:
     """Answer all questions at once; print the answers in their order, each below its question where
     there are several."""
-    answers = await asyncio.gather(*(policy.respond(question, seed) for question in questions))
+    answers = await asyncio.gather(
+        *(engine_model.respond(question, seed) for question in questions)
+    )
     for question, answer in zip(questions, answers, strict=True):
         if len(questions) > 1:
             print(f"--- {question}")

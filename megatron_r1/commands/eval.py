@@ -16,7 +16,11 @@ from r1_grading.truths import truth_answer
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines, write_lines
-from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
+from megatron_r1.commands.sampling_run import (
+    open_evaluated_model,
+    require_same_settings,
+    run_in_folder,
+)
 from megatron_r1.config import Config
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.evaluation_report import print_table, write_report
@@ -73,9 +77,11 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
     decoding = SamplingSettings.from_options(
         config.rollout, config.eval.temperature, config.eval.top_p, limit
     )
-    policy = await make_policy(config, folder.path, config.eval.server, "eval.server", decoding)
+    model = await open_evaluated_model(
+        config, folder.path, config.eval.server, "eval.server", decoding
+    )
     played = {s.title: s.agents.model_dump() for s in sets if s.agents is not None}
-    identity = policy.identity | ({"agents": played} if played else {})
+    identity = model.identity | ({"agents": played} if played else {})
     settings = identity_settings(config, identity)
     require_same_settings(folder, config, settings, log)
     rewards = config.rewards
@@ -83,12 +89,12 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
     try:
         grader = TextResponseGrader(pool, {ACCURACY: 1.0}, rewards.call_options)
         seed = config.run.seed
-        sampler = ResponseSampler(policy, grader, log, sets, seed, _audit_fields, by_prompt=False)
+        sampler = ResponseSampler(model, grader, log, sets, seed, _audit_fields, by_prompt=False)
         write_lines(folder.path / "questions.jsonl", _question_lines(sets))
         for prompt_set in sets:
             try:
                 if prompt_set.agents is not None:
-                    await policy.check(prompt_set.agents, prompt_set.prompts)
+                    await model.check(prompt_set.agents, prompt_set.prompts)
                 await grader.check([p for p in prompt_set.prompts if p.kind != ENVIRONMENT])
             except UserError as error:
                 raise UserError(
@@ -101,7 +107,7 @@ async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) ->
             for prompt_set in sets
         ]
     finally:
-        await asyncio.gather(policy.close(), pool.close())
+        await asyncio.gather(model.close(), pool.close())
     _write_results(config, folder, settings, summaries, time.monotonic() - started_at)
 
 

@@ -18,7 +18,11 @@ from r1_grading.terms import weights_at
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.sampling_run import make_policy, require_same_settings, run_in_folder
+from megatron_r1.commands.sampling_run import (
+    open_evaluated_model,
+    require_same_settings,
+    run_in_folder,
+)
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.few_shot import FewShotExamples
@@ -26,7 +30,7 @@ from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.data.prompts import load_prompts, prompt_options
 from megatron_r1.evaluation.identity import versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import Policy, SamplingSettings, TextResponseGrader
+from megatron_r1.evaluation.response import EvaluatedModel, SamplingSettings, TextResponseGrader
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import ResponseSampler
 from megatron_r1.reporting.formatting import format_count
@@ -196,16 +200,16 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
         rollout, server = config.rollout, config.sample.server
         decoding = SamplingSettings.from_rollout(rollout)
         key = "sample.server"
-        policy = await make_policy(config, folder.path, server, key, decoding, inputs.shots)
-        stack.push_async_callback(policy.close)
-        settings = _identity_settings(config, policy, inputs.shots)
+        model = await open_evaluated_model(config, folder.path, server, key, decoding, inputs.shots)
+        stack.push_async_callback(model.close)
+        settings = _identity_settings(config, model, inputs.shots)
         require_same_settings(folder, config, settings, log)
         if grader is not None:
             await grader.check(inputs.prompt_set.prompts)
         if judge is not None:
             await judge.check()
         sampler = ResponseSampler(
-            policy,
+            model,
             grader,
             log,
             [inputs.prompt_set],
@@ -218,7 +222,7 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
 
 
 def _identity_settings(
-    config: Config, policy: Policy, shots: FewShotExamples | None
+    config: Config, model: EvaluatedModel, shots: FewShotExamples | None
 ) -> dict[str, Any]:
     """Return all that changes responses and grades, but not how many there are or are kept."""
     rollout, rewards = config.rollout, config.rewards
@@ -230,7 +234,7 @@ def _identity_settings(
         **({"rollout.min_p": rollout.min_p} if rollout.min_p else {}),
         "rollout.max_response_tokens": rollout.max_response_tokens,
         "sample.shots": shots.identity if shots else None,
-        **policy.identity,
+        **model.identity,
     }
     if config.sample.is_graded:
         settings["rewards.weights"] = rewards.model_dump(include={"weights"})["weights"]

@@ -18,7 +18,7 @@ from megatron_r1.data.few_shot import FewShotExamples
 from megatron_r1.evaluation.identity import require_same_identity
 from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.evaluation.remote_model import RemoteModel
-from megatron_r1.evaluation.response import Policy, SamplingSettings
+from megatron_r1.evaluation.response import EvaluatedModel, SamplingSettings
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import checkpoint_folders
@@ -130,14 +130,14 @@ def run_in_folder(
             raise KeyboardInterrupt from None
 
 
-async def make_policy(
+async def open_evaluated_model(
     config: Config,
     folder: Path,
     server: ServerConfig | None,
     key: str,
     decoding: SamplingSettings,
     shots: FewShotExamples | None = None,
-) -> Policy:
+) -> EvaluatedModel:
     """Return the served model, or engines for `model.path`; a checkpoint is exported first.
 
     Args:

@@ -39,7 +39,7 @@ from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 from megatron_r1.models.hf_config import describe_config_changes, load_config
 
 ATTEMPTS = 3
-"""Episodes that are tried for one sample: one that fails by no fault of the policy is repeated."""
+"""Episodes that are tried for one sample: one that fails by no fault of the model is repeated."""
 
 
 class EngineModel:
@@ -173,7 +173,7 @@ class EngineModel:
             seed: the seed of the first turn.
 
         Raises:
-            RunError: ATTEMPTS episodes failed by no fault of the policy, or no engine is left."""
+            RunError: ATTEMPTS episodes failed by no fault of the model, or no engine is left."""
         fleet = self._fleet
         assert fleet is not None, "start() was not called"
         seeds = itertools.count(seed)
@@ -235,5 +235,5 @@ class EngineModel:
         return self._players[key]
 
     async def close(self) -> None:
-        """Stop the engines and close what else the policy opened."""
+        """Stop the engines and close what else the model opened."""
         await self._resources.aclose()

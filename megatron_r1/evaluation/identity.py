@@ -14,7 +14,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 
 
-def identity_settings(config: Config, policy: Mapping[str, Any]) -> dict[str, Any]:
+def identity_settings(config: Config, model_identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return all that changes samples and grades; the number of samples and questions may grow."""
     return {
         "run.seed": config.run.seed,
@@ -22,7 +22,7 @@ def identity_settings(config: Config, policy: Mapping[str, Any]) -> dict[str, An
         "eval.top_p": config.eval.top_p,
         "rollout.max_response_tokens": config.rollout.max_response_tokens,
         "rewards.options": config.rewards.call_options,
-        **policy,
+        **model_identity,
     }
 
 

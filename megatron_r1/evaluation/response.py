@@ -24,7 +24,7 @@ class TextResponse:
         num_tokens: the length in tokens; None if a server does not report it.
         truncated: whether the response was cut at the limit of tokens.
         thought_opened: whether the prompt ended with `<think>`.
-        refusal: why the policy gave no response, else "".
+        refusal: why the model gave no response, else "".
         index: the response's index among the question's samples.
         rewards: term → reward in [0, 1]; empty while the response is ungraded.
         reward: the weighted sum of the rewards.
@@ -147,7 +147,7 @@ class SamplingSettings:
         return cls(temperature, top_p, max_tokens, *ends)
 
 
-class Policy(Protocol):
+class EvaluatedModel(Protocol):
     """A model that answers questions.
 
     Attributes:
@@ -158,10 +158,10 @@ class Policy(Protocol):
     identity: dict[str, Any]
 
     async def start(self) -> None:
-        """Make the policy ready, before the first question.
+        """Make the model ready, before the first question.
 
         Raises:
-            RunError: the policy cannot be made ready.
+            RunError: the model cannot be made ready.
         """
 
     async def respond(
@@ -187,7 +187,7 @@ class Policy(Protocol):
             seed: the seed of the first turn.
 
         Raises:
-            RunError: episodes fail again and again by no fault of the policy."""
+            RunError: episodes fail again and again by no fault of the model."""
 
     async def close(self) -> None:
         """Release everything. May be called twice, and without `start`."""

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.prompt_sets import PromptSet, prompt_digest
-from megatron_r1.evaluation.response import Policy, TextResponse, TextResponseGrader
+from megatron_r1.evaluation.response import EvaluatedModel, TextResponse, TextResponseGrader
 from megatron_r1.evaluation.response_log import PromptKey, ResponseLog
 from megatron_r1.reporting.formatting import format_duration
 
@@ -33,7 +33,7 @@ class ResponseSampler:
 
     def __init__(
         self,
-        policy: Policy,
+        model: EvaluatedModel,
         grader: TextResponseGrader | None,
         log: ResponseLog,
         sets: Sequence[PromptSet],
@@ -45,7 +45,7 @@ class ResponseSampler:
         """Count what the log has and what is still to be sampled.
 
         Args:
-            policy: the model that answers.
+            model: it answers the prompts; `run` starts and closes it.
             grader: None to log responses ungraded.
             log: the log of responses, where sampling continues.
             sets: the prompts.
@@ -56,10 +56,10 @@ class ResponseSampler:
 
         Raises:
             UserError: the log has responses to other versions of the prompts."""
-        self._policy, self._grader, self._log = policy, grader, log
+        self._model, self._grader, self._log = model, grader, log
         self._sets, self._seed, self._details = sets, seed, details
         self._by_prompt, self._progress = by_prompt, SamplingProgress()
-        self._grading_slots = asyncio.Semaphore(MAX_GRADING * policy.concurrency)
+        self._grading_slots = asyncio.Semaphore(MAX_GRADING * model.concurrency)
         self._num_ungraded: Counter[str] = Counter()
         self._gradable: set[str] = set()
         self._broken_grader: UserError | None = None
@@ -76,7 +76,7 @@ class ResponseSampler:
         """
         num_missing = self.num_wanted - self.num_done
         if num_missing:
-            await self._policy.start()
+            await self._model.start()
         self._progress(self.num_done, self.num_wanted)
         jobs = self._missing()
         failure: Exception | None = None
@@ -85,7 +85,7 @@ class ResponseSampler:
                 await self._grade_again(grading)
                 try:
                     async with asyncio.TaskGroup() as sampling:
-                        for _ in range(min(self._policy.concurrency, num_missing)):
+                        for _ in range(min(self._model.concurrency, num_missing)):
                             sampling.create_task(self._sample(jobs, grading))
                 except ExceptionGroup as failures:
                     # A dead engine fails all its requests; the first failure is enough. Responses
@@ -97,7 +97,7 @@ class ResponseSampler:
             await self._log.close()
         if stopped := failure or self._broken_grader:
             raise stopped
-        await self._policy.close()  # voting and deciding need no engine
+        await self._model.close()  # voting and deciding need no engine
 
     def _missing(self) -> Iterator[SampleJob]:
         max_samples = max(prompt_set.num_samples for prompt_set in self._sets)
@@ -116,9 +116,9 @@ class ResponseSampler:
                 return
             seed = sample_seed(self._seed, prompt_set.key(prompt), index)
             if prompt_set.agents is None:
-                response = await self._policy.respond(prompt.question, seed, prompt.messages_before)
+                response = await self._model.respond(prompt.question, seed, prompt.messages_before)
             else:
-                response = await self._policy.play(prompt_set.agents, prompt, seed)
+                response = await self._model.play(prompt_set.agents, prompt, seed)
             # The next prompt is sampled while this response is graded.
             await self._grading_slots.acquire()
             response = replace(response, index=index)

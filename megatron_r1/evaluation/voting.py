@@ -55,7 +55,7 @@ def read_vote(
     The answer is read as the reward `kind` reads it, by `r1_grading.read_answer`.
 
     Args:
-        response: the text that the policy sampled.
+        response: the text that the model sampled.
         thought_opened: as for `read_answer`.
         reading: as for `read_answer`.
         kind: the question's reward.

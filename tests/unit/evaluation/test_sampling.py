@@ -15,7 +15,7 @@ from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import MAX_UNGRADED, ResponseSampler, sample_seed
 
 
-class Policy:
+class EvaluatedModel:
     """Responds `limit` times, then fails; keeps the seeds."""
 
     concurrency = 2
@@ -50,14 +50,14 @@ class Grader:
         return replace(response, rewards={"accuracy": 1.0}, reward=1.0, reason="right")
 
 
-def run_sampler(path, policy, grader, num_questions=40, num_samples=2, title=""):
+def run_sampler(path, model, grader, num_questions=40, num_samples=2, title=""):
     prompts = [make_prompt(f"{i}?", "math", i, {}) for i in range(num_questions)]
     prompt_set = PromptSet(title, prompts, num_samples)
 
     async def run():
         log = ResponseLog(path, "eval" if title else "sample")
         sampler = ResponseSampler(
-            policy, grader, log, [prompt_set], 0, lambda *_: {}, by_prompt=not title
+            model, grader, log, [prompt_set], 0, lambda *_: {}, by_prompt=not title
         )
         await sampler.run()
 
@@ -65,22 +65,22 @@ def run_sampler(path, policy, grader, num_questions=40, num_samples=2, title="")
 
 
 def test_what_was_sampled_before_an_engine_failed_is_graded_and_logged(tmp_path):
-    path, policy = tmp_path / "samples.jsonl", Policy(limit=5)
+    path, model = tmp_path / "samples.jsonl", EvaluatedModel(limit=5)
     with pytest.raises(RuntimeError, match="engine"):
-        run_sampler(path, policy, Grader())
-    assert sorted(line["seed"] for line in read_lines(path)) == sorted(policy.seeds)
-    resumed = Policy()
+        run_sampler(path, model, Grader())
+    assert sorted(line["seed"] for line in read_lines(path)) == sorted(model.seeds)
+    resumed = EvaluatedModel()
     run_sampler(path, resumed, Grader())
-    assert len(resumed.seeds) == 75 and not set(resumed.seeds) & set(policy.seeds)
+    assert len(resumed.seeds) == 75 and not set(resumed.seeds) & set(model.seeds)
 
 
 def test_a_broken_grader_stops_sampling_and_loses_nothing(tmp_path):
-    path, policy = tmp_path / "samples.jsonl", Policy()
+    path, model = tmp_path / "samples.jsonl", EvaluatedModel()
     with refused("rewards", Cause.FAILED, "math", "no sandbox"):
-        run_sampler(path, policy, Grader(is_broken=True))
+        run_sampler(path, model, Grader(is_broken=True))
     lines = list(read_lines(path))
-    assert MAX_UNGRADED <= len(lines) == len(policy.seeds) < 80
-    resumed = Policy()
+    assert MAX_UNGRADED <= len(lines) == len(model.seeds) < 80
+    resumed = EvaluatedModel()
     run_sampler(path, resumed, Grader())
     assert len(resumed.seeds) == 80 - len(lines)
     last = {(line["id"], line["index"]): line for line in read_lines(path)}
@@ -100,16 +100,16 @@ def test_a_line_says_whether_its_grader_failed_and_an_older_one_by_its_reason():
 
 def test_order_of_samples(tmp_path):
     def order(title):
-        policy = Policy()
-        policy.concurrency = 1
-        run_sampler(tmp_path / f"{title}.jsonl", policy, None, 2, 2, title)
+        model = EvaluatedModel()
+        model.concurrency = 1
+        run_sampler(tmp_path / f"{title}.jsonl", model, None, 2, 2, title)
         prompts = [make_prompt(f"{i}?", "math", i, {}) for i in range(2)]
         seeds = {
             sample_seed(0, (title, prompt.id), index): (number, index)
             for number, prompt in enumerate(prompts)
             for index in range(2)
         }
-        return [seeds[seed] for seed in policy.seeds]
+        return [seeds[seed] for seed in model.seeds]
 
     assert order("") == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert order("bench") == [(0, 0), (1, 0), (0, 1), (1, 1)]
