@@ -56,7 +56,7 @@ def are_same_files(first: Path, second: Path) -> bool:
 
 
 def compare_checkpoints(
-    step: int, first: Path, second: Path, dtype: str, same_layout: bool
+    step: int, first: Path, second: Path, dtype: str, has_same_layout: bool
 ) -> list[RunDifference]:
     """Return every tensor that differs, in the order of phases, and in a phase the largest first.
 
@@ -65,14 +65,14 @@ def compare_checkpoints(
         first: the folder of one checkpoint.
         second: the folder of the other; its layout may be another.
         dtype: what the runs compute in.
-        same_layout: compare random streams, too; another layout has others.
+        has_same_layout: compare random streams, too; another layout has others.
 
     Raises:
         UserError: a folder is no checkpoint, or a damaged one."""
     a, b = DistributedCheckpoint(first), DistributedCheckpoint(second)
     try:
         differences = list(_differences(step, a, b, dtype))
-        if same_layout and a.objects == b.objects:
+        if has_same_layout and a.objects == b.objects:
             differences += _different_streams(step, a, b)
     finally:
         a.close()

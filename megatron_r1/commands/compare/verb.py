@@ -158,8 +158,8 @@ def compare(first: Path, second: Path) -> RunComparison:
     changed_settings = [
         key for key in changed_keys(*settings) if not is_within(key, IGNORED_SETTINGS)
     ]
-    same_layout = not any(is_within(key, ("parallel",)) for key in changed_settings)
-    checkpoints = _ComparedCheckpoints(dtype, same_layout)
+    has_same_layout = not any(is_within(key, ("parallel",)) for key in changed_settings)
+    checkpoints = _ComparedCheckpoints(dtype, has_same_layout)
     differences += checkpoints.first_differences(pairs)
     return RunComparison(
         [
@@ -226,12 +226,12 @@ class _ComparedCheckpoints:
 
     Attributes:
         dtype: what the runs compute in.
-        same_layout: whether both runs have one layout.
+        has_same_layout: whether both runs have one layout.
         by_step: what differs in each pair.
         damaged_files: a line per file that is not as it was written."""
 
     dtype: str
-    same_layout: bool
+    has_same_layout: bool
     by_step: dict[int, list[RunDifference]] = field(default_factory=dict)
     damaged_files: list[str] = field(default_factory=list)
 
@@ -274,7 +274,7 @@ class _ComparedCheckpoints:
         self.damaged_files += damaged_files
         if not damaged_files and are_same_files(first, second):
             return []
-        return compare_checkpoints(step, first, second, self.dtype, self.same_layout)
+        return compare_checkpoints(step, first, second, self.dtype, self.has_same_layout)
 
 
 def _lines(comparison: RunComparison) -> Iterable[str]:
