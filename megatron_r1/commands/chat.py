@@ -150,7 +150,7 @@ async def _typed_lines() -> AsyncIterator[str]:
 def _show_response(response: TextResponse) -> str:
     if response.refusal:
         return f"[{response.refusal}]"
-    note = " [cut off: raise --rollout.max_response_tokens]" if response.truncated else ""
+    note = " [cut off: raise --rollout.max_response_tokens]" if response.is_truncated else ""
     return response.full_text.strip() + note
 
 

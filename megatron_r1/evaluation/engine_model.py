@@ -141,11 +141,11 @@ class EngineModel:
             return TextResponse("", num_tokens=0, thought_opened=thought_opened, refusal=refusal)
         max_tokens = min(self._decoding.max_tokens, self._max_model_len - len(prompt_ids))
         response = await self._generate(prompt_ids, max_tokens, seed)
-        ids, truncated = response.token_ids, response.finish_reason == "length"
+        ids, is_truncated = response.token_ids, response.finish_reason == "length"
         return TextResponse(
             self._tokenizer.decode(ids),
             len(ids),
-            truncated=truncated,
+            is_truncated=is_truncated,
             thought_opened=thought_opened,
         )
 

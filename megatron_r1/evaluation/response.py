@@ -22,7 +22,7 @@ class TextResponse:
     Attributes:
         text: the response without the `<think>` that its prompt may end with.
         num_tokens: the length in tokens; None if a server does not report it.
-        truncated: whether the response was cut at the limit of tokens.
+        is_truncated: whether the response was cut at the limit of tokens.
         thought_opened: whether the prompt ended with `<think>`.
         refusal: why the model gave no response, else "".
         index: the response's index among the question's samples.
@@ -34,7 +34,7 @@ class TextResponse:
 
     text: str
     num_tokens: int | None = None
-    truncated: bool = False
+    is_truncated: bool = False
     thought_opened: bool = False
     refusal: str = ""
     index: int = 0
@@ -68,7 +68,7 @@ class TextResponse:
         return {
             "response": self.text,
             "length": self.num_tokens,
-            "truncated": self.truncated,
+            "truncated": self.is_truncated,
             "thought_opened": self.thought_opened,
             "refusal": self.refusal,
             "index": self.index,
@@ -82,10 +82,11 @@ class TextResponse:
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Self:
         """Return the response of a line of the response log, as `to_line` wrote it."""
-        copied_keys = ("truncated", "refusal", "index", "rewards", "reward", "reason")
+        copied_keys = ("refusal", "index", "rewards", "reward", "reason")
         return cls(
             text=line["response"],
             num_tokens=line["length"],
+            is_truncated=line["truncated"],
             thought_opened=is_thought_opened(line),
             is_ungraded=is_ungraded(line),
             episode={k: line[k] for k in ("status", "turns")} if "turns" in line else None,

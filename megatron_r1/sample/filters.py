@@ -35,7 +35,7 @@ FENCED_CODE = re.compile(r"```(?:[^`]|`(?!``))*+```")
 
 def _cut_at_limit(response: TextResponse, prompt: Prompt) -> str:
     """Drop a response that was cut at the token limit: a model trained on it learns not to stop."""
-    return f"cut off after {response.length:,} tokens" if response.truncated else ""
+    return f"cut off after {response.length:,} tokens" if response.is_truncated else ""
 
 
 def _broken_format(response: TextResponse, prompt: Prompt, *, form: str = "either") -> str:
@@ -243,7 +243,7 @@ def first_objection(response: TextResponse, prompt: Prompt, filters: Filters) ->
     return "", ""
 
 
-FILTER_FACTS, ROW_FIELDS = ("num_tokens", "truncated", "thought_opened"), ("target",)
+FILTER_FACTS, ROW_FIELDS = ("num_tokens", "is_truncated", "thought_opened"), ("target",)
 """The parts of a response and of a prompt's fields that filters get; tests of programs are not
 sent."""
 

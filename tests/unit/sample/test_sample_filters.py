@@ -34,8 +34,8 @@ def prompt(kind="math", **fields):
     return make_prompt("Sum of the first ten odd numbers?", kind, "100", fields)
 
 
-def reason_for(name, text, asked=None, opened=False, truncated=False, **options):
-    response = TextResponse(text, 10, truncated, opened)
+def reason_for(name, text, asked=None, opened=False, is_truncated=False, **options):
+    response = TextResponse(text, 10, is_truncated, opened)
     return FILTERS[name](response, asked or prompt(), **options)
 
 
@@ -83,7 +83,7 @@ def test_a_thought_that_the_prompt_opened_is_the_same_thought():
 
 def test_what_was_cut_is_dropped():
     assert reason_for("truncated", think(EN)) == ""
-    assert reason_for("truncated", think(EN), truncated=True) != ""
+    assert reason_for("truncated", think(EN), is_truncated=True) != ""
 
 
 def test_workers_give_the_same_reasons_as_the_filters():
@@ -111,7 +111,7 @@ def test_workers_give_the_same_reasons_as_the_filters():
 def test_the_first_filter_that_objects_gives_the_reason():
     filters = active_filters("sft", {})
     assert tuple(filters) == FILTER_NAMES
-    bad = TextResponse(think(EN + ZH * 3), truncated=True)
+    bad = TextResponse(think(EN + ZH * 3), is_truncated=True)
     assert first_objection(bad, prompt(), filters)[0] == "truncated"
     assert (
         first_objection(bad, prompt(), active_filters("sft", {"truncated": False}))[0] == "language"

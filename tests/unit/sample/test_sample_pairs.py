@@ -121,7 +121,7 @@ def test_no_vote_is_cast_twice(tmp_path):
 def test_answers_without_a_summary_are_not_compared(tmp_path):
     open_thought = answer(0, None, text="<think>and so on")
     bare = answer(1, None, text="<think>x</think> ")
-    cut = answer(2, None, text="<think>x</think> 4", truncated=True)
+    cut = answer(2, None, text="<think>x</think> 4", is_truncated=True)
     decided, rows, calls = pairs_of(tmp_path, longer, [open_thought, bare, cut, summary(3, 1)])
     assert decided == {0: "no_summary", 1: "no_summary", 2: "truncated", 3: "unpaired"}
     assert rows == calls == []

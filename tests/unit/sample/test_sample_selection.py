@@ -39,7 +39,7 @@ def by_brute_force(responses, keep, order):
             found[c.index] = "wrong"
         elif c.reward < keep["min_reward"]:
             found[c.index] = "low_reward"
-        elif c.truncated:
+        elif c.is_truncated:
             found[c.index] = "truncated"
         elif any(c.text == d.text and d.index not in found for d in responses[: c.index]):
             found[c.index] = "duplicate"
@@ -69,7 +69,7 @@ def test_selection_is_what_brute_force_finds(choose, per_prompt):
                 reward=draw.choice([0.9, 1.0, 1.1]),
                 text=f"text {draw.randrange(4)}",
                 num_tokens=draw.randrange(1, 4),
-                truncated=draw.random() < 0.2,
+                is_truncated=draw.random() < 0.2,
             )
             for i in range(draw.randrange(1, 6))
         ]
@@ -131,7 +131,7 @@ def test_what_spells_the_same_is_a_duplicate():
 
 
 def test_without_grades_only_filters_decide():
-    responses = [answer(0, None), answer(1, None, truncated=True)]
+    responses = [answer(0, None), answer(1, None, is_truncated=True)]
     assert kept(responses, None, output="sft")[0] == {0: "kept", 1: "truncated"}
 
 
