@@ -242,8 +242,8 @@ def layouts_text(
     """Return a line per layout with its changes and costs.
 
     Args:
-        job: the planned job.
-        other_layouts: the layouts.
+        job: the recipe's, as planned.
+        other_layouts: those that fit, in the order of their lines.
         label: the layouts' name in the text.
         other_sizes: the same layout on other numbers of GPUs, named if `other_layouts` is empty."""
     title = f"{label} layouts that fit (fullest rank, estimated step without its range)"

@@ -34,7 +34,7 @@ class PromptSet:
 
     Attributes:
         title: the benchmark's; "" for the prompts of `sample`.
-        prompts: the prompts.
+        prompts: each asks one question, or begins an episode.
         num_samples: responses to each prompt.
         is_pairwise: responses are compared with others (`benchmarks.base`).
         agents: where episodes are played, their environment and limits."""

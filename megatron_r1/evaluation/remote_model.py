@@ -152,12 +152,7 @@ class RemoteModel:
         )
 
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
-        """Raise AssertionError: `check` refuses episodes.
-
-        Args:
-            agents: the environment.
-            prompt: the prompt.
-            seed: the seed."""
+        """Raise AssertionError: `check` refuses episodes."""
         raise AssertionError("refused by check()")
 
     async def close(self) -> None:

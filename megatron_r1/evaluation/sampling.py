@@ -48,7 +48,7 @@ class ResponseSampler:
             model: it answers the prompts; `run` starts and closes it.
             grader: None to log responses ungraded.
             log: the log of responses, where sampling continues.
-            sets: the prompts.
+            sets: the prompts, by benchmark.
             seed: the seed of the draws.
             details: returns more fields for a response's line.
             by_prompt: sample all responses to a prompt in a row, so that the engine can reuse its

@@ -199,7 +199,7 @@ def judge_mathematics(
     """Return what the second reader says of a verdict.
 
     Args:
-        is_accepted: the verdict.
+        is_accepted: whether the verdict is that the answer is right.
         grade: the second reader's.
         without_math_verify: leave its verdict by math-verify out."""
     math_verify, sampled_values = mathematics_verdicts(grade)
@@ -212,7 +212,7 @@ def classify_runs(is_accepted: bool, passes: Sequence[bool]) -> Outcome:
     """Return what runs of a program's tests say of a verdict; different runs leave it undecided.
 
     Args:
-        is_accepted: the verdict.
+        is_accepted: whether the verdict is that the program is right.
         passes: whether the program passes, in each run."""
     if len(set(passes)) > 1:
         return "undecided"
@@ -230,7 +230,7 @@ def classify_verdict(is_accepted: bool, math_verify: str, sampled_values: str) -
     | anything else | | undecided |
 
     Args:
-        is_accepted: the verdict.
+        is_accepted: whether the verdict is that the answer is right.
         math_verify: what math-verify says.
         sampled_values: what values at points say."""
     verdict, contrary = ("right", "wrong") if is_accepted else ("wrong", "right")
