@@ -48,7 +48,7 @@ class AnswerContent:
     Attributes:
         response: the response's text.
         truth: what it was graded against.
-        fields: the prompt's other fields, and the facts about the response."""
+        fields: the prompt's other fields, and the `RUN_ARGUMENTS` of the response."""
 
     response: str
     truth: Any
@@ -150,8 +150,8 @@ class PooledSecondMethod:
         its limits is undecided."""
         content = response.load()
         fields = dict(content.fields)
-        facts = {name: fields.pop(name) for name in RUN_ARGUMENTS if name in fields}
-        arguments = reward_arguments(response.kind, self._options, fields, facts)
+        run_arguments = {name: fields.pop(name) for name in RUN_ARGUMENTS if name in fields}
+        arguments = reward_arguments(response.kind, self._options, fields, run_arguments)
         if response.kind == "code":
             return await self._run_again(response.is_accepted, content, arguments)
         reading_options: dict[str, Any] = {

@@ -234,9 +234,9 @@ class _Scoring:
             return Grade.ungraded("'opened' is called 'thought_opened'")
         kind, truth = record["kind"], record.get("truth")
         fields = {name: value for name, value in record.items() if name not in RESERVED_KEYS}
-        facts = {name: fields.pop(name) for name in RUN_ARGUMENTS if name in fields}
+        run_arguments = {name: fields.pop(name) for name in RUN_ARGUMENTS if name in fields}
         try:
-            arguments = reward_arguments(kind, self._options, fields, facts)
+            arguments = reward_arguments(kind, self._options, fields, run_arguments)
             return await self._pool.grade(kind, record["response"], truth, **arguments)
         except ServiceError as error:
             self.num_service_failures += 1

@@ -173,7 +173,9 @@ def logged_responses(
         thought_opened: whether the prompts end with `<think>`."""
     for number, group in enumerate(groups):
         prompt = group.prompt
-        facts = {"question": prompt.question} | ({"thought_opened": True} if thought_opened else {})
+        run_arguments = {"question": prompt.question} | (
+            {"thought_opened": True} if thought_opened else {}
+        )
         for index, graded_response in enumerate(group.responses):
             if ACCURACY not in graded_response.rewards or graded_response.episode is not None:
                 continue
@@ -188,7 +190,7 @@ def logged_responses(
                 total=reward if is_graded else None,
                 weight=weights.get(ACCURACY, 0.0),
                 load=partial(
-                    AnswerContent, graded_response.text, prompt.truth, prompt.fields | facts
+                    AnswerContent, graded_response.text, prompt.truth, prompt.fields | run_arguments
                 ),
             )
 
