@@ -7,5 +7,4 @@
   all of them, `advantage_substitutions` for advantages; `checkpoint_traces`: what the checkpoint
   after the step says of it; `substitution_estimates`: which are tried first.
 - `moment_fits`: what the run's moments say of its gradients. `gradient_norms` fits how they were
-  clipped, `term_coefficients` how often each loss term was added (`loss_terms`, with their
-  gradients in `term_gradients`)."""
+  clipped, `term_coefficients` how often each of the `loss_terms` was added."""

@@ -10,9 +10,9 @@ from typing import TypeVar
 from megatron_r1.why.comparison import ROUNDING_BY_DTYPE, CannotRecompute
 from megatron_r1.why.update.checkpoint_after import CheckpointAfter
 from megatron_r1.why.update.gradient_norms import fit_clip, fit_norms
+from megatron_r1.why.update.loss_terms import TermGradients
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.term_coefficients import FirstMoments, TermFit, fit_run
-from megatron_r1.why.update.term_gradients import TermGradients
 from megatron_r1.why.update.update_inputs import UpdateInputs
 
 _Fitted = TypeVar("_Fitted")
