@@ -6,5 +6,5 @@
 - `substitution_type`: one thing that may have been computed otherwise; `substitution_candidates`:
   all of them, `advantage_substitutions` for advantages; `checkpoint_traces`: what the checkpoint
   after the step says of it; `substitution_estimates`: which are tried first.
-- `moment_fits`: what the run's moments say of its gradients. `gradient_norms` fits how they were
-  clipped, `term_coefficients` how often each of the `loss_terms` was added."""
+- `moment_fits`: what the run's moments say of its gradients: how they were clipped, and by
+  `term_coefficients` how often each of the `loss_terms` was added."""

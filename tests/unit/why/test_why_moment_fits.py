@@ -7,7 +7,7 @@ import torch
 
 from megatron_r1.config.optimizer import OptimizerConfig
 from megatron_r1.why.update.adam import Adam, AdamRules
-from megatron_r1.why.update.gradient_norms import fit_clip
+from megatron_r1.why.update.moment_fits import fit_clip
 
 RATE, SETTINGS = 0.3, OptimizerConfig(clip_grad=0.5)
 BEGIN = torch.linspace(-1.0, 1.0, 12).reshape(3, 4)
