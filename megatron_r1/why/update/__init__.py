@@ -1,10 +1,10 @@
 """A step's updates made again by formula, as the settings say or with one thing substituted.
 
 - `update_inputs`: what the updates are made of; `loss_formulas` and `adam`: the formulas;
-  `step_updates`: makes the updates; `checkpoint_after`: what they are compared with;
-  `recomputation`: all of them for a step.
+  `step_updates`: makes the updates; `checkpoint_after`: what they are compared with, and what it
+  says of how they differ; `recomputation`: all of them for a step.
 - `substitution_type`: one thing that may have been computed otherwise; `substitution_candidates`:
-  all of them, `advantage_substitutions` for advantages; `checkpoint_traces`: what the checkpoint
-  after the step says of it; `substitution_estimates`: which are tried first.
+  all of them, `advantage_substitutions` for advantages; `substitution_estimates`: which are tried
+  first.
 - `moment_fits`: what the run's moments say of its gradients: how they were clipped, and by
   `term_coefficients` how often each of the `loss_terms` was added."""

@@ -15,7 +15,7 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.substitution_type import Substitution, other_values
 
 if TYPE_CHECKING:
-    from megatron_r1.why.update.checkpoint_traces import CheckpointTraces
+    from megatron_r1.why.update.checkpoint_after import CheckpointTraces
 
 Rewards = Sequence[Sequence[float | None]]
 Advantages = list[list[float]]

@@ -17,8 +17,7 @@ from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import PolicyModels
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.update.checkpoint_after import CheckpointAfter
-from megatron_r1.why.update.checkpoint_traces import CheckpointTraces, read_traces
+from megatron_r1.why.update.checkpoint_after import CheckpointAfter, CheckpointTraces, read_traces
 from megatron_r1.why.update.loss_formulas import Update, update_means
 from megatron_r1.why.update.loss_terms import TermGradients
 from megatron_r1.why.update.moment_fits import MomentFits

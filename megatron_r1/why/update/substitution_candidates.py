@@ -14,7 +14,7 @@ from megatron_r1.why.update.advantage_substitutions import advantage_substitutio
 from megatron_r1.why.update.substitution_type import Substitution, other_values
 
 if TYPE_CHECKING:
-    from megatron_r1.why.update.checkpoint_traces import CheckpointTraces
+    from megatron_r1.why.update.checkpoint_after import CheckpointTraces
     from megatron_r1.why.update.recomputation import Recomputation
 
 FACTOR_TOLERANCE = 0.01

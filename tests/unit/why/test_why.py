@@ -51,7 +51,7 @@ from megatron_r1.why.comparison import Comparison, Report
 from megatron_r1.why.examination import examine
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import choose, examinable, open_run, read_step
-from megatron_r1.why.update.checkpoint_traces import CheckpointTraces
+from megatron_r1.why.update.checkpoint_after import CheckpointTraces
 from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
 from megatron_r1.why.update.term_coefficients import TermFit
 from tests.grading.code_answers import needs_sandbox

@@ -16,7 +16,7 @@ from megatron_r1.why.policy import checkpoint_model
 from megatron_r1.why.policy.token_logprobs import logprobs
 from megatron_r1.why.update.adam import Adam
 from megatron_r1.why.update.advantage_substitutions import advantage_substitutions
-from megatron_r1.why.update.checkpoint_traces import CheckpointTraces
+from megatron_r1.why.update.checkpoint_after import CheckpointTraces
 from megatron_r1.why.update.loss_formulas import Totals, row_loss
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.substitution_candidates import _kl_substitutions, _loss_substitutions
