@@ -26,12 +26,11 @@ from megatron_r1.why.policy import (
 )
 from megatron_r1.why.policy.changed_weights import ChangedWeights, SubstitutedLogprobs
 from megatron_r1.why.policy.checkpoint_model import read_model
-from megatron_r1.why.policy.layer_stream import StreamMemory, stream_memory
 from megatron_r1.why.policy.model_distance import relative_distance, source_distance
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import NotInMemory, PolicyModels
 from megatron_r1.why.policy.row_variants import join_rows
-from megatron_r1.why.policy.streamed_model import StreamedModel
+from megatron_r1.why.policy.streamed_model import StreamedModel, StreamMemory, stream_memory
 from megatron_r1.why.policy.tensor_source import AdapterTensors, TensorSource
 from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
 from megatron_r1.why.policy.transformers_adapters import attach_adapters

@@ -27,8 +27,7 @@ from megatron_r1.why.policy import (
     token_logprobs,
     transformers_adapters,
 )
-from megatron_r1.why.policy.layer_stream import stream_memory
-from megatron_r1.why.policy.streamed_model import StreamedModel
+from megatron_r1.why.policy.streamed_model import StreamedModel, stream_memory
 from megatron_r1.why.policy.tensor_source import AdapterTensors, TensorSource
 from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
