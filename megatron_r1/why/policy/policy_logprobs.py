@@ -16,13 +16,13 @@ from torch import Tensor
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import routed_experts, streamed_model, token_logprobs
 from megatron_r1.why.policy.policy_models import PolicyModels
-from megatron_r1.why.policy.row_variants import (
+from megatron_r1.why.policy.streamed_model import StreamedModel
+from megatron_r1.why.policy.token_logprobs import (
+    TokenRow,
     join_rows,
     rows_with_own_experts,
     rows_with_shifted_experts,
 )
-from megatron_r1.why.policy.streamed_model import StreamedModel
-from megatron_r1.why.policy.token_logprobs import TokenRow
 from megatron_r1.why.record.recorded_step import weights_after
 
 LOGPROB_FLOPS = 1e13

@@ -1,14 +1,15 @@
 """Log-probabilities of logged tokens by a model of transformers, on the CPU.
 
 A pass has a few responses, padded on the right, which a causal model does not see. Where experts
-were recorded, the routers choose these (`replayed_experts`; R3, arXiv 2510.11370)."""
+were recorded, the routers choose these (`replayed_experts`; R3, arXiv 2510.11370). Of a step's rows
+others are made: with other experts, joined, or trained on with their prompt."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -241,3 +242,65 @@ def _routers(model: Any) -> list[torch.nn.Module]:
     """Return the routers of the layers, in their order."""
     blocks = [module for module in model.modules() if hasattr(module, "experts")]
     return [getattr(block, "gate", None) or block.router for block in blocks]
+
+
+def rows_with_own_experts(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """Return rows whose experts the model chooses, as the trainer's reference does."""
+    return [replace(row, experts=None) for row in rows]
+
+
+def rows_with_shifted_experts(rows: Sequence[TokenRow], shift: int) -> list[TokenRow]:
+    """Return rows with the engine's experts moved to other tokens; those of the tokens that get
+    none are the router's choice.
+
+    Args:
+        rows: the sequences.
+        shift: 1: to the token after; -1: to the token before."""
+    shifted_rows = []
+    for row in rows:
+        experts = None
+        if row.experts is not None:
+            experts = torch.full_like(row.experts, -1)
+            source, target = (slice(-1), slice(1, None))[::shift]
+            experts[target] = row.experts[source]
+        shifted_rows.append(replace(row, experts=experts))
+    return shifted_rows
+
+
+def join_rows(rows: Sequence[TokenRow], restarts: bool) -> TokenRow:
+    """Return rows end to end as one.
+
+    Args:
+        rows: the rows.
+        restarts: whether positions begin anew with each."""
+    kept_ids = [row.kept_ids for row in rows if row.kept_ids is not None]
+    experts = [row.experts for row in rows if row.experts is not None]
+    token_ids = torch.cat([row.token_ids for row in rows])
+    positions = [torch.arange(len(row.token_ids)) for row in rows]
+    return replace(
+        rows[0],
+        token_ids=token_ids,
+        is_sampled=torch.cat([row.is_sampled for row in rows]),
+        kept_ids=(
+            torch.cat([counts for counts, _ in kept_ids]),
+            torch.cat([ids for _, ids in kept_ids]),
+        )
+        if kept_ids
+        else None,
+        experts=torch.cat(experts) if experts else None,
+        positions=torch.cat(positions) if restarts else torch.arange(len(token_ids)),
+    )
+
+
+def row_with_prompt(row: TokenRow) -> TokenRow:
+    """Return a row whose tokens are all trained on; the engine's log-probability of those that it
+    has not sampled is 0, as in the trainer."""
+    logprobs = torch.zeros(len(row.token_ids))
+    logprobs[row.is_sampled] = row.logprobs
+    return replace(
+        row,
+        is_sampled=torch.arange(len(row.token_ids)) > 0,
+        logprobs=logprobs[1:],
+        num_sampled=len(row.token_ids) - 1,
+        kept_ids=None,
+    )

@@ -8,8 +8,12 @@ import transformers
 
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.routed_experts import chosen_experts
-from megatron_r1.why.policy.row_variants import rows_with_shifted_experts
-from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs, replayed_experts
+from megatron_r1.why.policy.token_logprobs import (
+    TokenRow,
+    logprobs,
+    replayed_experts,
+    rows_with_shifted_experts,
+)
 
 VOCABULARY, LAYERS, EXPERTS, TOPK = 23, 2, 8, 3
 SIZES = {

@@ -5,8 +5,7 @@ import pytest
 import torch
 from test_why_engines import NEWEST, Recomputed, dense_model, rows_of
 
-from megatron_r1.why.policy.row_variants import join_rows
-from megatron_r1.why.policy.token_logprobs import logprobs
+from megatron_r1.why.policy.token_logprobs import join_rows, logprobs
 
 
 def test_one_row_attends_to_the_rows_before():

@@ -12,8 +12,7 @@ from megatron_r1.why.checks.routing import check_routing
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.routed_experts import seen_experts
-from megatron_r1.why.policy.row_variants import rows_with_own_experts
-from megatron_r1.why.policy.token_logprobs import token_logits
+from megatron_r1.why.policy.token_logprobs import rows_with_own_experts, token_logits
 
 
 def step_with(agreement: float | None, version: int = 2, routing_replay: bool = True):
