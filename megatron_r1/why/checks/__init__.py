@@ -1,6 +1,6 @@
 """The checks of a step: each compares what was recorded with what it should be.
 
-- Files: `files` with `prompt_tokens` and `end_tokens`, `questions`.
+- Files: `files` with `prompt_tokens`, `questions`.
 - Sampling: `sampling` with `draws`, `routing`, `engine_logprobs` with `engine_gaps`; causes of a
   gap: `engine_causes`, `expert_causes`, `fp8_causes`, `tensor_causes`.
 - Rewards: `rewards` with `regraded_rewards` and `second_reader`.
