@@ -2,7 +2,7 @@
 
 - Files: `files` with `prompt_tokens`, `questions`.
 - Sampling: `sampling` with `draws`, `routing`, `engine_logprobs` with `engine_gaps`; causes of a
-  gap: `engine_causes`, `expert_causes`, `fp8_causes`, `tensor_causes`.
+  gap: `engine_causes`, `weight_causes`, `fp8_causes`.
 - Rewards: `rewards` with `regraded_rewards` and `second_reader`.
 - Updates: `schedule`, `policies`, `loss`, `departing_terms`, `optimizer`; `checkpoints`, `push`.
 - `reruns`: which side a departure is on."""

@@ -20,8 +20,13 @@ import numpy as np
 
 from megatron_r1.why.checks.engine_causes import ExplainedDeparture, older_weights
 from megatron_r1.why.checks.engine_gaps import EngineGaps, ExplainedEngine, mean_gap
-from megatron_r1.why.checks.expert_causes import MAX_SUSPECTS, experts_by_gap
-from megatron_r1.why.checks.tensor_causes import MAX_TRIED, layer_parts, whole_groups
+from megatron_r1.why.checks.weight_causes import (
+    MAX_SUSPECTS,
+    MAX_TRIED,
+    experts_by_gap,
+    layer_parts,
+    whole_groups,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

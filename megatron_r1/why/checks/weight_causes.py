@@ -1,4 +1,5 @@
-"""Tensors of an engine that are not the checkpoint's: of an earlier version, or exchanged."""
+"""Weights of an engine that are not the checkpoint's: tensors of an earlier version, or exchanged,
+and experts that are stale, exchanged, or another function."""
 
 from __future__ import annotations
 
@@ -14,6 +15,11 @@ from megatron_r1.why.checks.engine_gaps import EngineGaps, ExplainedEngine, mean
 
 if TYPE_CHECKING:
     from torch import Tensor
+from functools import partial
+from typing import NamedTuple
+
+from megatron_r1.reporting.formatting import format_number
+from megatron_r1.why.checks.engine_causes import MIN_TOKENS
 
 TRIED_TOKENS = 512
 """Sampled tokens that a change of the weights is tried on, before it is tried on all."""
@@ -29,6 +35,13 @@ FUSED_MODULES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 EXCHANGEABLE_MODULES = (("gate_proj", "up_proj"), ("k_proj", "v_proj"))
 """Modules of a layer whose tensors may be taken for each other's."""
 TENSOR_REMEDY = "the push of that tensor (docs/push.md): its name and place in the engine's model"
+MAX_PAIRS = 64
+"""Pairs of experts that are tried as exchanged ones."""
+MAX_SUSPECTS = 4
+"""Experts that are tried as the one, or two, that differ."""
+EXPERT_REMEDY = (
+    "the push of that expert (docs/push.md), rollout.expert_parallel, rollout.redundant_experts"
+)
 
 
 def departing_tensor(gaps: EngineGaps) -> ExplainedDeparture | None:
@@ -261,3 +274,100 @@ def _exchanged_modules(
             if tensors[name].shape == tensors[other_name].shape:
                 sources[name] = tensors[other_name]
     return sources
+
+
+class ExpertGap(NamedTuple):
+    """The mean |difference| of an expert's tokens, and of the layer's other tokens."""
+
+    layer: str
+    expert: int
+    routed_gap: float
+    other_gap: float
+
+
+def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
+    """Look for experts whose tokens differ more than others."""
+    ranked = experts_by_gap(gaps)
+    suspects = ranked[:MAX_SUSPECTS]
+    for suspect in suspects:
+        if (explanation := _stale_expert(gaps, suspect.layer, suspect.expert)) is not None:
+            return explanation
+    if suspects and gaps.policies.models.is_streamed:  # each would read the whole checkpoint
+        gaps.untried_causes.append("exchanged experts")
+        suspects = []
+    for layer, expert, other_expert in _pairs(gaps, suspects):
+        sources = {expert: other_expert, other_expert: expert}
+        engine = gaps.explained_engine(gaps.substituted.with_experts(layer, sources))
+        if engine is not None:
+            return ExplainedDeparture(
+                f"experts {min(sources)} and {max(sources)} of {_layer(layer)} are exchanged in "
+                f"{engine.name}: {engine.gap_sizes}",
+                EXPERT_REMEDY,
+            )
+    if not ranked or gaps.distance <= gaps.tolerance:
+        return None
+    worst = ranked[0]
+    if worst.routed_gap < 4 * worst.other_gap:
+        return None
+    return ExplainedDeparture(
+        f"tokens of expert {worst.expert} of {_layer(worst.layer)} differ by "
+        f"{format_number(worst.routed_gap)}, others by {format_number(worst.other_gap)}: the "
+        "engine has another expert there",
+        EXPERT_REMEDY,
+    )
+
+
+def experts_by_gap(gaps: EngineGaps) -> list[ExpertGap]:
+    """Return the experts of all layers, those first whose tokens differ most from the others'."""
+    differences, ranked = np.abs(np.concatenate(gaps.gaps)), []
+    for layer, experts_of_sequences in gaps.policies.experts().items():
+        experts = np.concatenate(experts_of_sequences)
+        for expert in range(int(experts.max()) + 1):
+            is_routed = (experts == expert).any(1)
+            if is_routed.sum() < MIN_TOKENS:
+                continue
+            routed_gap = float(np.nanmean(differences[is_routed]))
+            is_few = (~is_routed).sum() < MIN_TOKENS  # all tokens go through it
+            other_gap = routed_gap if is_few else float(np.nanmean(differences[~is_routed]))
+            ranked.append(ExpertGap(layer, expert, routed_gap, other_gap))
+    return sorted(ranked, key=lambda gap: -gap.routed_gap / max(gap.other_gap, 1e-12))
+
+
+def _stale_expert(gaps: EngineGaps, layer: str, expert: int) -> ExplainedDeparture | None:
+    """Try the expert's weights of earlier versions."""
+    stale = gaps.stale_version(partial(gaps.substituted.with_old_expert, layer, expert))
+    if stale is None:
+        return None
+    version, engine = stale
+    return ExplainedDeparture(
+        f"expert {expert} of {_layer(layer)} has the weights of version {version} in "
+        f"{engine.name}, not {gaps.newest_version}: {engine.gap_sizes}",
+        EXPERT_REMEDY,
+    )
+
+
+def _pairs(gaps: EngineGaps, suspects: Sequence[ExpertGap]) -> list[tuple[str, int, int]]:
+    """Return pairs of experts of a layer that may be exchanged: the suspects with each other, and
+    with experts that few tokens may have been routed to."""
+    pairs = [
+        (suspect.layer, suspect.expert, other_suspect.expert)
+        for index, suspect in enumerate(suspects)
+        for other_suspect in suspects[index + 1 :]
+        if suspect.layer == other_suspect.layer
+    ]
+    for suspect in suspects:
+        pairs += [
+            (suspect.layer, suspect.expert, other_expert)
+            for other_expert in range(gaps.substituted.num_experts(suspect.layer))
+            if other_expert != suspect.expert
+        ]
+    pairs_by_experts: dict[tuple[str, frozenset[int]], tuple[str, int, int]] = {}
+    for layer, expert, other_expert in pairs:
+        pairs_by_experts.setdefault(
+            (layer, frozenset((expert, other_expert))), (layer, expert, other_expert)
+        )
+    return [*pairs_by_experts.values()][:MAX_PAIRS]
+
+
+def _layer(name: str) -> str:
+    return name.removesuffix(".mlp.experts")
