@@ -33,10 +33,10 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.rerun.rerun_verdicts import (
     HINT,
     Distances,
-    Reading,
+    RerunVerdict,
     distance,
-    engine_reading,
-    trainer_reading,
+    engine_verdict,
+    trainer_verdict,
 )
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ class Rerun(NamedTuple):
     name: str
     refines: str
     start: str
-    check: Callable[[RecordedStep, Recomputation, Comparison], tuple[Comparison, Reading]]
+    check: Callable[[RecordedStep, Recomputation, Comparison], tuple[Comparison, RerunVerdict]]
 
 
 def rerun_comparison(
-    rerun: Rerun, subject: str, distances: Distances, tolerance: float, reading: Reading
+    rerun: Rerun, subject: str, distances: Distances, tolerance: float, verdict: RerunVerdict
 ) -> Comparison:
     """Return the comparison of a rerun with transformers.
 
@@ -72,18 +72,18 @@ def rerun_comparison(
         subject: what is compared, with the distances as text.
         distances: the distances.
         tolerance: the largest distance that is rounding.
-        reading: what the distances say."""
-    text = f"{subject}; {reading.conclusion}"
+        verdict: what the distances say."""
+    text = f"{subject}; {verdict.conclusion}"
     return Comparison(
         rerun.family,
         rerun.name,
-        DEPARTS if reading.departs else EQUAL,
+        DEPARTS if verdict.departs else EQUAL,
         text,
         distances.rerun_to_transformers,
         tolerance,
         "rounding of the dtype (docs/compare.md)",
-        text if reading.departs else "",
-        remedy=reading.remedy if reading.departs else "",
+        text if verdict.departs else "",
+        remedy=verdict.remedy if verdict.departs else "",
     )
 
 
@@ -112,7 +112,7 @@ def run_in_scratch_folder(work: Callable[[Path], Coroutine[Any, Any, T]]) -> T:
 
 def _check_engine(
     step: RecordedStep, recomputation: Recomputation, refined_comparison: Comparison
-) -> tuple[Comparison, Reading]:
+) -> tuple[Comparison, RerunVerdict]:
     """Compare a fresh engine's log-probabilities with the logged ones and transformers'.
 
     A rerun scores tokens as parts of a prompt, which vLLM does at temperature 1 over the whole
@@ -144,7 +144,7 @@ def _check_engine(
     distances = _engine_distances(
         gaps, fresh_logprobs, transformers_logprobs, refined_comparison, is_scored_alike
     )
-    reading = engine_reading(distances, gaps.tolerance, refined_comparison.differs)
+    verdict = engine_verdict(distances, gaps.tolerance, refined_comparison.differs)
     subject = f"of the same tokens; mean |Δ|: {distances.text('fresh engine')}"
     if not is_scored_alike:
         subject += (
@@ -152,7 +152,7 @@ def _check_engine(
             f"sampled at temperature {rollout.temperature:g}"
             f"{', from a part of it' if rollout.uses_sampling_mask else ''})"
         )
-    return rerun_comparison(ENGINE, subject, distances, gaps.tolerance, reading), reading
+    return rerun_comparison(ENGINE, subject, distances, gaps.tolerance, verdict), verdict
 
 
 def _engine_distances(
@@ -217,7 +217,7 @@ ENGINE = Rerun(
 
 def _check_trainer(
     step: RecordedStep, recomputation: Recomputation, refined_comparison: Comparison
-) -> tuple[Comparison, Reading]:
+) -> tuple[Comparison, RerunVerdict]:
     """Compare the distance of one rank from the engine with that of the run's trainer, and the rank
     with transformers."""
     from megatron_r1.why.rerun import single_rank
@@ -240,12 +240,12 @@ def _check_trainer(
     )
     tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
     layout = single_rank.layout_text(step.run_config.parallel)
-    reading = trainer_reading(distances, tolerance, refined_comparison.differs, layout)
+    verdict = trainer_verdict(distances, tolerance, refined_comparison.differs, layout)
     subject = (
         "of the same tokens; |Δ|: "
         f"{distances.text('one rank')}; {layout or 'the run had one rank too'}"
     )
-    return rerun_comparison(TRAINER, subject, distances, tolerance, reading), reading
+    return rerun_comparison(TRAINER, subject, distances, tolerance, verdict), verdict
 
 
 TRAINER = Rerun(
@@ -288,21 +288,21 @@ def refine(
             continue
         notify(f"rerun {kind}: {rerun.start} on the weights before step {step.step}")
         try:
-            comparison, reading = rerun.check(step, recomputation, refined_comparison)
+            comparison, verdict = rerun.check(step, recomputation, refined_comparison)
         except (CannotRecompute, UserError) as reason:
             report.insert(not_checked(rerun.family, rerun.name, str(reason)), rerun.refines)
             continue
         report.insert(comparison, rerun.refines)
         if refined_comparison.differs:
-            report.replace(refined_comparison, _with_conclusion(refined_comparison, reading))
+            report.replace(refined_comparison, _with_conclusion(refined_comparison, verdict))
 
 
-def _with_conclusion(comparison: Comparison, reading: Reading) -> Comparison:
+def _with_conclusion(comparison: Comparison, verdict: RerunVerdict) -> Comparison:
     """Return a departure with what its rerun says; without a cause of its own the remedy is the
     rerun's."""
     before, hint, _ = comparison.remedy.partition(HINT)
     return replace(
         comparison,
-        reason=f"{comparison.reason}; {reading.conclusion}",
-        remedy=reading.remedy if hint else before,
+        reason=f"{comparison.reason}; {verdict.conclusion}",
+        remedy=verdict.remedy if hint else before,
     )

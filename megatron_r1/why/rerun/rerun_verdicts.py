@@ -74,7 +74,7 @@ class Distances(NamedTuple):
         )
 
 
-class Reading(NamedTuple):
+class RerunVerdict(NamedTuple):
     """What a rerun says.
 
     Attributes:
@@ -114,7 +114,7 @@ def nearest(distances: Distances, tolerance: float, recorded_departs: bool) -> N
     return NearestSide.RECORDED if distances.recorded_to_rerun <= limit else NearestSide.NEITHER
 
 
-def engine_reading(distances: Distances, tolerance: float, recorded_departs: bool) -> Reading:
+def engine_verdict(distances: Distances, tolerance: float, recorded_departs: bool) -> RerunVerdict:
     """Return what a fresh engine on the weights before the step says.
 
     Args:
@@ -123,7 +123,7 @@ def engine_reading(distances: Distances, tolerance: float, recorded_departs: boo
         recorded_departs: whether the logged log-probabilities depart from transformers'."""
     side = nearest(distances, tolerance, recorded_departs)
     if not recorded_departs:
-        return _reading_without_departure(
+        return _verdict_without_departure(
             side,
             "a fresh engine agrees with transformers, as the run's did",
             "a fresh engine departs from transformers, and the run's did not: vLLM, its settings "
@@ -131,9 +131,9 @@ def engine_reading(distances: Distances, tolerance: float, recorded_departs: boo
             ENGINE_REMEDY,
         )
     if side is NearestSide.NEITHER and distances.rerun_to_transformers <= tolerance:
-        return Reading(side, False, f"a fresh engine {TOO_SMALL}", ENGINE_REMEDY)
+        return RerunVerdict(side, False, f"a fresh engine {TOO_SMALL}", ENGINE_REMEDY)
     if side is NearestSide.TRANSFORMERS:
-        return Reading(
+        return RerunVerdict(
             side,
             False,
             "a fresh engine agrees with transformers on the weights before the step: the run's "
@@ -157,12 +157,12 @@ def engine_reading(distances: Distances, tolerance: float, recorded_departs: boo
             "function differs (dtype, kernel, settings), and the run's engine had other weights, "
             "another state or other settings besides"
         )
-    return Reading(side, True, conclusion, ENGINE_REMEDY)
+    return RerunVerdict(side, True, conclusion, ENGINE_REMEDY)
 
 
-def trainer_reading(
+def trainer_verdict(
     distances: Distances, tolerance: float, recorded_departs: bool, layout: str
-) -> Reading:
+) -> RerunVerdict:
     """Return what one rank without parallelism says of the trainer's recorded distance.
 
     Args:
@@ -172,7 +172,7 @@ def trainer_reading(
         layout: the run's layout as text; "" for one rank."""
     side = nearest(distances, tolerance, recorded_departs)
     if not recorded_departs:
-        return _reading_without_departure(
+        return _verdict_without_departure(
             side,
             "one rank without parallelism agrees with transformers, as the run's trainer did",
             "one rank without parallelism departs from transformers, and the run's trainer did "
@@ -180,19 +180,21 @@ def trainer_reading(
             TRAINER_REMEDY,
         )
     if side is NearestSide.NEITHER and distances.rerun_to_transformers <= tolerance:
-        return Reading(side, False, f"one rank without parallelism {TOO_SMALL}", TRAINER_REMEDY)
+        return RerunVerdict(
+            side, False, f"one rank without parallelism {TOO_SMALL}", TRAINER_REMEDY
+        )
     if side is NearestSide.TRANSFORMERS and layout:
         conclusion = (
             "one rank without parallelism agrees with transformers: the run's layout is the cause "
             f"({layout}), or a state of its ranks that no checkpoint has"
         )
-        return Reading(side, False, conclusion, f"{layout} (docs/parallelism.md)")
+        return RerunVerdict(side, False, conclusion, f"{layout} (docs/parallelism.md)")
     if side is NearestSide.TRANSFORMERS:
         conclusion = (
             "one rank agrees with transformers, and the run had one rank too: its weights or state "
             "were not those of the checkpoint"
         )
-        return Reading(side, False, conclusion, TRAINER_REMEDY)
+        return RerunVerdict(side, False, conclusion, TRAINER_REMEDY)
     if side is NearestSide.RECORDED:
         conclusion = (
             "one rank without parallelism departs likewise: the trainer's function differs from "
@@ -205,13 +207,13 @@ def trainer_reading(
             "trainer: the trainer's function differs (the model's code, fusions, fp8, "
             "temperature), and its layout or state changes more"
         )
-    return Reading(side, True, conclusion, TRAINER_REMEDY)
+    return RerunVerdict(side, True, conclusion, TRAINER_REMEDY)
 
 
-def _reading_without_departure(
+def _verdict_without_departure(
     side: NearestSide, agreement: str, departure: str, remedy: str
-) -> Reading:
-    """Return the reading of a rerun where what the run recorded does not depart."""
+) -> RerunVerdict:
+    """Return the verdict of a rerun where what the run recorded does not depart."""
     if side is NearestSide.TRANSFORMERS:
-        return Reading(side, False, agreement)
-    return Reading(side, True, departure, remedy)
+        return RerunVerdict(side, False, agreement)
+    return RerunVerdict(side, True, departure, remedy)

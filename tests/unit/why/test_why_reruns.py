@@ -33,10 +33,10 @@ from megatron_r1.why.rerun.rerun_verdicts import (
     Distances,
     NearestSide,
     distance,
-    engine_reading,
+    engine_verdict,
     hint,
     nearest,
-    trainer_reading,
+    trainer_verdict,
 )
 
 TOLERANCE = 1e-4
@@ -64,10 +64,10 @@ NEITHER, ALL_EQUAL = Distances(FAR, FAR, FAR), Distances(CLOSE, CLOSE, CLOSE)
     ],
 )
 def test_a_fresh_engine_names_the_side(distances, departs, near, words, remedy):
-    reading = engine_reading(distances, TOLERANCE, departs)
-    assert (reading.side, reading.remedy) == (near, remedy)
-    assert words in reading.conclusion
-    assert reading.departs == (near is not NearestSide.TRANSFORMERS)
+    verdict = engine_verdict(distances, TOLERANCE, departs)
+    assert (verdict.side, verdict.remedy) == (near, remedy)
+    assert words in verdict.conclusion
+    assert verdict.departs == (near is not NearestSide.TRANSFORMERS)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ def test_a_fresh_engine_names_the_side(distances, departs, near, words, remedy):
     ],
 )
 def test_one_rank_names_the_side(distances, departs, layout, near, words):
-    reading = trainer_reading(distances, TOLERANCE, departs, layout)
-    assert reading.side == near and words in reading.conclusion
-    assert reading.departs == (near is not NearestSide.TRANSFORMERS)
+    verdict = trainer_verdict(distances, TOLERANCE, departs, layout)
+    assert verdict.side == near and words in verdict.conclusion
+    assert verdict.departs == (near is not NearestSide.TRANSFORMERS)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,12 @@ def test_a_departure_of_about_the_tolerance_is_told_apart(small):
     assert nearest(Distances(small, near, far), TOLERANCE, True) == NearestSide.RECORDED
     assert nearest(Distances(small, far, near), TOLERANCE, True) == NearestSide.TRANSFORMERS
     undecided = Distances(small, far, far)
-    for reading in (
-        engine_reading(undecided, TOLERANCE, True),
-        trainer_reading(undecided, TOLERANCE, True, "parallel.tensor: 2"),
+    for verdict in (
+        engine_verdict(undecided, TOLERANCE, True),
+        trainer_verdict(undecided, TOLERANCE, True, "parallel.tensor: 2"),
     ):
-        assert reading.side == NearestSide.NEITHER and not reading.departs
-        assert "too small to tell" in reading.conclusion
+        assert verdict.side == NearestSide.NEITHER and not verdict.departs
+        assert "too small to tell" in verdict.conclusion
 
 
 def test_numbers_that_are_not_finite_have_a_distance():
@@ -163,10 +163,10 @@ def refined(monkeypatch, logged, check) -> Report:
 
 
 def read_as(distances: Distances):
-    reading = engine_reading(distances, TOLERANCE, True)
+    verdict = engine_verdict(distances, TOLERANCE, True)
     return lambda *_: (
-        rerun_comparison(reruns.ENGINE, "", distances, TOLERANCE, reading),
-        reading,
+        rerun_comparison(reruns.ENGINE, "", distances, TOLERANCE, verdict),
+        verdict,
     )
 
 
