@@ -17,7 +17,7 @@ from megatron_r1.why.update.substitution_candidates import clip_substitution, su
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
-    from megatron_r1.why.update.substitution_type import Substitution
+    from megatron_r1.why.update.step_substitution import Substitution
 
 LOSS = "loss"
 LOSS_ROUNDING = {"float32": 2.0**-19, "bfloat16": 2.0**-7}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_r1.why import formulas
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.update.substitution_type import Substitution, other_values
+from megatron_r1.why.update.step_substitution import Substitution, other_values
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.checkpoint_after import CheckpointTraces

@@ -21,9 +21,9 @@ from megatron_r1.why.update.checkpoint_after import CheckpointAfter, CheckpointT
 from megatron_r1.why.update.loss_formulas import Update, update_means
 from megatron_r1.why.update.loss_terms import TermGradients
 from megatron_r1.why.update.moment_fits import MomentFits
+from megatron_r1.why.update.step_substitution import Substitution
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.substitution_estimates import SubstitutionEstimates
-from megatron_r1.why.update.substitution_type import Substitution
 from megatron_r1.why.update.term_coefficients import MAX_ROUNDS, TermFit
 from megatron_r1.why.update.token_advantages import with_token_advantages
 from megatron_r1.why.update.update_inputs import UpdateInputs

@@ -11,7 +11,7 @@ from megatron_r1.config import RLConfig
 from megatron_r1.config.optimizer import OptimizerConfig
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 from megatron_r1.why.update.advantage_substitutions import advantage_substitutions
-from megatron_r1.why.update.substitution_type import Substitution, other_values
+from megatron_r1.why.update.step_substitution import Substitution, other_values
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.checkpoint_after import CheckpointTraces

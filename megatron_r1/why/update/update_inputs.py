@@ -25,7 +25,7 @@ from megatron_r1.why.update.adam import AdamRules, Moments
 from megatron_r1.why.update.first_update import FirstUpdate, first_update
 from megatron_r1.why.update.loss_formulas import LossRules
 from megatron_r1.why.update.loss_terms import LossTerm, left_out_terms, loss_terms
-from megatron_r1.why.update.substitution_type import Substitution
+from megatron_r1.why.update.step_substitution import Substitution
 from megatron_r1.why.update.token_advantages import with_token_advantages
 
 UPDATE_FLOPS = 2e13
