@@ -35,7 +35,7 @@ def grade_again(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
     return asyncio.run(_grade_responses(step))
 
 
-def compare_order(step: RecordedStep, new_grades: Grades) -> Comparison:
+def check_reward_order(step: RecordedStep, new_grades: Grades) -> Comparison:
     """Check that no response has the accuracy of another one of its group.
 
     Args:
@@ -81,7 +81,7 @@ def compare_order(step: RecordedStep, new_grades: Grades) -> Comparison:
     )
 
 
-def compare_grades(step: RecordedStep, new_grades: Grades) -> Comparison:
+def check_regraded_rewards(step: RecordedStep, new_grades: Grades) -> Comparison:
     """Check each term with the graders of this version and the run's settings.
 
     Args:

@@ -11,11 +11,11 @@ from megatron_r1.reporting.formatting import finite_metric, format_number
 from megatron_r1.why.checks.regraded_rewards import (
     FAMILY,
     REWARD_TOLERANCE,
-    compare_grades,
-    compare_order,
+    check_regraded_rewards,
+    check_reward_order,
     grade_again,
 )
-from megatron_r1.why.checks.second_reader import compare_with_second_readers
+from megatron_r1.why.checks.second_reader import check_accuracies
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
@@ -33,9 +33,9 @@ def check(step: RecordedStep) -> list[Comparison]:
     new_grades = grade_again(step)
     return [
         _compare_sums(step),
-        compare_order(step, new_grades),
-        compare_with_second_readers(step),
-        compare_grades(step, new_grades),
+        check_reward_order(step, new_grades),
+        check_accuracies(step),
+        check_regraded_rewards(step, new_grades),
         *_compare_metrics(step),
     ]
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from megatron_r1.why.checks.draws import compare_draws
+from megatron_r1.why.checks.draws import check_draws
 from megatron_r1.why.comparison import (
     Comparison,
     ResponseIndex,
@@ -26,7 +26,7 @@ def check_settings(step: RecordedStep) -> list[Comparison]:
         _compare_settings(step),
         _compare_limits(step),
         _compare_versions(step),
-        compare_draws(step, FAMILY),
+        check_draws(step, FAMILY),
         *comparisons,
     ]
 

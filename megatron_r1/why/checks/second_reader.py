@@ -36,7 +36,7 @@ SECOND_READER_KINDS = ("math", "logic")
 those that they take for right."""
 
 
-def compare_with_second_readers(step: RecordedStep) -> Comparison:
+def check_accuracies(step: RecordedStep) -> Comparison:
     """Compare accuracies with those of the second readers, of answers that responses state
     plainly."""
     name = "verdict of second readers"

@@ -457,7 +457,7 @@ def test_programs_run_their_tests_again(planted, logged, departing_responses):
     step = with_programs(planted, logged)
     grades = regraded_rewards.grade_again(step)
     assert all(grades[0, place]["accuracy"].reward == 1.0 for place in range(4))
-    comparison = regraded_rewards.compare_grades(step, grades)
+    comparison = regraded_rewards.check_regraded_rewards(step, grades)
     assert list(comparison.affected_responses) == departing_responses
 
 
