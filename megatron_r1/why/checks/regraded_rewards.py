@@ -20,7 +20,7 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 FAMILY = "rewards"
 MAX_READ = 1024
 """Responses that the second reader and the graders read again."""
-IN_PROCESS = ("math", "exact_match", "logic")
+IN_PROCESS_REWARDS = ("math", "exact_match", "logic")
 """Kinds of rewards that are called here; services are not asked."""
 PROGRAMS, MAX_PROGRAMS, MAX_RUNS = "code", 64, 3
 """The kind whose responses are programs; how many of them run again, in workers; and how often one
@@ -89,7 +89,7 @@ def check_regraded_rewards(step: RecordedStep, new_grades: Grades) -> Comparison
         new_grades: grades by response and term."""
     name = "graded again"
     if not new_grades:
-        kinds = ", ".join((*IN_PROCESS, PROGRAMS, *RESPONSE_ONLY_REWARDS))
+        kinds = ", ".join((*IN_PROCESS_REWARDS, PROGRAMS, *RESPONSE_ONLY_REWARDS))
         why = step.missing_prompts_reason or f"only {kinds} are graded here"
         return not_checked(FAMILY, name, why)
     departures: dict[str, list[ResponseIndex]] = {}
@@ -167,7 +167,11 @@ def _describe_departures(
 async def _grade_responses(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
     graders = RewardTerms(_Graders(), step.run_config.rewards.call_options)
     # Without the data, columns that rewards of the form read are missing.
-    names = IN_PROCESS if step.missing_prompts_reason else (*IN_PROCESS, *RESPONSE_ONLY_REWARDS)
+    names = (
+        IN_PROCESS_REWARDS
+        if step.missing_prompts_reason
+        else (*IN_PROCESS_REWARDS, *RESPONSE_ONLY_REWARDS)
+    )
     by_response: dict[ResponseIndex, dict[str, Grade]] = {}
     programs = []
     for index, graded in list(step.responses.items())[:MAX_READ]:
