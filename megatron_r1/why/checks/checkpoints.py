@@ -234,7 +234,7 @@ def _compare_size_of_change(
     """Check that the weights moved, and not further than Adam can.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         parameter: the parameter that moved furthest.
         largest_change: how far it moved.
         norm: the norm of the change of all parameters."""

@@ -31,7 +31,7 @@ def check_terms(step: RecordedStep, recomputation: Recomputation) -> Comparison:
     """Return the comparison of the terms' gradients with the run's.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         recomputation: its updates."""
     try:
         fit = recomputation.term_fit
@@ -72,7 +72,7 @@ def term_departure(step: RecordedStep, recomputation: Recomputation) -> tuple[st
     """Return which terms depart and what to change, "" where none is known to.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         recomputation: its updates."""
     try:
         fit = recomputation.term_fit

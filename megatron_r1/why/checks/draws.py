@@ -28,7 +28,7 @@ def check_draws(step: RecordedStep, family: str) -> Comparison:
     groups of one response, which may be short.
 
     Args:
-        step: the recorded step; episodes are left out.
+        step: what the run recorded of it; episodes are left out.
         family: the family of the comparison."""
     name = "draws of a group"
     groups = {

@@ -47,12 +47,7 @@ def stale_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
 
 
 def older_weights(gaps: EngineGaps, version: int, engine: ExplainedEngine) -> ExplainedDeparture:
-    """Return that an engine has the weights of an earlier version, as the trainer may too.
-
-    Args:
-        gaps: the differences.
-        version: the version.
-        engine: the engine."""
+    """Return that an engine has the weights of an earlier version, as the trainer may too."""
     if _trainer_agrees(gaps):
         return ExplainedDeparture(
             f"engines and trainer computed with the weights of version {version}, not "

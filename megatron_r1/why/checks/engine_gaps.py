@@ -50,7 +50,7 @@ class EngineGaps:
     """Differences of engines' log-probabilities from transformers', token by token.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         policies: its log-probabilities by transformers, under the weights that engines have.
 
     Attributes:

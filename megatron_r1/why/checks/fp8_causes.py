@@ -54,7 +54,7 @@ class Hypothesis(NamedTuple):
 
     Attributes:
         kind: scales of a version, weights of one, or the newest weights without quantization.
-        version: the version.
+        version: the number of steps that the weights were trained for.
         noun: the tensors; "": all."""
 
     kind: Kind

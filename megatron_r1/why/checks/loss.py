@@ -62,7 +62,7 @@ def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Compari
     """Return the comparisons of the loss and its metrics.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         recomputation: its updates."""
     base = recomputation.base
     comparisons = [
@@ -120,7 +120,7 @@ def _show_search(
     """Show what departs before its cause is searched, which may take minutes.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         recomputation: its updates.
         comparisons: those of the loss and its metrics.
         num_candidates: the substitutions that will be tried."""
@@ -140,7 +140,7 @@ def _likely_place(
     departs, and the weights and Adam's moments after the step are known and as recomputed.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         base: its updates.
         comparisons: those of the loss and its metrics."""
     is_known = base.update_distance is not None and base.moment_distance is not None
@@ -162,7 +162,7 @@ def _with_terms(
 
     Args:
         comparisons: those of the loss, which nothing explains.
-        step: the step.
+        step: what the run recorded of it.
         recomputation: its updates."""
     if not any(comparison.differs for comparison in comparisons):
         return list(comparisons)
@@ -239,7 +239,7 @@ def are_recorded(step: RecordedStep, metrics: Mapping[str, float]) -> bool:
     """Return whether metrics are those of metrics.jsonl.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         metrics: recomputed ones, by name."""
     logged_values = (
         (finite_metric(step.metrics_row, name), name)
@@ -259,21 +259,13 @@ def update_limit(step: RecordedStep) -> float:
 
 
 def update_departs(step: RecordedStep, updates: RecomputedUpdates) -> bool:
-    """Return whether the change of the weights, or of Adam's moments, is beyond its tolerance.
-
-    Args:
-        step: the step.
-        updates: its updates."""
+    """Return whether the change of the weights, or of Adam's moments, is beyond its tolerance."""
     is_update = updates.update_distance is not None and updates.update_distance > update_limit(step)
     return is_update or moments_depart(step, updates)
 
 
 def moments_depart(step: RecordedStep, updates: RecomputedUpdates) -> bool:
-    """Return whether Adam's moments are beyond their tolerance.
-
-    Args:
-        step: the step.
-        updates: its updates."""
+    """Return whether Adam's moments are beyond their tolerance."""
     return updates.moment_distance is not None and updates.moment_distance > moments_limit(step)
 
 
@@ -297,7 +289,7 @@ def explanation(
     to fit.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         recomputation: its updates.
         candidates: `substitutions` of the step."""
     estimates = [

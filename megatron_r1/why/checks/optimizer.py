@@ -29,7 +29,7 @@ def check_update(step: RecordedStep, recomputation: Recomputation) -> list[Compa
     Adam's moments, with those that were recomputed.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         recomputation: its updates."""
     base = recomputation.base
     comparisons = [_compare_change(step, base), _compare_recomputed_moments(step, base)]

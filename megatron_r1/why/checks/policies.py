@@ -226,7 +226,7 @@ def _is_logged(
     """Return whether log-probabilities are as far from the engine's as those of the trainer.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         recomputation: its sequences.
         logprobs: log-probabilities of the sequences' tokens.
         engine: log-probabilities that the engine would have; None: those that it recorded."""

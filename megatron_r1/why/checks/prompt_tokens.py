@@ -151,9 +151,5 @@ def special_tokens(tokenizer: PromptTokenizer) -> set[int]:
 
 
 def describe_token(tokenizer: PromptTokenizer, number: int) -> str:
-    """Return a token's text with its number.
-
-    Args:
-        tokenizer: the tokenizer that it is of.
-        number: its number."""
+    """Return a token's text with its number."""
     return f"{tokenizer.hf_tokenizer.convert_ids_to_tokens(int(number))} (token {number})"

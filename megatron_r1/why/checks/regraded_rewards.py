@@ -39,7 +39,7 @@ def check_reward_order(step: RecordedStep, new_grades: Grades) -> Comparison:
     """Check that no response has the accuracy of another one of its group.
 
     Args:
-        step: the recorded step.
+        step: what the run recorded of it.
         new_grades: grades by response and term."""
     name, by_shift = "order of the rewards", dict[int, list[ResponseIndex]]()
     accuracies = {
@@ -85,7 +85,7 @@ def check_regraded_rewards(step: RecordedStep, new_grades: Grades) -> Comparison
     """Check each term with the graders of this version and the run's settings.
 
     Args:
-        step: the recorded step.
+        step: what the run recorded of it.
         new_grades: grades by response and term."""
     name = "graded again"
     if not new_grades:
@@ -140,9 +140,9 @@ def _describe_departures(
     """Return in words how the grades of a term differ from those that were logged.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         new_grades: grades by response and term.
-        term: the term.
+        term: the name of a reward in `rewards.weights`.
         departing_responses: the responses whose grades differ."""
     first = departing_responses[0]
     logged_reward, new_grade = step.responses[first].rewards[term], new_grades[first][term]
@@ -196,7 +196,7 @@ async def _run_programs(
     and those that come out otherwise from run to run.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         responses: the programs."""
     if not responses:
         return {}
@@ -219,7 +219,7 @@ async def _run_program(
     """Return the grade of a program, as of `_run_programs`; None for one that is left out.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         index: the program.
         graders: grade in the workers of a pool."""
     for run in range(MAX_RUNS):

@@ -70,7 +70,7 @@ def rerun_comparison(
     Args:
         rerun: its kind.
         subject: what is compared, with the distances as text.
-        distances: the distances.
+        distances: those between the run, transformers and the rerun.
         tolerance: the largest distance that is rounding.
         verdict: what the distances say."""
     text = f"{subject}; {verdict.conclusion}"
@@ -273,7 +273,7 @@ def refine(
 
     Args:
         report: the comparisons, which are changed.
-        step: the step.
+        step: what the run recorded of it.
         recomputation: its log-probabilities by transformers.
         kinds: keys of `RERUNS`.
         notify: called with a line before something is started."""

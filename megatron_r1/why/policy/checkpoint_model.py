@@ -134,7 +134,7 @@ def weights_of_part(checkpoint: Path, hf_config: HFConfig, prefix: str) -> Megat
     """Return the weights of a checkpoint, or the tensors of their names that it has besides.
 
     Args:
-        checkpoint: the checkpoint.
+        checkpoint: its folder.
         hf_config: the model's `config.json`.
         prefix: as of `read_model`.
 

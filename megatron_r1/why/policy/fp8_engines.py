@@ -49,7 +49,7 @@ class FP8EngineModels(PolicyModels):
     on a GPU quantizes too, stay float32.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         memory: bytes that models may take; None: what is free."""
 
     def __init__(self, step: RecordedStep, memory: int | None = None) -> None:

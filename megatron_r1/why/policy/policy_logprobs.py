@@ -37,7 +37,7 @@ class PolicyLogprobs:
         models: the step's models.
 
     Attributes:
-        step: the step.
+        step: what the run recorded of it.
 
     Raises:
         CannotRecompute: weights are missing, or too large for this machine.

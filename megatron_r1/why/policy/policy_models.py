@@ -50,7 +50,7 @@ class PolicyModels:
     A model that does not fit into memory is a `StreamedModel`, whose layers are read for each pass.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         memory: bytes that models may take; None: what is free."""
 
     def __init__(self, step: RecordedStep, memory: int | None = None) -> None:
@@ -263,7 +263,7 @@ def write_policy(
     """Write the policy before a step, fp32, with its adapters merged.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         num_parameters: the number of the policy's weights.
         folder: an empty folder.
         free_bytes: the memory that all weights may take; None: as much as they need.

@@ -47,8 +47,8 @@ class _Batch:
     """A batch of rows on its way through the layers.
 
     Attributes:
-        indices: the rows.
-        rows: these rows.
+        indices: the numbers of its rows.
+        rows: its rows.
         hidden: (rows, tokens, hidden size), the input of the next layer.
         calls: the other arguments of each layer."""
 
@@ -248,7 +248,7 @@ def logprobs(
     """Return the log-probability of every sampled token, float64, by temperature and row.
 
     Args:
-        model: the model.
+        model: the model, read layer by layer.
         rows: the sequences.
         temperatures: the logits are divided by each."""
     by_temperature: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in temperatures]
@@ -278,7 +278,7 @@ def _row_logprobs(
     Args:
         head: the model's.
         hidden: outputs of the last layer, (sampled tokens, hidden size).
-        row: the row.
+        row: the sequence.
         temperatures: the logits are divided by each.
         memory: how many logits are there at once."""
     pieces = [[torch.empty(0, dtype=torch.float64)] for _ in temperatures]
@@ -294,7 +294,7 @@ def chosen_experts(model: StreamedModel, rows: Sequence[TokenRow]) -> dict[str, 
     """Return what `routed_experts.chosen_experts` returns.
 
     Args:
-        model: the model.
+        model: the model, read layer by layer.
         rows: the sequences."""
     experts_by_layer: dict[str, list[Tensor]] = {}
 

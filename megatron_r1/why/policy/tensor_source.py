@@ -41,7 +41,7 @@ class Place(NamedTuple):
     """Where a published tensor is in a parameter of transformers' classes.
 
     Attributes:
-        parameter: the parameter.
+        parameter: the parameter's name.
         expert: the row of the parameter that is its expert's; None: it is of no expert.
         select: returns the tensor's part of the parameter, or of that row, as a view."""
 
@@ -140,7 +140,7 @@ class TensorSource:
 
         Args:
             name: its name in the whole model.
-            shape: its shape.
+            shape: its size in each dimension.
             expert: the row that is returned alone; None: all of it.
 
         Raises:
@@ -192,7 +192,7 @@ def place(name: str, hf_config: HFConfig) -> Place:
     layer in one tensor, gate and up together.
 
     Args:
-        name: the tensor's name.
+        name: the name under which it is published.
         hf_config: the model's `config.json`."""
     if part := stacked_part(hf_config, name):
         return Place(part.name, part.expert, part.select)

@@ -271,7 +271,7 @@ def join_rows(rows: Sequence[TokenRow], restarts: bool) -> TokenRow:
     """Return rows end to end as one.
 
     Args:
-        rows: the rows.
+        rows: in the order in which they are joined.
         restarts: whether positions begin anew with each."""
     kept_ids = [row.kept_ids for row in rows if row.kept_ids is not None]
     experts = [row.experts for row in rows if row.experts is not None]

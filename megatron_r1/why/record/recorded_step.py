@@ -226,7 +226,7 @@ def weights_after(folder: RunFolder, config: Config, step: int) -> Path | None:
     Args:
         folder: the run's folder.
         config: its settings.
-        step: the step."""
+        step: its number; 0: before the first."""
     if step > 0:
         path = checkpoints.checkpoint_path(folder.checkpoints, step)
         return path if path.is_dir() else None

@@ -38,7 +38,7 @@ def check_engine(step: RecordedStep, num_parameters: int, free_bytes: int) -> No
     """Raise CannotRecompute where no fresh engine can compute what the run's engines did.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         num_parameters: the number of the policy's weights.
         free_bytes: the memory of the host that an engine on CPUs may take."""
     config = step.run_config
@@ -73,7 +73,7 @@ async def score(
     Args:
         config: the run's settings.
         folder: the Hugging Face folder with the weights.
-        sequences: the sequences.
+        sequences: those that are scored.
         logs: the folder of the engine's log.
 
     Raises:
@@ -132,7 +132,7 @@ def _sampled_logprobs(sequence: TokenSequence, reply: array[float]) -> np.ndarra
     """Return the log-probabilities of a sequence's sampled tokens.
 
     Args:
-        sequence: the sequence.
+        sequence: the one that was scored.
         reply: the log-probability of each token but the first, as far as it was scored."""
     logprobs = np.full(len(sequence.token_ids), np.nan, np.float32)
     logprobs[1 : 1 + len(reply)] = reply

@@ -32,7 +32,7 @@ def hint(step: RecordedStep, kind: str) -> str:
     """Return the command that makes a rerun, to be put behind a remedy.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         kind: what --rerun takes."""
     return f"{HINT}megatron-r1 why {step.folder.path} --step {step.step} --rerun {kind}"
 
@@ -103,7 +103,7 @@ def nearest(distances: Distances, tolerance: float, recorded_departs: bool) -> N
     a cause that is smaller than the tolerance may be known: hence `MAX_SIDE_FRACTION`.
 
     Args:
-        distances: the distances.
+        distances: those between the run, transformers and the rerun.
         tolerance: the largest distance that is rounding.
         recorded_departs: whether what the run recorded departs from transformers."""
     limit = tolerance
@@ -166,7 +166,7 @@ def trainer_verdict(
     """Return what one rank without parallelism says of the trainer's recorded distance.
 
     Args:
-        distances: the distances.
+        distances: those between the run, transformers and the rerun.
         tolerance: the largest distance that is rounding.
         recorded_departs: whether the trainer's recorded distance departs from transformers'.
         layout: the run's layout as text; "" for one rank."""

@@ -65,7 +65,7 @@ def check_rank(step: RecordedStep, num_parameters: int, free_bytes: int) -> None
     """Raise CannotRecompute where one rank cannot hold the trainer's state.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         num_parameters: the number of the policy's weights.
         free_bytes: the memory of the host that a rank on a CPU may take."""
     if gpu.is_usable():  # whose memory the rank finds short itself
@@ -82,7 +82,7 @@ async def measure(step: RecordedStep, logprobs: Sequence[np.ndarray], logs: Path
     """Start one rank, load the weights before the step, and return its distances.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         logprobs: transformers' log-probabilities of the sampled tokens of each of the step's
             sequences.
         logs: the folder of the rank's log.
@@ -140,7 +140,7 @@ def _with_logprobs(sample: Sample, logprobs: np.ndarray) -> Sample:
     """Return a sample with other log-probabilities in place of the engine's.
 
     Args:
-        sample: the sample.
+        sample: what the trainer receives.
         logprobs: (sampled tokens,)."""
     num_tokens = len(sample) - sample.prompt_length
     values = np.zeros(num_tokens, np.float32)

@@ -31,7 +31,7 @@ def advantage_substitutions(step: RecordedStep, traces: CheckpointTraces) -> Ite
     """Yield advantages of other rules, and of other responses.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         traces: what the checkpoint after it says."""
     if not step.has_response_advantages:
         return
@@ -182,7 +182,7 @@ def _truncated_substitution(step: RecordedStep, all_advantages: Advantages) -> S
     out, and are left out otherwise.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         all_advantages: the advantages with which every response is trained on."""
     if step.config.rl.truncated == "mask":
         return Substitution(

@@ -134,7 +134,7 @@ def denominator(rows: Sequence[TokenRow], loss: LossRules) -> float:
 
     Args:
         rows: those of the mini-batch that are trained on.
-        loss: the loss."""
+        loss: its average says what is counted."""
     if loss.average == "token" and loss.counts_prompts:
         count = sum(len(row.token_ids) for row in rows)
     elif loss.average == "token":
@@ -239,7 +239,7 @@ def row_loss(
         entropy: its entropies.
         old_logprobs: the old policy's log-probabilities.
         ref_logprobs: the reference's.
-        loss: the loss.
+        loss: the rules of the loss.
         totals: the sums of the update."""
     terms = row_terms(row, logprobs, entropy, old_logprobs, ref_logprobs, loss, totals)
     return terms["policy"] + terms["kl"] + terms["entropy"]
@@ -263,7 +263,7 @@ def row_terms(
         entropy: likewise.
         old_logprobs: those under the policy before the step.
         ref_logprobs: those under the reference, or None.
-        loss: the loss.
+        loss: the rules of the loss.
         totals: the sums of the update, with the denominator."""
     num_sampled: float = row.num_sampled
     if loss.leaves_out and len(logprobs):

@@ -47,7 +47,7 @@ class TermGradients:
     """Collects the gradient of each term over the updates of a step, as Adam's first moments do.
 
     Args:
-        terms: the terms.
+        terms: those of the loss.
         coefficients: how often the gradient of each is added, by name; one that is missing: as
             `LossTerm.expected_coefficient` says.
 
@@ -183,7 +183,7 @@ def loss_terms(step: RecordedStep, rows: Sequence[TokenRow], loss: LossRules) ->
     cut off is one of them.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         rows: those of `step.sequences`.
         loss: the loss of the step's settings."""
     trained = frozenset(index for index, row in enumerate(rows) if row.is_trained)
@@ -216,7 +216,7 @@ def left_out_terms(
     under `rl.truncated: mask`, or have no grade and count as if their reward were 0.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         with_advantages: returns rows with the advantages of their tokens.
         minibatches: returns the rows of each mini-batch.
         rows: those of `step.sequences`."""

@@ -63,7 +63,7 @@ class Recomputation:
     """Recomputes a recorded step: its updates, from its policies and their log-probabilities.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         memory: as of `PolicyModels`.
         show_progress: as the attribute.
 

@@ -95,7 +95,7 @@ class StepUpdates:
 
         Args:
             minibatches: the rows of each.
-            loss: the loss.
+            loss: the rules of the loss.
             adam: the optimizer; a learning rate for each mini-batch.
             rows_without_gradient: those whose gradient is lost: they count in metrics and
                 denominators.
@@ -269,7 +269,7 @@ class StepUpdates:
         Args:
             rows: by number.
             forward_pass: their forward pass.
-            loss: the loss.
+            loss: the rules of the loss.
             totals: the sums that they are added to.
             trace: where their log-probabilities are kept; None: nowhere."""
         terms_by_row = {}
@@ -295,7 +295,7 @@ class StepUpdates:
 
         Args:
             index: the number of the update.
-            loss: the loss.
+            loss: the rules of the loss.
             totals: the sums of the rows that are not left out; they stay.
             terms: where they are added.
             first_update: the first update's forward passes, where it is that."""

@@ -45,7 +45,7 @@ def substitutions(step: RecordedStep, recomputation: Recomputation) -> Iterator[
     """Yield what is substituted, one thing at a time.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         recomputation: its updates as the settings say."""
     rl = step.config.rl
     if rl.kl_beta and not step.rules.kl_in_reward:

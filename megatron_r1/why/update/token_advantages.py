@@ -30,7 +30,7 @@ def with_token_advantages(
     """Return the rows with an advantage for each token, where the step's settings have them.
 
     Args:
-        step: the step.
+        step: what the run recorded of it.
         rows: its sequences, with an advantage each.
         old_logprobs: log-probabilities of the sampled tokens under the policy before the step, by
             row.
@@ -73,7 +73,7 @@ def _rewards_to_go(
         row: the sequence.
         old_logprobs: log-probabilities of the policy before the step.
         ref_logprobs: those of the reference, or None.
-        step: the step."""
+        step: what the run recorded of it."""
     rl = step.config.rl
     rewards = torch.zeros_like(old_logprobs)
     if ref_logprobs is not None and rl.kl_beta:
