@@ -113,7 +113,8 @@ class _Verdicts:
     accepted_example: str = ""
 
     def reason(self) -> str:
-        """Return what departs, in words."""
+        """Return in words how many answers the run graded otherwise than the second readers: right
+        ones that it rejected and wrong ones that it accepted, each with an example."""
         parts = []
         if count := sum(map(len, self.rejected_by_form.values())):
             form = max(
@@ -136,7 +137,11 @@ class _Verdicts:
 
 
 def _collect_verdicts(step: RecordedStep, accepts: Callable[[str, str], bool]) -> _Verdicts:
-    """Return what a reader says of the responses to mathematics."""
+    """Return how the accuracies of a step's responses compare with a second reader's verdicts.
+
+    Args:
+        step: what the run recorded of it.
+        accepts: returns whether an answer, given first, is right by the truth, given second."""
     verdicts = _Verdicts()
     for index, graded in list(step.responses.items())[:MAX_READ]:
         prompt = step.groups[index[0]].prompt

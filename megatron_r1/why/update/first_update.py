@@ -76,10 +76,13 @@ class FirstUpdate:
         self._passes: dict[tuple[int, ...], ModelPass] = {}
 
     def has_inputs(self, rows: Mapping[int, TokenRow]) -> bool:
-        """Return whether the model computes the same of other rows.
+        """Return whether the kept passes serve for these rows, so that none is made anew.
+
+        They do where the rows have the same numbers, in the same order, and what a model reads of
+        them is the same tensors. Advantages may differ, which only the loss reads.
 
         Args:
-            rows: those of another first update, by number."""
+            rows: those that another recomputation trains on in its first update, by number."""
         return list(rows) == list(self._rows) and all(
             _inputs(row) == _inputs(self._rows[index]) for index, row in rows.items()
         )
@@ -96,7 +99,8 @@ class FirstUpdate:
 
 
 def _inputs(row: TokenRow) -> tuple[int, ...]:
-    """Return the identities of what a model's logits of a row depend on."""
+    """Return the identities of the tensors on which a model's logits of a row depend; a copy of one
+    counts as another."""
     return tuple(map(id, (row.token_ids, row.is_sampled, row.positions, row.experts)))
 
 
