@@ -77,7 +77,7 @@ class Comparison:
 
     @property
     def differs(self) -> bool:
-        """Whether the two readings are further apart than the tolerance."""
+        """Whether the quantity departs by more than the tolerance."""
         return self.status == DEPARTS
 
     def as_json(self) -> dict[str, Any]:

@@ -117,9 +117,7 @@ class _Verdicts:
         ones that it rejected and wrong ones that it accepted, each with an example."""
         parts = []
         if count := sum(map(len, self.rejected_by_form.values())):
-            form = max(
-                self.rejected_by_form, key=lambda reading: len(self.rejected_by_form[reading])
-            )
+            form = max(self.rejected_by_form, key=lambda text: len(self.rejected_by_form[text]))
             parts.append(
                 f"{count:,} answers are rejected that they take for right, most behind {form}, as "
                 f"{self.rejected_example}"

@@ -1,6 +1,6 @@
 """Transformers' model with the tensors of a checkpoint, in fp32 on the CPU.
 
-Of the trainer's code only the reading of tensors by the table of weights is used."""
+Of the trainer's code only what reads tensors by the table of weights is used."""
 
 from __future__ import annotations
 
