@@ -239,7 +239,7 @@ class RankServer:
 
 def operations_by_name(
     trainer: ModelOperations,
-    evaluation_operations: EvaluationOperations,
+    probing: EvaluationOperations,
     checkpoints: CheckpointOperations,
     push: PushOperations,
 ) -> dict[str, Callable[..., Any]]:
@@ -247,10 +247,10 @@ def operations_by_name(
 
     Args:
         trainer: has the passes.
-        evaluation_operations: has those that train nothing.
+        probing: has those that train nothing.
         checkpoints: has checkpoints and exports.
         push: has the rank's part of a push."""
-    implementations = (trainer, evaluation_operations, checkpoints, push)
+    implementations = (trainer, probing, checkpoints, push)
     return {
         name: getattr(implementation, name)
         for protocol, implementation in zip(PROTOCOLS, implementations, strict=True)

@@ -174,7 +174,7 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
             commit = claim.measured.commit
             modules = {name for name in changed if name.endswith(".py")}
             modules |= {old for new, old in former_names(commit).items() if new in modules}
-            joined = _joined_to(root, modules, gone(commit)) if modules else set()
+            joined = _joined_to(root, modules, gone(commit), names_now()) if modules else set()
             if modules and any(
                 is_same_but_for_names(commit, tuple(sorted(names)))
                 for names in (modules, modules | joined)
@@ -228,10 +228,14 @@ def _gone_modules(root: Path, commit: str) -> dict[str, frozenset[str]]:
     return {name: defined_in(text_at(root, commit, name) or "") for name in names if name}
 
 
-def _joined_to(root: Path, modules: set[str], gone: dict[str, frozenset[str]]) -> set[str]:
-    """Return those of the files that are gone of which some definition is now in `modules`."""
+def _joined_to(
+    root: Path, modules: set[str], gone: dict[str, frozenset[str]], names_now: ProjectNames
+) -> set[str]:
+    """Return those of the files that are gone of which every definition that the project still has
+    is in `modules`."""
     defined_now = {name for each in modules for name in defined_in(_text_in(root, each) or "")}
-    return {name for name, defined in gone.items() if defined & defined_now}
+    left = {name: defined & names_now.defined for name, defined in gone.items()}
+    return {name for name, defined in left.items() if defined and defined <= defined_now}
 
 
 def changed_files(changes: Iterable[tuple[str, ...]] | None, paths: list[str]) -> list[str] | None:

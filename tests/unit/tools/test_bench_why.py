@@ -37,8 +37,8 @@ def test_every_edit_is_found_once_and_changes_the_program():
     ],
 )
 def test_an_edit_that_would_plant_nothing_is_refused(replace, by):
-    file = "megatron_r1/why/checks/end_tokens.py"
-    with pytest.raises(ValueError, match="end_tokens"):
+    file = "megatron_r1/why/checks/files.py"
+    with pytest.raises(ValueError, match="files"):
         cases.apply_edits(Case("x", "dense", {}, ("loss",), (), (Edit(file, replace, by),)))
 
 
