@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from tools.evidence.renames import (
     ProjectNames,
     Renames,
+    find_private_renames,
     find_renames,
     rename,
     without_annotations,
@@ -58,13 +59,29 @@ class Version(NamedTuple):
     module_text: Callable[[str], str | None]
     names: Callable[[], ProjectNames | None] | None = None
 
-    def statements(self, renames: Renames = NO_RENAMES) -> list[_Statements]:
-        """Return those of each file, with other names.
+    def statements(self) -> list[_Statements]:
+        """Return those of each file.
 
         Raises:
             SyntaxError: a text is not Python.
         """
-        return [_statements(text or "", renames) for text in self.texts]
+        return [_statements(text or "") for text in self.texts]
+
+    def renamed_statements(self, later: "Version", renames: Renames) -> list[_Statements]:
+        """Return those of each file with the names of a later version.
+
+        Args:
+            later: the later version.
+            renames: names that are others everywhere; private functions may be others in a file.
+
+        Raises:
+            SyntaxError: a text is not Python.
+        """
+        pairs = zip(self.texts, later.texts, strict=True)
+        return [
+            _statements(text or "", renames | find_private_renames(text or "", new_text or ""))
+            for text, new_text in pairs
+        ]
 
 
 def compute_the_same(old: Version, new: Version) -> bool:
@@ -72,7 +89,7 @@ def compute_the_same(old: Version, new: Version) -> bool:
 
     They have the same statements, in whichever of the files, those of a file other than definitions
     in the same order; and what they import has the same definitions. Names may differ where
-    `find_renames` says so.
+    `find_renames` and `find_private_renames` say so.
 
     Args:
         old: one version.
@@ -94,7 +111,7 @@ def compute_the_same(old: Version, new: Version) -> bool:
 
 
 def _compute_the_same(old: Version, new: Version, renames: Renames) -> bool:
-    old_files, new_files = old.statements(renames), new.statements()
+    old_files, new_files = old.renamed_statements(new, renames), new.statements()
     if _counts(old_files) != _counts(new_files):
         return False
     if not all(_common(a, b) == _common(b, a) for a, b in zip(old_files, new_files, strict=True)):

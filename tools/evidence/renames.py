@@ -8,12 +8,13 @@ are the project's own."""
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
 Renames = frozenset[tuple[str, str]]
 """The old name and the new one of each."""
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 NAME_FIELDS = ("id", "attr", "name", "arg", "asname", "names", "kwd_attrs", "rest")
 """Fields of nodes that hold names; `names` only where they are texts."""
 DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -49,23 +50,62 @@ def find_renames(
     Raises:
         SyntaxError: a text is not Python.
     """
+    candidates = _differing_names(old_texts, new_texts)
+    return _one_to_one(
+        (before, after)
+        for before, after in candidates
+        if before not in new_names.used and before in old_names.defined
+        if after not in old_names.used and after in new_names.defined
+    )
+
+
+@cache  # claims of many commits ask for the same texts
+def find_private_renames(old_text: str, new_text: str) -> Renames:
+    """Return the renames of private functions between two versions of one file, where no other name
+    of the file is the old or the new one. Another file may still have these names: it means its own
+    by them.
+
+    Args:
+        old_text: one version.
+        new_text: the other.
+
+    Raises:
+        SyntaxError: a text is not Python.
+    """
+    old_private = _private_functions(old_text) - names_in(new_text)
+    new_private = _private_functions(new_text) - names_in(old_text)
+    if not old_private or not new_private:
+        return frozenset()
+    return _one_to_one(
+        (before, after)
+        for before, after in _differing_names([old_text], [new_text])
+        if before in old_private and after in new_private
+    )
+
+
+def _differing_names(
+    old_texts: Sequence[str], new_texts: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield the old name and the new one where statements are alike but for names."""
     old_statements, new_statements = _by_shape(old_texts), _by_shape(new_texts)
-    candidates: dict[str, set[str]] = defaultdict(set)
     for shape, old_group in old_statements.items():
-        new_group = new_statements.get(shape, [])
-        for old, new in zip(old_group, new_group, strict=False):
+        for old, new in zip(old_group, new_statements.get(shape, []), strict=False):
             for before, after in zip(_names(old), _names(new), strict=True):
                 if before != after:
-                    candidates[before].add(after)
-    pairs = {
-        (before, after)
-        for before, afters in candidates.items()
-        if before not in new_names.used and before in old_names.defined
-        for after in afters
-        if after not in old_names.used and after in new_names.defined
-    }
+                    yield before, after
+
+
+def _one_to_one(candidates: Iterable[tuple[str, str]]) -> Renames:
+    """Return the renames of which both names are in one of the candidates alone."""
+    pairs = set(candidates)
     befores, afters = ([pair[side] for pair in pairs] for side in (0, 1))
     return frozenset(pair for pair in pairs if befores.count(pair[0]) == 1 == afters.count(pair[1]))
+
+
+def _private_functions(text: str) -> frozenset[str]:
+    """Return the names of a module's functions that begin with an underscore."""
+    functions = (node for node in _parsed(text).body if isinstance(node, FUNCTIONS))
+    return frozenset(node.name for node in functions if node.name.startswith("_"))
 
 
 def names_in(text: str) -> frozenset[str]:

@@ -219,6 +219,48 @@ def test_definitions_may_have_other_names_everywhere(repository, renames, others
     assert repository.state(claim).name == state
 
 
+PRIVATE = """def area(r):
+    return 3 * _power(r)
+
+
+def _power(r, exponent=2):
+    return r**exponent
+
+
+def _table():
+    return {"area": area}
+"""
+
+EXCHANGED = {"power": "_table", "table": "_power"}
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        # the name is another function's elsewhere
+        (PRIVATE.replace("_power", "_square"), "fresh"),
+        (PRIVATE.replace("_power", "_square").replace("_table", "_functions"), "fresh"),
+        # renamed in the definition alone; to a name that the file has; to one that is public
+        (PRIVATE.replace("def _power", "def _square"), "stale"),
+        (PRIVATE.replace("_power", "_table"), "stale"),
+        (PRIVATE.replace("_power", "square"), "stale"),
+        # exchanged; with another body
+        (
+            PRIVATE.replace("_power", "_x").replace("_table", "_power").replace("_x", "_table"),
+            "stale",
+        ),
+        (PRIVATE.replace("_power", "_square").replace("exponent=2", "exponent=3"), "stale"),
+        # another function is called
+        (PRIVATE.replace("* _power", "* _square") + "\n\ndef _square(r):\n    return r\n", "stale"),
+    ],
+)
+def test_private_functions_of_a_file_may_have_other_names_there(repository, text, state):
+    other = "def _power(x):\n    return x\n\n\ndef _square(x):\n    return x\n"
+    claim = repository.measured(repository.commit(part__a=PRIVATE, other=other))
+    repository.commit(part__a=text)
+    assert repository.state(claim).name == state
+
+
 @pytest.mark.parametrize(
     ("text", "state"),
     [
