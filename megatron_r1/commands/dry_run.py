@@ -84,8 +84,8 @@ def show_batch(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit)
     first_config = config.at(1)
     group_size = min(first_config.rl.group_size, MAX_RESPONSES)
     num_groups = min(first_config.rl.prompts_per_rollout, MAX_RESPONSES // group_size)
-    sampler = PromptSampler(prompts.train, config.run.seed)
-    first_prompts = sampler.next_by_kind(num_groups, weights=first_config.rl.kind_weights)
+    prompt_sampler = PromptSampler(prompts.train, config.run.seed)
+    first_prompts = prompt_sampler.next_by_kind(num_groups, weights=first_config.rl.kind_weights)
     with temporary_logs() as logs:
         rollout, seconds = asyncio.run(
             _sample(first_config, tokenizer, first_prompts, group_size, logs)

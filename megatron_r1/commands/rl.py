@@ -130,13 +130,12 @@ def _rl_run(
         for prompt in first
     ]
     pusher = create_pusher(config, trainer, collector.fleet, probes)
-    sampler = PromptSampler(prompts.train, config.run.seed)
+    prompt_sampler = PromptSampler(prompts.train, config.run.seed)
+    step_sampler = StepSampler(config, collector, prompt_sampler, rollout_roles.sample_log)
     return RLRun(
         recorder,
         training.stop,
-        PolicyEngines(
-            trainer, pusher, StepSampler(config, collector, sampler, rollout_roles.sample_log)
-        ),
+        PolicyEngines(trainer, pusher, step_sampler),
         PolicyTrainer(config, trainer, recorder.state),
         HeldoutEvaluation(config, collector, prompts.heldout, recorder),
     )

@@ -105,7 +105,7 @@ async def train(
             try:
                 if recorder.is_resumed:
                     await recorder.load(trainer, with_reference=False)
-                task.sampler.load_state_dict(recorder.state.sampler or start)
+                task.sampler.load_state_dict(recorder.state.sampler_state or start)
                 return await _steps(task, recorder, trainer, training.stop)
             except TrainerLost as lost:
                 await training.supervisor.restart_trainer(lost)
@@ -152,4 +152,4 @@ async def _step(task: SupervisedTask[Item], recorder: RunRecorder, trainer: Trai
         "tokens_per_second": sum(len(sample) for sample in batch) / seconds,
     }
     recorder.record_step({"step": state.step, **metrics}, [])
-    state.sampler = task.sampler.state_dict()
+    state.sampler_state = task.sampler.state_dict()

@@ -22,11 +22,11 @@ class PolicyEngines:
     Args:
         trainer: is asked to free its GPUs' memory before a push to colocated engines.
         pusher: sends the trainer's weights to the engines, and probes what these compute.
-        sampler: draws the prompts of each step and collects its rollout."""
+        step_sampler: draws the prompts of each step and collects its rollout."""
 
-    def __init__(self, trainer: TrainerClient, pusher: WeightPusher, sampler: StepSampler):
-        self.trainer, self.pusher, self.sampler = trainer, pusher, sampler
-        self._rollout_config = sampler.config.rollout
+    def __init__(self, trainer: TrainerClient, pusher: WeightPusher, step_sampler: StepSampler):
+        self.trainer, self.pusher, self.step_sampler = trainer, pusher, step_sampler
+        self._rollout_config = step_sampler.config.rollout
         self._sampled_step: SampledStep | None = None
         self._needs_push = False
         self._acceptance = AcceptanceMeter()
@@ -51,11 +51,12 @@ class PolicyEngines:
         if self._needs_push:
             async with self.updating_weights():
                 await self.push(step - 1)
-        self.sampler.ensure_started(step)
+        self.step_sampler.ensure_started(step)
         await self.wait_for_probes()  # while they sample
-        self._sampled_step = await self.sampler.wait_for_step(step)
+        self._sampled_step = await self.step_sampler.wait_for_step(step)
         if self._rollout_config.speculative.method != "none":
-            self._draft_metrics = await self._acceptance.read(self.sampler.collector.fleet.engines)
+            engines = self.step_sampler.collector.fleet.engines
+            self._draft_metrics = await self._acceptance.read(engines)
         return self._sampled_step.rollout
 
     async def push(self, policy_version: int) -> None:
@@ -65,7 +66,7 @@ class PolicyEngines:
             await self.trainer.call(ModelOperations.free_memory, free_parameters=False)
         self._push_metrics = await self.pusher.push(policy_version)
         self._needs_push = False
-        self.sampler.prefetch(policy_version)
+        self.step_sampler.prefetch(policy_version)
 
     @contextlib.asynccontextmanager
     async def free_for_trainer(self) -> AsyncIterator[None]:
@@ -73,7 +74,7 @@ class PolicyEngines:
         their memory sleep from then on, and get the weights again before the next rollout."""
         if self.pusher.offloads:
             self._needs_push = True
-            await self.sampler.collector.fleet.sleep()
+            await self.step_sampler.collector.fleet.sleep()
         yield
 
     async def wait_for_probes(self) -> None:
@@ -83,18 +84,18 @@ class PolicyEngines:
             EngineError: an engine computes something else than the trainer.
         """
         self._probe_metrics = await self.pusher.probe_results()
-        self.sampler.flush_buffered()
+        self.step_sampler.flush_buffered()
 
     @property
     def sampled_step(self) -> SampledStep:
-        """The newest step that is sampled, with the state of the sampler after it."""
+        """The newest step that is sampled, with the state of the prompt sampler after it."""
         assert self._sampled_step is not None, "rollout() comes first"
         return self._sampled_step
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers of engines and pushes."""
         return {
-            **self.sampler.collector.fleet.metrics(),
+            **self.step_sampler.collector.fleet.metrics(),
             **self._push_metrics,
             **self._probe_metrics,
             **self._draft_metrics,
@@ -103,4 +104,4 @@ class PolicyEngines:
     async def close(self) -> None:
         """Release the engines that wait for weights, and cancel what is being sampled."""
         self.pusher.close()
-        await self.sampler.close()
+        await self.step_sampler.close()

@@ -48,8 +48,10 @@ class RLRun:
     ):
         self.config, self.recorder, self.stop = policy_trainer.run_config, recorder, stop
         self.engines, self.policy_trainer, self.heldout = engines, policy_trainer, heldout
-        self.collector = engines.sampler.collector
-        self.run_checkpoints = RunCheckpoints(recorder, policy_trainer.trainer, engines.sampler)
+        self.collector = engines.step_sampler.collector
+        self.run_checkpoints = RunCheckpoints(
+            recorder, policy_trainer.trainer, engines.step_sampler
+        )
         self.step = recorder.state.step
         self._meter = StepMeter(self.collector)
 
@@ -77,7 +79,7 @@ class RLRun:
         if self.step == 0:
             await self.engines.wait_for_probes()
             await self.heldout.run(self.step)
-        self.engines.sampler.open(self.step + 1)
+        self.engines.step_sampler.open(self.step + 1)
 
     def next_step(self) -> Config | None:
         """Go on to the next rollout; return its step's settings, which `rl.schedule` may change, or
@@ -160,22 +162,22 @@ class RunCheckpoints:
     Args:
         recorder: has the run's folder, its state and its series of checkpoints.
         trainer: saves and loads what its ranks hold.
-        sampler: has the position in the prompts, and the sample log."""
+        step_sampler: has the position in the prompts, and the sample log."""
 
-    def __init__(self, recorder: RunRecorder, trainer: TrainerClient, sampler: StepSampler):
-        self.recorder, self.trainer, self.sampler = recorder, trainer, sampler
+    def __init__(self, recorder: RunRecorder, trainer: TrainerClient, step_sampler: StepSampler):
+        self.recorder, self.trainer, self.step_sampler = recorder, trainer, step_sampler
         self._rewards_before: Counter[str] = Counter()
 
     async def resume(self, uses_reference: bool) -> None:
-        """Load the newest checkpoint into the trainer, and its state into the sampler; without one,
-        keep the first policy as the reference, where the run has one."""
+        """Load the newest checkpoint into the trainer, and its state into the prompt sampler;
+        without one, keep the first policy as the reference, where the run has one."""
         state, view = self.recorder.state, self.recorder.view
         if self.recorder.is_resumed:
             view.show_phase("loading checkpoint")
             await self.recorder.load(self.trainer, with_reference=uses_reference)
             counts = ", ".join(f"{n:,} {name}" for name, n in state.rewards.items() if n) or "none"
             view.show_message(f"calls of rewards so far, one for each response and term: {counts}")
-            self.sampler.prompt_sampler.load_state_dict(state.sampler)
+            self.step_sampler.prompt_sampler.load_state_dict(state.sampler_state)
         elif uses_reference:
             await self.trainer.call(ModelOperations.refresh_reference)
         # The pool may be older than this `RLRun`: its counts until now are not of this one.
@@ -189,7 +191,7 @@ class RunCheckpoints:
             step: the newest finished step.
             sampler_state: the position in the prompts after that step."""
         state = self.recorder.state
-        state.step, state.sampler = step, sampler_state
+        state.step, state.sampler_state = step, sampler_state
         state.rewards = dict(self._rewards_before + Counter(self._num_rewards()))
         await self.recorder.save(self.trainer)
 
@@ -199,11 +201,11 @@ class RunCheckpoints:
         Args:
             keep: how many of the newest checkpoints count."""
         newest_checkpoints = complete_checkpoints(self.recorder.folder.checkpoints)[-keep:]
-        if self.sampler.sample_log and newest_checkpoints:
-            await self.sampler.sample_log.prune(checkpoint_step(newest_checkpoints[0]))
+        if self.step_sampler.sample_log and newest_checkpoints:
+            await self.step_sampler.sample_log.prune(checkpoint_step(newest_checkpoints[0]))
 
     def _num_rewards(self) -> dict[str, int]:
-        snapshot = self.sampler.collector.pool.snapshot()
+        snapshot = self.step_sampler.collector.pool.snapshot()
         return {name: n for name, n in snapshot.items() if name not in LEVELS}
 
 

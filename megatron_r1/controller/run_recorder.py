@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes import timeline
@@ -27,14 +27,25 @@ class RunState:
     Attributes:
         step: finished steps.
         optimizer_step: finished updates, which the learning rate depends on.
-        sampler: position in the data.
+        sampler_state: position in the data; `sampler` in a checkpoint.
         rewards: counters of reward workers and services since the run began
             (`RewardPool.snapshot`)."""
 
     step: int = 0
     optimizer_step: int = 0
-    sampler: dict[str, Any] = field(default_factory=dict)
+    sampler_state: dict[str, Any] = field(default_factory=dict)
     rewards: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def from_checkpoint(cls, saved_state: Mapping[str, Any]) -> Self:
+        """Return the state that `for_checkpoint` has returned."""
+        names = {"sampler": "sampler_state"}
+        return cls(**{names.get(key, key): value for key, value in saved_state.items()})
+
+    def for_checkpoint(self) -> dict[str, Any]:
+        """Return the state in the form in which a checkpoint has it."""
+        keys = {"sampler_state": "sampler"}
+        return {keys.get(name, name): value for name, value in asdict(self).items()}
 
 
 class RunRecorder:
@@ -156,7 +167,7 @@ class RunRecorder:
 
     async def save(self, trainer: TrainerClient) -> None:
         """Have the trainer start to write this step's checkpoint."""
-        await self.checkpoints.save(trainer, self.state.step, asdict(self.state))
+        await self.checkpoints.save(trainer, self.state.step, self.state.for_checkpoint())
 
     def close(self, outcome: str = "finished") -> None:
         """Close the trackers and the live view, with the word for how the run ended."""
@@ -175,7 +186,7 @@ class RunRecorder:
     def _restore_state(self) -> None:
         """Take the state of the newest checkpoint and cut every file back to its step."""
         saved_state = self.checkpoints.state()
-        vars(self.state).update(vars(RunState(**saved_state or {})))
+        vars(self.state).update(vars(RunState.from_checkpoint(saved_state or {})))
         self.folder.truncate_after(self.state.step if self.is_resumed else -1)
         self._advised = {line["topic"] for line in self.folder.read_advice()}
         purge = self.state.step + 1 if self.is_resumed else None

@@ -157,10 +157,10 @@ class SavedRun:
 def checkpointing_of(run, counts):
     prompts = PromptSampler([make_prompt(f"{n} + 1?", "math", "1", {}) for n in range(10)], seed=3)
     pool = SimpleNamespace(snapshot=lambda: dict(counts))
-    sampler = SimpleNamespace(
+    step_sampler = SimpleNamespace(
         prompt_sampler=prompts, sample_log=None, collector=SimpleNamespace(pool=pool, teachers=None)
     )
-    return RunCheckpoints(run, run, sampler), prompts
+    return RunCheckpoints(run, run, step_sampler), prompts
 
 
 def test_a_resumed_run_draws_the_next_questions_and_goes_on_counting_rewards():

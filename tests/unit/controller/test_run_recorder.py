@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
-from megatron_r1.controller.run_recorder import RunRecorder
+from megatron_r1.controller.run_recorder import RunRecorder, RunState
 from megatron_r1.reporting.run_folder import RunFolder
 
 
@@ -52,6 +52,13 @@ def test_without_the_tracker_nothing_is_written_for_tensorboard(tmp_path):
         recorder.record_step({"step": 1, "accuracy": 0.5}, [])
         recorder.close()
         assert not folder.tensorboard.exists()
+
+
+def test_the_state_comes_back_from_a_checkpoint_where_its_sampler_has_the_old_key():
+    state = RunState(3, 6, {"position": 12}, {"math": 5})
+    saved = state.for_checkpoint()
+    assert list(saved) == ["step", "optimizer_step", "sampler", "rewards"]
+    assert saved["sampler"] == {"position": 12} and RunState.from_checkpoint(saved) == state
 
 
 def settings_of(steps):

@@ -198,10 +198,10 @@ async def _train(
         kinds = ("math", "format") * 64
         await asyncio.gather(*(pool.grade(kind, answer, "42") for kind in kinds))
         calls = await _call_all(trainer)
-        sampler = StepSampler(config, collector, PromptSampler(prompts, 0), log)
+        step_sampler = StepSampler(config, collector, PromptSampler(prompts, 0), log)
         async with EventLoopMonitor() as watch:
             policy_trainer = _PolicyTrainer(config, trainer, RunState())
-            session: Any = _OneStep(policy_trainer, sampler, watch)
+            session: Any = _OneStep(policy_trainer, step_sampler, watch)
             before = _cpu_seconds()
             await train(session)
         cpu = {
@@ -259,7 +259,7 @@ class _OneStep:
     there ("rollout"), and from there until the trainer has it ("load")."""
 
     policy_trainer: _PolicyTrainer
-    sampler: StepSampler
+    step_sampler: StepSampler
     watch: EventLoopMonitor
     step: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -267,7 +267,7 @@ class _OneStep:
 
     def next_step(self) -> Config | None:
         self.step += 1
-        self.sampler.open(1)
+        self.step_sampler.open(1)
         return self.policy_trainer.run_config if self.step == 1 else None
 
     @contextmanager
@@ -288,8 +288,8 @@ class _OneStep:
         yield
 
     async def rollout(self, step: int) -> Rollout:
-        self.sampler.ensure_started(step)
-        return (await self.sampler.wait_for_step(step)).rollout
+        self.step_sampler.ensure_started(step)
+        return (await self.step_sampler.wait_for_step(step)).rollout
 
     async def push(self, version: int) -> None: ...
 

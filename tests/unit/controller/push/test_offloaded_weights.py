@@ -187,8 +187,8 @@ def test_a_checkpoint_has_the_memory_and_engines_their_weights_before_the_next_r
         trainer = OffloadedTrainer()
         fleet = Fleet(trainer.done, [Engine(0, SimpleNamespace(), Client(trainer.done))])
         pusher = offloading(trainer, fleet)
-        sampler = Sampler(trainer.done, fleet)
-        engines = PolicyEngines(trainer, pusher, sampler)
+        step_sampler = Sampler(trainer.done, fleet)
+        engines = PolicyEngines(trainer, pusher, step_sampler)
         await pushed(pusher, fleet)
         del trainer.done[:]
         async with engines.free_for_trainer():
