@@ -29,7 +29,7 @@ class CheckpointSeries:
     """The checkpoints of one run.
 
     Attributes:
-        latest: the newest checkpoint known to be whole, or None."""
+        latest_checkpoint: the newest checkpoint known to be whole, or None."""
 
     def __init__(self, folder: Path, settings: CheckpointConfig, notify: Callable[[str], None]):
         """Choose the newest checkpoint whose manifest, files and sizes are right.
@@ -43,7 +43,7 @@ class CheckpointSeries:
             UserError: all checkpoints are damaged.
         """
         self._folder, self._settings, self._notify = folder, settings, notify
-        self.latest: Path | None = None
+        self.latest_checkpoint: Path | None = None
         self.reset()
 
     def set_notify(self, notify: Callable[[str], None]) -> None:
@@ -64,19 +64,20 @@ class CheckpointSeries:
         self._completed: dict[str, float] = {}
 
     def state(self) -> dict[str, Any] | None:
-        """Return the controller's state in `latest`; None at the start of a run."""
-        if self.latest is None:
+        """Return the controller's state in `latest_checkpoint`; None at the start of a run."""
+        if self.latest_checkpoint is None:
             return None
-        return json.loads((self.latest / STATE_FILE).read_text(encoding="utf-8"))
+        return json.loads((self.latest_checkpoint / STATE_FILE).read_text(encoding="utf-8"))
 
     async def verify(self, trainer: TrainerClient) -> None:
-        """Have the ranks verify `latest`; fall back to older ones until one is as it was written.
+        """Have the ranks verify `latest_checkpoint`; fall back to older ones until one is as it was
+        written.
 
         Raises:
             UserError: no checkpoint is as it was written.
         """
         damaged_checkpoints: list[DamagedCheckpoint] = []
-        candidate = self.latest
+        candidate = self.latest_checkpoint
         while candidate is not None:
             answer = await trainer.call(
                 CheckpointOperations.verify_checkpoint, folder=str(candidate)
@@ -89,10 +90,10 @@ class CheckpointSeries:
         self._choose(candidate, damaged_checkpoints)
 
     async def load(self, trainer: TrainerClient, with_reference: bool) -> None:
-        """Have the ranks load `latest`, after `verify`."""
+        """Have the ranks load `latest_checkpoint`, after `verify`."""
         answer = await trainer.call(
             CheckpointOperations.load_checkpoint,
-            folder=str(self.latest),
+            folder=str(self.latest_checkpoint),
             with_reference=with_reference,
         )
         if not answer["is_same_layout"]:
@@ -156,7 +157,7 @@ class CheckpointSeries:
             "checkpoint/seconds_blocked": pending_save.seconds_blocked,
             "checkpoint/seconds": progress["seconds"],
         }
-        self.latest = pending_save.folder
+        self.latest_checkpoint = pending_save.folder
         # In a thread: deleting a large folder must not hold up the sampling.
         settings = self._settings
         await asyncio.to_thread(
@@ -174,7 +175,7 @@ class CheckpointSeries:
         """
         if good is None:
             checkpoint_folders.require_usable(self._folder, damaged)
-        self.latest = good
+        self.latest_checkpoint = good
         for checkpoint in damaged:
             target = checkpoint_folders.set_aside(checkpoint)
             self._notify(f"DAMAGED checkpoint, not used: {checkpoint}. It is now {target.name}")

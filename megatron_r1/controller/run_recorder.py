@@ -87,7 +87,7 @@ class RunRecorder:
         self._tensorboard: TensorBoardLog | None = None
         self._last_step = config.run.steps
         self._shown = partial(shown_metrics, weights=config.rewards.weights)
-        self.latest: Mapping[str, Any] = {}
+        self.latest_metrics: Mapping[str, Any] = {}
         """The metrics line of the newest step of this process."""
         notes = [note] if note else []
         self.checkpoints = CheckpointSeries(folder.checkpoints, config.checkpoint, notes.append)
@@ -109,7 +109,7 @@ class RunRecorder:
     @property
     def is_resumed(self) -> bool:
         """Whether the run continues from a checkpoint."""
-        return self.checkpoints.latest is not None
+        return self.checkpoints.latest_checkpoint is not None
 
     async def load(self, trainer: TrainerClient, with_reference: bool) -> None:
         """Load the newest checkpoint into the trainer; go further back where it is damaged.
@@ -120,9 +120,9 @@ class RunRecorder:
 
         Raises:
             UserError: no checkpoint is good."""
-        newest_checkpoint = self.checkpoints.latest
+        newest_checkpoint = self.checkpoints.latest_checkpoint
         await self.checkpoints.verify(trainer)
-        if self.checkpoints.latest != newest_checkpoint:
+        if self.checkpoints.latest_checkpoint != newest_checkpoint:
             self._rewind_view()
         await self.checkpoints.load(trainer, with_reference)
 
@@ -140,7 +140,7 @@ class RunRecorder:
             self._tensorboard.write(metrics)
         self._trackers.send_step(metrics)
         self.view.show_step(self._shown(metrics), samples)
-        self.latest = dict(metrics)
+        self.latest_metrics = dict(metrics)
 
     def advise(self, step: int, sentences: Mapping[str, str]) -> None:
         """Show and keep what should be changed, each topic once a run.

@@ -308,7 +308,7 @@ def report(run: RunRoles, diagnoses: list[RoleDiagnosis], quiet_seconds: float) 
         run: the roles of the run.
         diagnoses: what each role waits for.
         quiet_seconds: the time since the last progress."""
-    step = run.recorder.latest.get("step", run.recorder.state.step)
+    step = run.recorder.latest_metrics.get("step", run.recorder.state.step)
     lines = [
         f"Nothing has moved for {format_seconds(quiet_seconds)}.",
         f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}, controller on {socket.gethostname()}, "

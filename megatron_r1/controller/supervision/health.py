@@ -46,7 +46,7 @@ def health(watchdog: Watchdog) -> dict[str, Any]:
     pending_call = trainer.pending_call
     facts: dict[str, Any] = {
         "status": "ok",
-        "step": run.recorder.latest.get("step", run.recorder.state.step),
+        "step": run.recorder.latest_metrics.get("step", run.recorder.state.step),
         "steps": run.config.run.steps,
         "phase": phase,
         "detail": detail,
@@ -158,7 +158,7 @@ class HealthServer(Collector):
 
 
 def _step_metrics(run: RunRoles) -> Iterator[Metric]:
-    latest_metrics = dict(run.recorder.latest)
+    latest_metrics = dict(run.recorder.latest_metrics)
     yield _gauge("step", "last finished step", latest_metrics.pop("step", run.recorder.state.step))
     seconds = {}
     for name, value in latest_metrics.items():

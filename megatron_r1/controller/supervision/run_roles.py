@@ -49,7 +49,7 @@ class RunRoles:
         trainer, view = self.trainer, self.recorder.view
         pending_call = trainer.pending_call
         parts: tuple[Hashable, ...] = (
-            (view.current_phase, self.recorder.latest.get("step")),
+            (view.current_phase, self.recorder.latest_metrics.get("step")),
             (
                 trainer.num_replies,
                 trainer.num_restarts,

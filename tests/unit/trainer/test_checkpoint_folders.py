@@ -160,7 +160,7 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_used(tmp_path, kind):
         make(tmp_path, step)
     hurt(tmp_path / "step_00000006")
     series, messages = open_and_verify(tmp_path)
-    assert series.latest == tmp_path / "step_00000004" and series.state() == {"step": 4}
+    assert series.latest_checkpoint == tmp_path / "step_00000004" and series.state() == {"step": 4}
     assert len(messages) == 2 and words in messages[0] and "DAMAGED" in messages[0]
     assert "step_00000006" in messages[0] and messages[1] == "continuing from step_00000004 instead"
     names = sorted(p.name for p in tmp_path.iterdir())
@@ -175,7 +175,7 @@ def test_the_last_good_one_may_be_several_back(tmp_path):
     (tmp_path / "step_00000003/manifest.json").unlink()
     flip(tmp_path / "step_00000002/__0_0.distcp")
     series, messages = open_and_verify(tmp_path)
-    assert series.latest == tmp_path / "step_00000001"
+    assert series.latest_checkpoint == tmp_path / "step_00000001"
     assert sum("DAMAGED" in line for line in messages) == 4
 
 
@@ -217,11 +217,11 @@ def test_what_was_set_aside_keeps_a_run_from_starting_over(tmp_path):
 
 def test_an_empty_run_begins_and_a_half_written_first_checkpoint_is_removed(tmp_path):
     series, messages = open_and_verify(tmp_path / "not there yet")
-    assert series.latest is None and series.state() is None and messages == []
+    assert series.latest_checkpoint is None and series.state() is None and messages == []
     make(tmp_path, 3).rename(tmp_path / ".step_00000003.partial")
     make(tmp_path, 2).rename(tmp_path / ".step_00000002.deleted")
     series, messages = open_and_verify(tmp_path)
-    assert series.latest is None and list(tmp_path.iterdir()) == []
+    assert series.latest_checkpoint is None and list(tmp_path.iterdir()) == []
     assert messages == ["step_00000003 was still being written when the run ended; removed"]
 
 
@@ -229,11 +229,11 @@ def test_verify_size_and_none_trust_what_they_do_not_look_at(tmp_path):
     for step in (2, 4):
         make(tmp_path, step)
     flip(tmp_path / "step_00000004/__0_0.distcp")
-    assert open_and_verify(tmp_path, verify="size")[0].latest.name == "step_00000004"
+    assert open_and_verify(tmp_path, verify="size")[0].latest_checkpoint.name == "step_00000004"
     truncate(tmp_path / "step_00000004")
-    assert open_and_verify(tmp_path, verify="none")[0].latest.name == "step_00000004"
+    assert open_and_verify(tmp_path, verify="none")[0].latest_checkpoint.name == "step_00000004"
     (tmp_path / "step_00000004/run_state.json").write_text('{"st')
-    assert open_and_verify(tmp_path, verify="none")[0].latest.name == "step_00000002"
+    assert open_and_verify(tmp_path, verify="none")[0].latest_checkpoint.name == "step_00000002"
 
 
 def test_old_ones_go_only_when_the_new_one_is_whole(tmp_path):
@@ -245,7 +245,7 @@ def test_old_ones_go_only_when_the_new_one_is_whole(tmp_path):
             began = time.perf_counter()
             await series.save(ranks, step, {"step": step})
             seconds = time.perf_counter() - began
-            assert series.latest == (
+            assert series.latest_checkpoint == (
                 checkpoint_folders.checkpoint_path(tmp_path, step - 1) if step > 1 else None
             )
             assert await series.completed_metrics(ranks) == {}
@@ -257,7 +257,7 @@ def test_old_ones_go_only_when_the_new_one_is_whole(tmp_path):
         await series.save(ranks, 4, {})
         with pytest.raises(TrainerError, match="disk full"):
             await series.finish(ranks)
-        assert series.latest == checkpoint_folders.checkpoint_path(tmp_path, 3)
+        assert series.latest_checkpoint == checkpoint_folders.checkpoint_path(tmp_path, 3)
 
     asyncio.run(run())
     assert [f.name for f in checkpoint_folders.complete_checkpoints(tmp_path)] == [
@@ -273,7 +273,7 @@ def test_a_second_save_waits_for_the_first_and_a_failed_one_is_not_lost(tmp_path
         ranks.polls_until_done = 100
         await series.save(ranks, 1, {})
         await series.save(ranks, 2, {})
-        assert series.latest == checkpoint_folders.checkpoint_path(tmp_path, 1)
+        assert series.latest_checkpoint == checkpoint_folders.checkpoint_path(tmp_path, 1)
         ranks.error = "no space"
         with pytest.raises(TrainerError, match="no space"):
             await series.save(ranks, 3, {})
@@ -287,7 +287,7 @@ def test_synchronous_saving_knows_the_outcome_at_once(tmp_path):
     async def run():
         series = CheckpointSeries(tmp_path, CheckpointConfig(asynchronous=False), print)
         await series.save(Ranks(), 1, {})
-        assert series.latest == checkpoint_folders.checkpoint_path(tmp_path, 1)
+        assert series.latest_checkpoint == checkpoint_folders.checkpoint_path(tmp_path, 1)
         with pytest.raises(TrainerError):
             await series.save(Ranks(error="no space"), 2, {})
 
