@@ -79,24 +79,24 @@ class CheckpointSeries:
         damaged_checkpoints: list[DamagedCheckpoint] = []
         candidate = self.latest_checkpoint
         while candidate is not None:
-            answer = await trainer.call(
+            reply = await trainer.call(
                 CheckpointOperations.verify_checkpoint, folder=str(candidate)
             )
-            if not answer["faults"]:
+            if not reply["faults"]:
                 break
-            damaged_checkpoints.append(DamagedCheckpoint(candidate, tuple(answer["faults"])))
+            damaged_checkpoints.append(DamagedCheckpoint(candidate, tuple(reply["faults"])))
             candidate, passed_over = self._newest(bound=candidate)
             damaged_checkpoints += passed_over
         self._choose(candidate, damaged_checkpoints)
 
     async def load(self, trainer: TrainerClient, with_reference: bool) -> None:
         """Have the ranks load `latest_checkpoint`, after `verify`."""
-        answer = await trainer.call(
+        reply = await trainer.call(
             CheckpointOperations.load_checkpoint,
             folder=str(self.latest_checkpoint),
             with_reference=with_reference,
         )
-        if not answer["is_same_layout"]:
+        if not reply["is_same_layout"]:
             self._notify("another parallel layout than before: random streams are seeded anew")
 
     async def save(self, trainer: TrainerClient, step: int, state: dict[str, Any]) -> None:
@@ -113,12 +113,12 @@ class CheckpointSeries:
             TrainerError: the previous checkpoint, or this one, failed.
         """
         started_at = time.perf_counter()
-        await self._poll(trainer, wait=True)
+        await self._poll_save(trainer, wait=True)
         folder = checkpoint_folders.checkpoint_path(self._folder, step)
         await trainer.call(CheckpointOperations.save_checkpoint, folder=str(folder), state=state)
         self._saving = _PendingSave(folder, step, time.perf_counter() - started_at)
         if not self._settings.asynchronous:
-            await self._poll(trainer, wait=True)
+            await self._poll_save(trainer, wait=True)
 
     async def completed_metrics(self, trainer: TrainerClient) -> dict[str, float]:
         """Return the metrics of a checkpoint that became whole since the last call, else {}:
@@ -128,7 +128,7 @@ class CheckpointSeries:
         Raises:
             TrainerError: the checkpoint could not be written.
         """
-        await self._poll(trainer, wait=False)
+        await self._poll_save(trainer, wait=False)
         metrics, self._completed = self._completed, {}
         return metrics
 
@@ -138,9 +138,9 @@ class CheckpointSeries:
         Raises:
             TrainerError: the checkpoint could not be written.
         """
-        await self._poll(trainer, wait=True)
+        await self._poll_save(trainer, wait=True)
 
-    async def _poll(self, trainer: TrainerClient, wait: bool) -> None:
+    async def _poll_save(self, trainer: TrainerClient, wait: bool) -> None:
         if self._saving is None:
             return
         started_at = time.perf_counter()
