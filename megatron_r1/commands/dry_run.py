@@ -30,7 +30,7 @@ from megatron_r1.controller.rollouts.rollout import (
     all_responses,
     check_grades,
 )
-from megatron_r1.controller.rollouts.sample_log import encode, pack
+from megatron_r1.controller.rollouts.sample_log import encode, to_record
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit
@@ -260,7 +260,7 @@ def _kept_on_disk(config: Config, rollout: Rollout, fraction: float) -> list[str
         fraction: a step's responses over those of `rollout`."""
     lines, steps = [], config.run.steps
     if config.rl.keep_sample_log:
-        size = sum(len(encode(pack(0, group))) for group in rollout.groups) * fraction
+        size = sum(len(encode(to_record(0, group))) for group in rollout.groups) * fraction
         lines.append(
             f"rl.keep_sample_log: {size / 1e6:,.1f} MB a step at this length, "
             f"{size * steps / 1e9:,.2f} GB in all"

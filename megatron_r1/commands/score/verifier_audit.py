@@ -160,7 +160,7 @@ def logged_responses(
     reward_of: Callable[[GradedResponse], float | None] | None = None,
     thought_opened: bool = False,
 ) -> Iterator[AuditedResponse]:
-    """Yield the responses of the finished groups of a sample log (`group_records.unpack`).
+    """Yield the responses of the finished groups of a sample log (`group_records.from_record`).
 
     Responses that `rewards.weights` did not grade by their own kind are left out, and so are
     episodes, which an environment grades.

@@ -1,5 +1,5 @@
 """The binary form of a finished group in the sample log: as bytes and back, exact to the bit
-(`pack`, `unpack`).
+(`to_record`, `from_record`).
 
 `GradedResponse` is not encoded itself: its arrays would become lists, eight times larger, and its
 texts may hold lone surrogates, which strings of msgpack must not."""
@@ -173,7 +173,7 @@ encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(GroupRecord | CommitRecord).decode
 
 
-def pack(
+def to_record(
     prompt_index: int, group: Group, schedule: str = "", sampling: SamplingRecord | None = None
 ) -> GroupRecord:
     """Return the record of `group`.
@@ -183,22 +183,22 @@ def pack(
         group: the finished group.
         schedule: as in `GroupRecord`.
         sampling: how it was sampled."""
-    records = tuple(_pack_response(graded) for graded in group.responses)
+    records = tuple(_to_response_record(graded) for graded in group.responses)
     prompt_ids = memoryview(array("i", group.prompt_ids))
     return GroupRecord(prompt_index, group.prompt.id, prompt_ids, records, schedule, sampling)
 
 
-def unpack(record: GroupRecord, prompt: Prompt) -> Group:
-    """Return the group that `record` was packed from.
+def from_record(record: GroupRecord, prompt: Prompt) -> Group:
+    """Return the group that `record` was made from.
 
     Args:
         record: the group as it is in the log.
         prompt: the prompt with the record's id."""
-    responses = [_unpack_response(response) for response in record.responses]
+    responses = [_from_response_record(response) for response in record.responses]
     return Group(prompt, _array("i", record.prompt_ids).tolist(), responses)
 
 
-def _pack_response(graded: GradedResponse) -> ResponseRecord:
+def _to_response_record(graded: GradedResponse) -> ResponseRecord:
     response, teacher = graded.response, graded.teacher_logprobs
     return ResponseRecord(
         token_ids=memoryview(response.token_ids),
@@ -213,13 +213,13 @@ def _pack_response(graded: GradedResponse) -> ResponseRecord:
         ungraded_terms=graded.ungraded_terms,
         is_graded=graded.is_graded,
         teacher_logprobs=None if teacher is None else memoryview(teacher),
-        episode=None if graded.episode is None else _pack_episode(graded.episode),
+        episode=None if graded.episode is None else _to_episode_record(graded.episode),
         engine=response.engine,
         sampling_mask=memoryview(response.sampling_mask),
     )
 
 
-def _pack_episode(episode: Episode) -> EpisodeRecord:
+def _to_episode_record(episode: Episode) -> EpisodeRecord:
     """Return the record, which has the same fields, its texts and arrays as bytes."""
     turns = [TurnRecord(**vars(turn) | {"text": _bytes(turn.text)}) for turn in episode.turns]
     branches = [
@@ -230,7 +230,7 @@ def _pack_episode(episode: Episode) -> EpisodeRecord:
     return EpisodeRecord(**vars(episode) | parts)
 
 
-def _unpack_response(record: ResponseRecord) -> GradedResponse:
+def _from_response_record(record: ResponseRecord) -> GradedResponse:
     teacher = record.teacher_logprobs
     token_ids, versions = _array("i", record.token_ids), _array("i", record.policy_versions)
     if len(versions) == 1:
@@ -253,11 +253,11 @@ def _unpack_response(record: ResponseRecord) -> GradedResponse:
         record.ungraded_terms,
         record.is_graded,
         None if teacher is None else _array("f", teacher),
-        None if record.episode is None else _unpack_episode(record.episode),
+        None if record.episode is None else _from_episode_record(record.episode),
     )
 
 
-def _unpack_episode(record: EpisodeRecord) -> Episode:
+def _from_episode_record(record: EpisodeRecord) -> Episode:
     turns = [Turn(**asdict(turn) | {"text": _str(turn.text)}) for turn in record.turns]
     branches = [
         Branch(

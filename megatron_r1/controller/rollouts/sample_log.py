@@ -31,8 +31,8 @@ from megatron_r1.controller.rollouts.group_records import (
     SamplingRecord,
     decode,
     encode,
-    pack,
-    unpack,
+    from_record,
+    to_record,
 )
 from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.data.prompt import Prompt
@@ -231,7 +231,7 @@ class StepLog:
         record = self._records.pop(prompt_index, None)
         if record is None or record.prompt_id != prompt.id:
             return None
-        group = unpack(record, prompt)
+        group = from_record(record, prompt)
         if only_final and not self.is_final(group):
             return None
         self.num_restored += 1
@@ -253,7 +253,7 @@ class StepLog:
             group: the finished group.
             sampling: how it was sampled."""
         self._sample_log.append(
-            self._path, lambda: pack(prompt_index, group, self._schedule, sampling)
+            self._path, lambda: to_record(prompt_index, group, self._schedule, sampling)
         )
 
     async def commit(self) -> None:

@@ -15,8 +15,8 @@ from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.controller.rollouts.sample_log import (
     GroupRecord,
     decode,
+    from_record,
     step_log_path,
-    unpack,
 )
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompts import load_prompts, prompt_options
@@ -187,7 +187,7 @@ def _read_step_log(
         )
     ordered = [records[position] for position in sorted(records)]
     groups = [
-        unpack(
+        from_record(
             record, prompts.by_id.get(record.prompt_id) or Prompt(record.prompt_id, "", "", None)
         )
         for record in ordered

@@ -16,7 +16,7 @@ from megatron_r1.agents.player import EpisodePlayer
 from megatron_r1.agents.turn_parsing import parse_hermes
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import AgentsConfig
-from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
+from megatron_r1.controller.rollouts.group_records import decode, encode, from_record, to_record
 from megatron_r1.controller.rollouts.metrics import response_lines, rollout_metrics
 from megatron_r1.controller.rollouts.response_grader import ResponseGrader
 from megatron_r1.controller.rollouts.rollout import Group, Rollout, check_grades
@@ -201,7 +201,7 @@ def test_episodes_are_graded_logged_and_measured(text):
     assert [each.is_graded for each in responses] == [True, True, False]
     assert "environment_error" in responses[2].reason
     group = Group(ROW, [1], responses)
-    assert unpack(decode(encode(pack(0, group))), ROW) == group
+    assert from_record(decode(encode(to_record(0, group))), ROW) == group
     metrics = rollout_metrics(Rollout([group], 0.0, 0.0), policy_version=2)
     assert metrics["episode/status/environment_error"] == pytest.approx(1 / 3)
     assert metrics["episode/turns"] == pytest.approx(4 / 3)

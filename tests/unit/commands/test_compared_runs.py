@@ -15,7 +15,7 @@ from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands.compare.records import is_rounding
 from megatron_r1.commands.compare.verb import MAX_IN_ORDER, compare, run
 from megatron_r1.config import Config
-from megatron_r1.controller.rollouts.group_records import encode, pack
+from megatron_r1.controller.rollouts.group_records import encode, to_record
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
@@ -54,7 +54,7 @@ def write_run(path, change=lambda step, groups, line: groups, dtype="float32", k
         if step <= kept:
             with open(folder.sample_log / f"step_{step:08d}.log", "wb", buffering=0) as file:
                 for position, group in enumerate(made):
-                    append_frame(file.fileno(), encode(pack(position, group)))
+                    append_frame(file.fileno(), encode(to_record(position, group)))
         folder.append_metrics(line)
     return path
 

@@ -13,7 +13,7 @@ from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands import cpu_memory, dry_run
 from megatron_r1.config import Config, load
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
-from megatron_r1.controller.rollouts.sample_log import encode, pack
+from megatron_r1.controller.rollouts.sample_log import encode, to_record
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.episodes import Episode, Turn
 from megatron_r1.engines.server.responses import Response
@@ -95,7 +95,7 @@ def test_the_size_of_a_kept_sample_log_is_that_of_the_file_that_a_run_writes(tmp
     path = tmp_path / "step.log"
     with open(path, "wb", buffering=0) as file:
         for index, group in enumerate(groups):
-            append_frame(file.fileno(), encode(pack(index, group)))
+            append_frame(file.fileno(), encode(to_record(index, group)))
     settings = {"run": {"steps": 2_000}, "rl": {"keep_sample_log": True}}
     config = Config.model_validate(settings)
     # A step has 1,000 times the responses that were tried.

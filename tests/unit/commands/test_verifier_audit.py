@@ -13,7 +13,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.score.verifier_audit import audit, logged_responses
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.controller.rollouts.sample_log import decode, encode, pack, unpack
+from megatron_r1.controller.rollouts.sample_log import decode, encode, from_record, to_record
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.evaluation.verifier_errors import (
@@ -183,7 +183,7 @@ def test_advantages_of_a_logged_group_are_those_of_the_corrected_rewards():
             logged(0.0, is_graded=False),
         ],
     )
-    group = unpack(decode(encode(pack(0, group))), prompt)
+    group = from_record(decode(encode(to_record(0, group))), prompt)
     responses = list(logged_responses([group], "step 7", {"accuracy": 2.0, "format": 1.0}))
     assert [response.total for response in responses] == [2.5, 0.5, 0.5, None]
     assert {response.source for response in responses} == {"halves"}

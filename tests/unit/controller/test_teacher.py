@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.group_records import decode, encode, pack, unpack
+from megatron_r1.controller.rollouts.group_records import decode, encode, from_record, to_record
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.teacher_checks import check_teachers, differing_tokens
 from megatron_r1.data.prompt import make_prompt
@@ -379,7 +379,7 @@ def test_what_is_sampled_for_an_evaluation_is_not_scored():
 def test_scores_survive_the_sample_log_to_the_bit(with_teacher):
     rollout, *_ = collected(with_teacher)
     group = rollout.groups[0]
-    again = unpack(decode(encode(pack(3, group))), group.prompt)
+    again = from_record(decode(encode(to_record(3, group))), group.prompt)
     assert again == group
 
 

@@ -28,7 +28,7 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.algorithms import grpo
 from megatron_r1.controller.corrections import reward_normalization
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.controller.rollouts.sample_log import SamplingRecord, encode, pack
+from megatron_r1.controller.rollouts.sample_log import SamplingRecord, encode, to_record
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.sampler import EpochSampler, PromptSampler
@@ -146,7 +146,7 @@ class Planted:
         folder.write_config(Config.model_validate(self.settings).model_dump())
         with open(folder.sample_log / f"step_{STEP:08d}.log", "wb", buffering=0) as file:
             for position, group in enumerate(self.groups):
-                append_frame(file.fileno(), encode(pack(position, group, "", self.sampling)))
+                append_frame(file.fileno(), encode(to_record(position, group, "", self.sampling)))
         responses = [each for group in self.groups for each in group.responses]
         means = {
             "reward/mean": statistics.fmean(each.reward for each in responses),

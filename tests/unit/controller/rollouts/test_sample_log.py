@@ -18,8 +18,8 @@ from megatron_r1.controller.rollouts.sample_log import (
     SamplingRecord,
     decode,
     encode,
-    pack,
-    unpack,
+    from_record,
+    to_record,
 )
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
@@ -93,14 +93,14 @@ def group(index: int, *rewards: float, ungraded: tuple[str, ...] = ()) -> Group:
 
 def test_a_record_of_an_earlier_version_is_read_without_engine_and_sampling():
     sampling = SamplingRecord(0.7, 0.9, 64, (1, 2), ("</answer>",), 40, 0.1)
-    whole = msgspec.msgpack.decode(encode(pack(3, group(3, 1.0), "", sampling)))
+    whole = msgspec.msgpack.decode(encode(to_record(3, group(3, 1.0), "", sampling)))
     assert decode(msgspec.msgpack.encode(whole)).sampling == sampling
     # Records are arrays: those of before end earlier.
     before = whole[:-1]
     before[4] = [response[:-2] for response in before[4]]
     read = decode(msgspec.msgpack.encode(before))
     assert read.sampling is None
-    kept, expected = unpack(read, PROMPTS[3]), group(3, 1.0)
+    kept, expected = from_record(read, PROMPTS[3]), group(3, 1.0)
     (response,) = kept.responses
     assert response.response.engine == ""
     assert response.response.token_ids == expected.responses[0].response.token_ids
