@@ -1,7 +1,7 @@
 """A rollout's samples on their way from the engines to the trainer, most of all the experts that
 the engines chose for every token (`rl.routing_replay`).
 
-    engines -> controller    HTTP, with zeros for dense layers (engines/server/response_checks.py)
+    engines -> controller    HTTP, with zeros for dense layers (engines/server/responses.py)
     controller               files of TMPDIR, and the sample log (`rl.sample_log`)
     controller -> replicas   each sample once, to the first rank of its replica
     within a replica         to each other rank's host its layers of its tokens, by its first rank

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from megatron_r1.engines.server.response_checks import (
+from megatron_r1.engines.server.responses import (
     NO_ROUTING,
+    Response,
     VersionSpan,
     check_logprobs,
     checked_response,
     moe_routing,
 )
-from megatron_r1.engines.server.responses import Response
 from megatron_r1.models import sampling_mask
 from megatron_r1.models.experts import RoutingShape
 

@@ -23,13 +23,13 @@ import numpy as np
 from aiohttp import StreamReader
 
 from megatron_r1.base.errors import RunError
-from megatron_r1.engines.server.response_checks import (
+from megatron_r1.engines.server.responses import (
     NO_ROUTING,
+    Response,
     VersionSpan,
     checked_response,
     moe_routing,
 )
-from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.experts import RoutingShape
 
 MEDIA_TYPE = "application/x-megatron-r1-samples"
