@@ -13,8 +13,8 @@ from megatron_r1.config import Config, parse
 from megatron_r1.config.algorithms import ALGORITHM_NAMES, TokenSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import split_into_minibatches
-from megatron_r1.controller.rollouts.dynamic_sampling import collect_informative
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
+from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response

@@ -1,7 +1,7 @@
 """One rollout, from its prompts to its record.
 
-- `step_sampler`: draws a step's prompts and has them sampled, some steps ahead;
-  `dynamic_sampling` replaces groups with equal rewards.
+- `step_sampler`: draws a step's prompts and has them sampled, some steps ahead, and replaces groups
+  with equal rewards.
 - `collector`: has responses sampled, graded, scored by their question's teacher, and grouped;
   `in_flight` tracks the groups that are not finished.
 - `teacher_fleets`: the engines that score the tokens of each source's questions.

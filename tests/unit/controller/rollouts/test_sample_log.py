@@ -11,7 +11,6 @@ import pytest
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files.framed_records import FRAME_HEADER, FramedFile, append_frame
 from megatron_r1.config.rl import ScheduleEntry, digest_until
-from megatron_r1.controller.rollouts.dynamic_sampling import collect_informative
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.controller.rollouts.sample_log import (
     SampleLog,
@@ -21,6 +20,7 @@ from megatron_r1.controller.rollouts.sample_log import (
     from_record,
     to_record,
 )
+from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import encode_mask
