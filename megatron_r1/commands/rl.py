@@ -135,6 +135,7 @@ def _rl_run(
     return RLRun(
         recorder,
         training.stop,
+        collector,
         PolicyEngines(trainer, pusher, step_sampler),
         PolicyTrainer(config, trainer, recorder.state),
         HeldoutEvaluation(config, collector, prompts.heldout, recorder),

@@ -34,6 +34,7 @@ class RLRun:
     Args:
         recorder: writes the run's folder: state, metrics, samples and advice.
         stop: says whether the run was asked to stop.
+        collector: has the engines sample and the rewards grade.
         engines: samples with the policy's weights, and pushes them.
         policy_trainer: runs the algorithm's passes on the trainer; it has the run's settings.
         heldout: evaluates the policy when that is due."""
@@ -42,13 +43,14 @@ class RLRun:
         self,
         recorder: RunRecorder,
         stop: StopRequest,
+        collector: RolloutCollector,
         engines: PolicyEngines,
         policy_trainer: PolicyTrainer,
         heldout: HeldoutEvaluation,
     ):
         self.config, self.recorder, self.stop = policy_trainer.run_config, recorder, stop
         self.engines, self.policy_trainer, self.heldout = engines, policy_trainer, heldout
-        self.collector = engines.step_sampler.collector
+        self.collector = collector
         self.run_checkpoints = RunCheckpoints(
             recorder, policy_trainer.trainer, engines.step_sampler
         )

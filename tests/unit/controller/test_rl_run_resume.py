@@ -72,9 +72,8 @@ class Engines:
 def rl_run_of(engines, recorder):
     policy_trainer = SimpleNamespace(run_config=Config(), trainer=None, uses_reference=False)
     policy = PolicyEngines(None, engines, engines)
-    return policy, RLRun(
-        recorder, SimpleNamespace(is_requested=False), policy, policy_trainer, engines
-    )
+    stop = SimpleNamespace(is_requested=False)
+    return policy, RLRun(recorder, stop, engines.collector, policy, policy_trainer, engines)
 
 
 @pytest.mark.parametrize("what", ["rollout", "save", "begin"])
