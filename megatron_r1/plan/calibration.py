@@ -75,7 +75,9 @@ def calibrate_from(
 
 
 def draft_acceptance(length: float, num_drafts: int) -> float:
-    """Return the share of right drafts behind right ones with which a pass gives so many tokens.
+    """Return the probability with which a drafted token is accepted if all drafts before it are.
+
+    It is the one at which a pass yields `length` tokens of a sequence on average.
 
     Args:
         length: mean tokens of a sequence in a pass, above 1.

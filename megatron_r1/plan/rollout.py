@@ -226,7 +226,8 @@ def mean_pass_tokens(acceptance: float, num_drafts: int) -> float:
     """Return the mean tokens that a sequence gains in a pass.
 
     Args:
-        acceptance: the share of right drafts behind right ones.
+        acceptance: the probability with which a drafted token is accepted if all drafts before it
+            are.
         num_drafts: drafted tokens of a pass."""
     return sum(acceptance**n for n in range(num_drafts + 1))
 
