@@ -57,7 +57,7 @@ def apply_calibration(
                 key="--calibrate",
                 cause=Cause.UNKNOWN,
             )
-    values = {name: _number(value) for name, value in values.items()}
+    values = {name: _text_to_number(value) for name, value in values.items()}
     try:
         hardware_values, assumption_values = (
             {name: values[name] for name in described_fields(part) if name in values}
@@ -76,7 +76,7 @@ def apply_calibration(
     return hardware, assumptions, Calibration(file, frozenset(values), num_gpus)
 
 
-def _number(value: object) -> object:
+def _text_to_number(value: object) -> object:
     """Return a text such as 1e-06, which JSON writes and YAML 1.1 takes for a text, as a number."""
     is_number = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?e[+-]?\d+", value)
     return float(str(value)) if is_number else value

@@ -147,13 +147,15 @@ def _compare_ranks(
             place = dict(
                 zip(("tp", "ep", "etp"), zip(shard_ranks, sizes, strict=True), strict=True)
             )
-            entries[coordinate] = _compare(job, pipeline, shapes_by_rank[pipeline], place)
+            entries[coordinate] = _count_owned_values(
+                job, pipeline, shapes_by_rank[pipeline], place
+            )
         dense, expert = entries[coordinate]
         num_owned += dense * (dense_replica == 0) + expert * (expert_replica == 0)
     return num_ranks, len(entries), num_owned
 
 
-def _compare(
+def _count_owned_values(
     job: PlannedJob,
     pipeline_rank: int,
     chunk_shapes: list[dict[str, Shape]],

@@ -50,16 +50,16 @@ def traffic_by_axis(job: PlannedJob, rank: int) -> dict[str, AxisTraffic]:
     """Return every axis with more than one rank, on pipeline rank `rank`."""
     dense, sparse = job.num_layers_of_kinds(rank)
     axes = {
-        "tensor": _tensor(job, dense + sparse),
-        "context": _context(job, dense + sparse),
-        "expert": _expert(job, sparse),
-        "pipeline": _pipeline(job),
-        "data": _data(job, RankCounts(job).rank_counts(rank)),
+        "tensor": _tensor_traffic(job, dense + sparse),
+        "context": _context_traffic(job, dense + sparse),
+        "expert": _expert_traffic(job, sparse),
+        "pipeline": _pipeline_traffic(job),
+        "data": _data_parallel_traffic(job, RankCounts(job).rank_counts(rank)),
     }
     return {name: group for name, group in axes.items() if group and group.size > 1}
 
 
-def _tensor(job: PlannedJob, layers: int) -> AxisTraffic:
+def _tensor_traffic(job: PlannedJob, layers: int) -> AxisTraffic:
     hf_config, size, tokens = job.hf_config, job.parallel.tensor, job.rank_tokens
     hidden_size, fraction = hf_config["hidden_size"], (size - 1) / size
     gathered_values = scattered_values = 2 * hidden_size
@@ -84,7 +84,7 @@ def _tensor(job: PlannedJob, layers: int) -> AxisTraffic:
     )
 
 
-def _context(job: PlannedJob, layers: int) -> AxisTraffic:
+def _context_traffic(job: PlannedJob, layers: int) -> AxisTraffic:
     hf_config, size, tokens = job.hf_config, job.parallel.context, job.rank_tokens
     # With fewer key and value heads than tensor ranks, several ranks send the same one.
     heads = max(key_value_heads(hf_config), job.parallel.tensor)
@@ -101,7 +101,7 @@ def _context(job: PlannedJob, layers: int) -> AxisTraffic:
     )
 
 
-def _expert(job: PlannedJob, sparse_layers: int) -> AxisTraffic | None:
+def _expert_traffic(job: PlannedJob, sparse_layers: int) -> AxisTraffic | None:
     if not sparse_layers:
         return None
     parallel, size = job.parallel, job.parallel.expert
@@ -132,7 +132,7 @@ def _expert(job: PlannedJob, sparse_layers: int) -> AxisTraffic | None:
     return AxisTraffic(size, span, formula, num_times * one_way_bytes, 2 * one_way_bytes)
 
 
-def _pipeline(job: PlannedJob) -> AxisTraffic:
+def _pipeline_traffic(job: PlannedJob) -> AxisTraffic:
     tokens = job.tokens_per_tensor_rank(job.rank_tokens)
     state_bytes = tokens * job.hf_config["hidden_size"] * ACTIVATION_BYTES * job.num_model_chunks
     formula = (
@@ -142,7 +142,7 @@ def _pipeline(job: PlannedJob) -> AxisTraffic:
     return AxisTraffic(job.parallel.pipeline, job.world_size, formula, 2 * state_bytes, state_bytes)
 
 
-def _data(job: PlannedJob, counts: ParameterCounts) -> AxisTraffic:
+def _data_parallel_traffic(job: PlannedJob, counts: ParameterCounts) -> AxisTraffic:
     parameter_bytes = job.parameter_bytes
     dense, expert = job.data_context_parallel_size, job.expert_data_parallel_size
     sent_values = counts.dense * (dense - 1) / dense + counts.expert * (expert - 1) / expert

@@ -73,30 +73,39 @@ class ModelCounts:
         # All layers of one kind share one list of the table.
         kinds = Counter(map(id, table.layers))
         layers = {id(layer): layer for layer in table.layers}
-        expert_size = sum(times * _size(layers[kind], True) for kind, times in kinds.items())
-        ends = _size(table.embedding) + _size(table.final_norm) + _size(table.head)
+        expert_size = sum(
+            times * _count_values(layers[kind], True) for kind, times in kinds.items()
+        )
+        ends = (
+            _count_values(table.embedding)
+            + _count_values(table.final_norm)
+            + _count_values(table.head)
+        )
         is_tied = bool(hf_config.get("tie_word_embeddings"))
         if is_tied:
-            ends -= _size(table.embedding)
-        self.num_shared = ends + sum(n * _size(layers[kind], False) for kind, n in kinds.items())
+            ends -= _count_values(table.embedding)
+        self.num_shared = ends + sum(
+            n * _count_values(layers[kind], False) for kind, n in kinds.items()
+        )
         """Parameters outside routed experts and MTP layers."""
         self.num_routed = experts * expert_size
         self.num_total = self.num_shared + self.num_routed
         self.num_active = self.num_shared + topk * expert_size
         """Parameters on one token's path: all but the experts it is not routed to."""
-        self.num_multiplied = self.num_active - (0 if is_tied else _size(table.embedding))
+        self.num_multiplied = self.num_active - (0 if is_tied else _count_values(table.embedding))
         """Parameters one token is multiplied with: not the embedding, of which it reads a row."""
         self.mtp_own = sum(
-            _size(layer, False) + experts * _size(layer, True) for layer in table.mtp
+            _count_values(layer, False) + experts * _count_values(layer, True)
+            for layer in table.mtp
         )
         """Parameters of the MTP layers, without their copies of embedding and head."""
-        self.mtp_routed = experts * sum(_size(layer, True) for layer in table.mtp)
-        copies = _size(table.embedding) + _size(table.head)
+        self.mtp_routed = experts * sum(_count_values(layer, True) for layer in table.mtp)
+        copies = _count_values(table.embedding) + _count_values(table.head)
         self.mtp = self.mtp_own + len(table.mtp) * copies
         """Parameters of the MTP layers in the checkpoint, copies included."""
 
 
-def _size(rules: list[WeightRule], of_experts: bool = False) -> int:
+def _count_values(rules: list[WeightRule], of_experts: bool = False) -> int:
     """Return the number of values of one expert's rules, or of all other rules."""
     return sum(
         prod(source.shape)

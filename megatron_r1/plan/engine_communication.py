@@ -146,7 +146,7 @@ class ExpertExchange:
 
     def _low_latency(self, tokens: float) -> float:
         """Return DeepEP's measured times, the part beyond a start in proportion to the bytes."""
-        dispatch, combine = _between(LOW_LATENCY_SECONDS, self.ranks)
+        dispatch, combine = _interpolate_row(LOW_LATENCY_SECONDS, self.ranks)
         start = RING[0].start_seconds + RING[0].network_hop_seconds
         load = tokens * self.topk * self.hidden / LOW_LATENCY_VALUES
         slowdown = MEASURED_NETWORK / self.links.hardware.network
@@ -157,7 +157,9 @@ class ExpertExchange:
         """Return DeepEP's seconds for a token's bytes, once to each node (within one, to each GPU),
         and of the host's wait for the number of tokens."""
         hardware, nodes = self.links.hardware, self.links.nodes(self.ranks)
-        (rate,) = _between({n: (rate,) for n, rate in HIGH_THROUGHPUT_RATES.items()}, self.ranks)
+        (rate,) = _interpolate_row(
+            {n: (rate,) for n, rate in HIGH_THROUGHPUT_RATES.items()}, self.ranks
+        )
         rate *= (
             hardware.nvlink / MEASURED_NVLINK if nodes == 1 else hardware.network / MEASURED_NETWORK
         )
@@ -188,7 +190,7 @@ def mean_distinct_values(size: int, draws: int) -> float:
     return size * (1 - (1 - 1 / size) ** draws)
 
 
-def _between(table: Mapping[int, tuple[float, ...]], ranks: int) -> tuple[float, ...]:
+def _interpolate_row(table: Mapping[int, tuple[float, ...]], ranks: int) -> tuple[float, ...]:
     """Return the row of `ranks`, along doublings between rows; the nearest beyond the ends."""
     sizes = sorted(table)
     if ranks <= sizes[0] or ranks >= sizes[-1]:

@@ -157,9 +157,10 @@ class JobEstimate:
         kinds = parts if parts["reserved"] >= memory else parts.keys() - {"reserved"}
         largest_kind = max(kinds, key=parts.__getitem__)
         return (
-            f"pipeline rank {rank.rank} needs {_size(rank.peak_bytes)} of {_size(memory)} while "
-            f"it {'trains' if is_training else 'scores'}, {_size(parts[largest_kind])} of it "
-            f"{largest_kind}: {self._memory_remedy(largest_kind)}"
+            f"pipeline rank {rank.rank} needs {_byte_text(rank.peak_bytes)} of "
+            f"{_byte_text(memory)} while it {'trains' if is_training else 'scores'}, "
+            f"{_byte_text(parts[largest_kind])} of it {largest_kind}: "
+            f"{self._memory_remedy(largest_kind)}"
         )
 
     def _memory_remedy(self, kind: str) -> str:
@@ -208,7 +209,7 @@ class JobEstimate:
             kind: byte_quantity(
                 num_bytes * per_node,
                 f"{format_count(per_node, 'rank')} x "
-                f"{_size(num_bytes)}{KIND_MEANINGS.get(kind, '')}",
+                f"{_byte_text(num_bytes)}{KIND_MEANINGS.get(kind, '')}",
             )
             for kind, num_bytes in kinds.items()
         }
@@ -230,8 +231,8 @@ class JobEstimate:
         }.get(largest_kind, "")
         remedy = SMALLER_RECEIVE_BUFFER if largest_kind == RECEIVE_BUFFER else fix + self._split()
         return (
-            f"a host needs {_size(required_bytes)} of {_size(memory)}, {parts[largest_kind]} of it "
-            f"{largest_kind}: {remedy}"
+            f"a host needs {_byte_text(required_bytes)} of {_byte_text(memory)}, "
+            f"{parts[largest_kind]} of it {largest_kind}: {remedy}"
         )
 
     def _engine_fraction(self) -> str | None:
@@ -246,10 +247,13 @@ class JobEstimate:
         if fraction is not None and fraction <= free_fraction:
             return None
         setting = f"={fraction:g}" if fraction else " is not set, and vLLM takes 0.92"
-        holder = "the trainer" if has_trainer else f"a push's {_size(engines.receive_buffer_bytes)}"
+        holder = (
+            "the trainer" if has_trainer else f"a push's {_byte_text(engines.receive_buffer_bytes)}"
+        )
         return (
-            f"rollout.gpu_memory{setting}: of each GPU's {_size(memory)} {holder} leaves engines "
-            f"{_size(engines.free_bytes)}: set at most {math.floor(100 * free_fraction) / 100}"
+            f"rollout.gpu_memory{setting}: of each GPU's {_byte_text(memory)} {holder} leaves "
+            f"engines {_byte_text(engines.free_bytes)}: set at most "
+            f"{math.floor(100 * free_fraction) / 100}"
         )
 
     def _cache(self) -> str | None:
@@ -259,16 +263,20 @@ class JobEstimate:
             return None
         kinds = {"weights": engines.weight_bytes, RECEIVE_BUFFER: engines.receive_buffer_bytes}
         kinds |= engines.buffers | {"the trainer": engines.trainer_bytes}
-        sizes = ", ".join(f"{_size(count)} of {kind}" for kind, count in kinds.items() if count)
-        occupants = f"beside {sizes} and {_size(job.assumptions.reserved)} reserved"
-        space = f"has {_size(engines.cache_bytes)}"
+        sizes = ", ".join(
+            f"{_byte_text(count)} of {kind}" for kind, count in kinds.items() if count
+        )
+        occupants = f"beside {sizes} and {_byte_text(job.assumptions.reserved)} reserved"
+        space = f"has {_byte_text(engines.cache_bytes)}"
         if engines.cache_bytes <= 0:
             space = (
-                f"of {_size(job.hardware.memory)} has no room, {_size(-engines.cache_bytes)} short,"
+                f"of {_byte_text(job.hardware.memory)} has no room, "
+                f"{_byte_text(-engines.cache_bytes)} short,"
             )
         return (
             f"an engine GPU {space} for KV cache {occupants}; one sample of "
-            f"{job.max_sample_tokens:,} tokens needs {_size(required_bytes)}: {self._more_room()}"
+            f"{job.max_sample_tokens:,} tokens needs {_byte_text(required_bytes)}: "
+            f"{self._more_room()}"
         )
 
     def _push(self) -> str | None:
@@ -285,8 +293,8 @@ class JobEstimate:
             if larger_fraction <= engines.free_bytes / memory:
                 remedy = f"set rollout.gpu_memory to {larger_fraction:g}, or "
         return (
-            f"a push over nccl needs {_size(required_bytes)} of a GPU in the place of the KV "
-            f"cache, which has {_size(cache_bytes)}: {remedy}{SMALLER_RECEIVE_BUFFER}, or set "
+            f"a push over nccl needs {_byte_text(required_bytes)} of a GPU in the place of the KV "
+            f"cache, which has {_byte_text(cache_bytes)}: {remedy}{SMALLER_RECEIVE_BUFFER}, or set "
             "push.transport to gloo"
         )
 
@@ -312,5 +320,5 @@ class JobEstimate:
         return ", or ".join(remedies)
 
 
-def _size(num_bytes: float) -> str:
+def _byte_text(num_bytes: float) -> str:
     return str(byte_quantity(num_bytes))

@@ -103,10 +103,10 @@ def exchange_choice(
         reason = f"not possible with {conflicts[0].setting}: {conflicts[0].reason}"
         return {
             OVERLAPPED_EXCHANGE: Quantity(None, "s", reason),
-            FULL_RECOMPUTE: _row(recomputing_job, estimate_step(recomputing_job)),
+            FULL_RECOMPUTE: _step_row(recomputing_job, estimate_step(recomputing_job)),
         }
     estimates = {name: estimate_step(alternative) for name, alternative in jobs.items()}
-    section = {name: _row(jobs[name], estimate) for name, estimate in estimates.items()}
+    section = {name: _step_row(jobs[name], estimate) for name, estimate in estimates.items()}
     ratio = estimates[FULL_RECOMPUTE].step / estimates[OVERLAPPED_EXCHANGE].step
     fitting_names = [
         name for name, estimate in estimates.items() if estimate.peak <= job.hardware.memory
@@ -131,7 +131,7 @@ def _with_overlap(job: PlannedJob) -> PlannedJob:
     )
 
 
-def _row(job: PlannedJob, estimate: StepEstimate) -> Quantity:
+def _step_row(job: PlannedJob, estimate: StepEstimate) -> Quantity:
     parallel = job.parallel
     peak, memory = byte_quantity(estimate.peak), byte_quantity(job.hardware.memory)
     verdict = "fits" if estimate.peak <= job.hardware.memory else "does not fit"

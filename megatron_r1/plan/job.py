@@ -329,7 +329,7 @@ def check_engine_gpus(job: PlannedJob) -> None:
     if ranks == 1 and gpus % rollout.engines:
         raise UserError(
             f"rollout.engines={rollout.engines} does not divide {gpus:,} GPUs; choose "
-            f"{_alternatives(_nearest_divisors(rollout.engines, gpus))}",
+            f"{_join_choices(_nearest_divisors(rollout.engines, gpus))}",
             key="rollout.engines",
             cause=Cause.INDIVISIBLE,
         )
@@ -353,7 +353,7 @@ def _engines_that_match(job: PlannedJob, ranks: int, gpus: int) -> str:
     counts = [count for count in (lower_count, lower_count + 1) if count]
     sizes = [f"{option} {count * ranks} --rollout.engines {count}" for count in counts]
     or_lower = "" if lower_count else ", or lower rollout.data_parallel or .tensor_parallel"
-    return f"{_alternatives(sizes)} would match{or_lower}"
+    return f"{_join_choices(sizes)} would match{or_lower}"
 
 
 def _nearest_divisors(target: int, dividend: int) -> list[int]:
@@ -363,6 +363,6 @@ def _nearest_divisors(target: int, dividend: int) -> list[int]:
     return [*divisors_below[-1:], *divisors_above[:1]]
 
 
-def _alternatives(choices: list[int] | list[str]) -> str:
+def _join_choices(choices: list[int] | list[str]) -> str:
     """Return the choices as "A or B or C"."""
     return " or ".join(map(str, choices))

@@ -86,7 +86,7 @@ def _rank_memory(
 ) -> RankMemory:
     parallel, counts = job.parallel, rank_counts.rank_counts(rank)
     persistent = _persistent_bytes(job, counts)
-    kept_bytes, layer_bytes = _activations(job, rank, layers)
+    kept_bytes, layer_bytes = _activation_bytes(job, rank, layers)
     # Without a graph nothing is kept: one layer's tensors at most.
     forward_bytes = max(x.total + x.dispatch for x in _kinds_of_layers(job, rank, layers))
     is_last_stage = any(chunk.head for chunk in job.stages[rank])
@@ -147,7 +147,7 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: ParameterCounts
     return replace(memory, training=training, scoring=scoring, host=host, freed_bytes=freed_bytes)
 
 
-def _activations(
+def _activation_bytes(
     job: PlannedJob, rank: int, layers: dict[bool, LayerActivations]
 ) -> tuple[int, int]:
     """Return (bytes kept for the micro-batches in flight, bytes the layer in work adds)."""

@@ -118,7 +118,7 @@ class PublishedRun:
             return sum(n * time_section(times)["step"].number for n, times in parts) / 3600
         times = self.schedule_parts[0].times(values)
         if self.number == "MFU":
-            return _mfu(times)
+            return _flops_utilization(times)
         return time_section(times)[self.number].number
 
     def ratio(self, **values: float) -> float:
@@ -127,7 +127,7 @@ class PublishedRun:
         return 1 / ratio if self.number == "MFU" else ratio
 
 
-def _mfu(times: StepTime) -> float:
+def _flops_utilization(times: StepTime) -> float:
     """Return an optimizer step's operations, without recomputed ones, over those of the peak."""
     job = times.job
     flops = (
@@ -184,33 +184,33 @@ def calibrate(runs: Sequence[PublishedRun]) -> dict[str, float]:
     """Return the values of `FIRST_GUESSES` that `runs` determine, to two digits: Gauss-Newton
     steps in the logarithms, halved until they help."""
     guesses = np.log(list(FIRST_GUESSES.values()))
-    logs, (residuals, cost) = guesses, _residuals(runs, guesses, guesses)
+    logs, (residuals, cost) = guesses, _fit_residuals(runs, guesses, guesses)
     for _ in range(MAX_STEPS):
         slopes = [
-            (_residuals(runs, logs + change, guesses)[0] - residuals) / SLOPE_STEP
+            (_fit_residuals(runs, logs + change, guesses)[0] - residuals) / SLOPE_STEP
             for change in SLOPE_STEP * np.eye(len(logs))
         ]
         step = np.linalg.lstsq(np.transpose(slopes), -residuals, rcond=None)[0]
         for part in (1.0, 0.5, 0.25):
             trial_logs = np.minimum(logs + part * step, 0)  # all are below 1
-            trial_residuals, trial_cost = _residuals(runs, trial_logs, guesses)
+            trial_residuals, trial_cost = _fit_residuals(runs, trial_logs, guesses)
             if trial_cost < cost:
                 break
         else:
             break
         logs, residuals, cost = trial_logs, trial_residuals, trial_cost
-    return {name: float(f"{value:.2g}") for name, value in _values(logs).items()}
+    return {name: float(f"{value:.2g}") for name, value in _values_of_logs(logs).items()}
 
 
-def _values(logs: np.ndarray) -> dict[str, float]:
+def _values_of_logs(logs: np.ndarray) -> dict[str, float]:
     return dict(zip(FIRST_GUESSES, np.exp(logs).tolist(), strict=True))
 
 
-def _residuals(
+def _fit_residuals(
     runs: Sequence[PublishedRun], logs: np.ndarray, guesses: np.ndarray
 ) -> tuple[np.ndarray, float]:
     """Return what is squared: of each run, then of each number; and the sum of squares."""
-    misses = [math.log(run.ratio(**_values(logs))) for run in runs]
+    misses = [math.log(run.ratio(**_values_of_logs(logs))) for run in runs]
     residuals = np.concatenate([misses, math.sqrt(GUESS_WEIGHT) * (logs - guesses)])
     return residuals, float(residuals @ residuals)
 
@@ -307,8 +307,8 @@ def published_table() -> str:
     lines += ["| source | calibrated | held out | without it |", "|---|---|---|---|"]
     for system, ratios in ratios_by_source(runs, values).items():
         cells = (ratios.calibrated_ratios, ratios.held_out_ratios, ratios.unseen_ratios)
-        lines.append(f"| {system} | {' | '.join(map(_error, cells))} |")
-    return "\n".join([*lines, "", *_notes()])
+        lines.append(f"| {system} | {' | '.join(map(_error_cell, cells))} |")
+    return "\n".join([*lines, "", *_source_notes()])
 
 
 def is_in_range(ratio: float) -> bool:
@@ -316,12 +316,12 @@ def is_in_range(ratio: float) -> bool:
     return abs(math.log(ratio)) <= math.log(Assumptions().time_spread)
 
 
-def _error(ratios: Sequence[float]) -> str:
+def _error_cell(ratios: Sequence[float]) -> str:
     worst_ratio = max(ratios, key=lambda ratio: abs(math.log(ratio)), default=1.0)
     return f"{len(ratios)}: {mean_factor(ratios):.2f} x, worst {worst_ratio:.2f}"
 
 
-def _notes() -> list[str]:
+def _source_notes() -> list[str]:
     text = yaml.safe_load(RUNS_FILE.read_text(encoding="utf-8"))
     return [
         fill(

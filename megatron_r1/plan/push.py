@@ -253,7 +253,7 @@ def push_section(job: PlannedJob) -> QuantityTable:
         ),
     }
     if not _is_one_node(job):
-        section |= _connections(job, engines, grid, traffic)
+        section |= _connection_section(job, engines, grid, traffic)
     if form != "FP8" and lora is None:
         section["in FP8"] = byte_quantity(
             _first_rank_bytes(_pushed_weights(job), engines, "FP8"),
@@ -265,7 +265,7 @@ def push_section(job: PlannedJob) -> QuantityTable:
     return section
 
 
-def _connections(
+def _connection_section(
     job: PlannedJob, engines: EngineLayout, grid: TrainerGrid, traffic: SetTraffic
 ) -> QuantityTable:
     """Return what connects the ranks, and how long that and a push take."""

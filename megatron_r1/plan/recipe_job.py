@@ -27,13 +27,13 @@ def parse(
     Raises:
         UserError: an argument is neither.
     """
-    settings, option_words = _split(arguments)
-    args, override_words = _parser(description).parse_known_args(option_words)
+    settings, option_words = _split_off_settings(arguments)
+    args, override_words = _build_parser(description).parse_known_args(option_words)
     _check_options(args, override_words)
     return args, parse_overrides([*override_words, *settings], boolean_keys(configuration.Config))
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+def _split_off_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Return the words of the recipe's settings (`--section.key value`) and all others.
 
     argparse would take a setting's value, and any word with a blank in it, for a recipe."""
@@ -52,7 +52,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return settings, option_words
 
 
-def _parser(description: str | None) -> argparse.ArgumentParser:
+def _build_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="megatron-r1 plan",
         description=description,

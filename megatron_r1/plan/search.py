@@ -18,7 +18,7 @@ class FittingLayout:
 
     Attributes:
         changes: the keys of `parallel` that differ.
-        distance: the distance from the recipe's layout (`_distance`).
+        distance: the distance from the recipe's layout (`_layout_distance`).
         peak: bytes of the fullest rank.
         seconds: the duration of a step."""
 
@@ -30,7 +30,7 @@ class FittingLayout:
 
 def nearest_layouts(job: PlannedJob, count: int = 5) -> list[FittingLayout]:
     """Return layouts that fit, fewest and smallest changes first."""
-    candidates = sorted(_candidates(job), key=itemgetter(0))
+    candidates = sorted(_candidate_layouts(job), key=itemgetter(0))
     layouts = filter(None, (_find_fitting_layout(job, *candidate) for candidate in candidates))
     return sorted(islice(layouts, count), key=attrgetter("distance", "seconds"))
 
@@ -38,7 +38,7 @@ def nearest_layouts(job: PlannedJob, count: int = 5) -> list[FittingLayout]:
 def fastest_layouts(job: PlannedJob, count: int = 10) -> list[FittingLayout]:
     """Return layouts that fit, shortest estimated step first."""
     layouts = filter(
-        None, (_find_fitting_layout(job, *candidate) for candidate in _candidates(job))
+        None, (_find_fitting_layout(job, *candidate) for candidate in _candidate_layouts(job))
     )
     return sorted(layouts, key=attrgetter("seconds"))[:count]
 
@@ -110,16 +110,16 @@ def even_layout(num_layers: int, num_mtp: int, chunks: int) -> str | None:
         return None
     text = ""
     for length, run in groupby(lengths):
-        stage, times = f"{_layers(length)}|", len(list(run))
+        stage, times = f"{_layer_letters(length)}|", len(list(run))
         text += stage if times == 1 else f"({stage})*{times}"
-    return f"E{text}{_layers(last_length)}{'m' * num_mtp}L"
+    return f"E{text}{_layer_letters(last_length)}{'m' * num_mtp}L"
 
 
-def _layers(count: int) -> str:
+def _layer_letters(count: int) -> str:
     return "t" if count == 1 else f"t*{count}"
 
 
-def _candidates(job: PlannedJob) -> Iterator[tuple[float, dict[str, Any]]]:
+def _candidate_layouts(job: PlannedJob) -> Iterator[tuple[float, dict[str, Any]]]:
     """Yield (distance, changes of parallel) of every candidate layout."""
     powers = [2**n for n in range(11)]
     layers = job.hf_config["num_hidden_layers"]
@@ -139,7 +139,7 @@ def _candidates(job: PlannedJob) -> Iterator[tuple[float, dict[str, Any]]]:
         if job.world_size % (expert * pipeline) or pipeline * virtual > layers:
             continue
         changes = dict(zip(choices, values, strict=True))
-        yield _distance(job, changes), changes
+        yield _layout_distance(job, changes), changes
 
 
 def _cheap_modules(job: PlannedJob) -> list[str]:
@@ -149,7 +149,7 @@ def _cheap_modules(job: PlannedJob) -> list[str]:
     return ["layernorm", *latent, *experts]
 
 
-def _distance(job: PlannedJob, changes: dict[str, Any]) -> float:
+def _layout_distance(job: PlannedJob, changes: dict[str, Any]) -> float:
     """Return the number of doublings and halvings of sizes; a change of recompute counts as 1."""
     sizes = {key: size for key, size in changes.items() if key != "recompute"}
     doublings = (abs(math.log2(size / getattr(job.parallel, key))) for key, size in sizes.items())

@@ -46,7 +46,7 @@ def time_section(times: StepTime) -> QuantityTable:
     if job.verb == "rl":
         section["scoring"] = Quantity(times.scoring_seconds(), "s", _scoring_formula(times))
     if job.trains:
-        section |= _training(times)
+        section |= _training_section(times)
     if job.critic:
         critic = StepTime(job.critic, times.engines)
         seconds = critic.scoring_seconds() + critic.optimizer_step_seconds() * job.num_minibatches
@@ -66,7 +66,7 @@ def time_section(times: StepTime) -> QuantityTable:
     if missing := [name for name in parts if section[name].value is None]:
         reason = f"none without {missing[0]}: {section[missing[0]].formula}"
         return section | {"step": Quantity(None, "s", reason)}
-    section["step"] = _step(times, {name: section[name] for name in parts})
+    section["step"] = _step_seconds(times, {name: section[name] for name in parts})
     step, tokens = section["step"], job.num_responses * job.sample_tokens
     if job.verb == "rl" and times.engines.rollouts_in_flight == 1:
         fraction = section["rollout"].number / step.number
@@ -102,7 +102,7 @@ PUSH_PARTS = (OFFLOAD, "push", "load", EXPERT_MOVES, "sleep and wake")
 """Parts that stop trainer and engines."""
 
 
-def _step(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
+def _step_seconds(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
     """Return the seconds of a step.
 
     With `rl.staleness` k, and engines on GPUs of their own, a rollout begins k pushes before the
@@ -150,7 +150,7 @@ def _scoring_formula(times: StepTime) -> str:
     return f"{passes}; of it the host waits {seconds:.2g} s for counts of experts' tokens"
 
 
-def _training(times: StepTime) -> QuantityTable:
+def _training_section(times: StepTime) -> QuantityTable:
     job, count, rank = times.job, times.job.num_microbatches, times.busiest_rank
     update_seconds = times.optimizer_step_seconds()
     waits = times.host_wait_seconds(rank, True)
