@@ -133,7 +133,7 @@ def _engine_rows(recipe: Config, small_config: Config) -> list[StructureRow]:
         drafts = recipe.rollout.speculative, small_config.rollout.speculative
         before, after = (f"{draft.method}, {draft.tokens} tokens" for draft in drafts)
         rows.append(StructureRow("rollout.speculative", before, after, YES))
-    for argument, small_argument in _arguments(recipe.rollout.vllm, small_config.rollout.vllm):
+    for argument, small_argument in _pair_arguments(recipe.rollout.vllm, small_config.rollout.vllm):
         cells = (
             (small_argument, YES)
             if small_argument
@@ -219,7 +219,7 @@ def _omitted_rows(recipe: Config, small_config: Config, verb: str) -> list[Struc
     return rows
 
 
-def _arguments(
+def _pair_arguments(
     recipe_arguments: Mapping[str, Any], small_arguments: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
     """Return each argument of vLLM, and what a miniature has of it, "" for nothing."""
@@ -259,7 +259,7 @@ def write(
     columns = ("phase", "what it has shown", "seconds", "of CPU")
     phases = Table(*columns, title=f"rehearsal of {title}")
     for phase in phase_results:
-        phases.add_row(*_cells(phase))
+        phases.add_row(*_phase_cells(phase))
     parts = Table("structure", "recipe", "miniature", "exercised")
     for row in rows:
         parts.add_row(*row)
@@ -271,19 +271,21 @@ def write(
         "changes": [change._asdict() for change in changes],
     }
     atomic_write(folder / "rehearsal.json", json.dumps(tables, indent=1))
-    atomic_write(folder / "rehearsal.md", _markdown(title, rows, phase_results))
+    atomic_write(folder / "rehearsal.md", _markdown_tables(title, rows, phase_results))
     print(f"{folder / 'rehearsal.md'}; every changed setting is in rehearsal.json beside it")
 
 
-def _cells(phase: PhaseResult) -> tuple[str, str, str, str]:
+def _phase_cells(phase: PhaseResult) -> tuple[str, str, str, str]:
     cpu_seconds = "" if phase.cpu_seconds is None else f"{phase.cpu_seconds:.0f}"
     return phase.phase, phase.evidence, f"{phase.seconds:.0f}", cpu_seconds
 
 
-def _markdown(title: str, rows: Sequence[StructureRow], phases: Sequence[PhaseResult]) -> str:
+def _markdown_tables(
+    title: str, rows: Sequence[StructureRow], phases: Sequence[PhaseResult]
+) -> str:
     lines = [f"# Rehearsal of {title}", ""]
     lines += ["| phase | shown | seconds | of CPU |", "|---|---|---|---|"]
-    lines += [f"| {' | '.join(_cells(phase))} |" for phase in phases]
+    lines += [f"| {' | '.join(_phase_cells(phase))} |" for phase in phases]
     lines += ["", "| structure | recipe | miniature | exercised |", "|---|---|---|---|"]
     lines += ["| " + " | ".join(x.replace("|", "\\|") for x in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"

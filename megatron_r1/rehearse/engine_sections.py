@@ -97,11 +97,11 @@ def rollout_on_gpus(
         **sizes,
         "hosts_per_engine": hosts,
         "redundant_experts": num_copies,
-        "vllm": _vllm(config, num_copies, device),
+        "vllm": _vllm_arguments(config, num_copies, device),
     }
 
 
-def _vllm(config: Config, num_copies: int, device: RehearsalDevice) -> dict[str, Any]:
+def _vllm_arguments(config: Config, num_copies: int, device: RehearsalDevice) -> dict[str, Any]:
     """Return the recipe's arguments of vLLM. On a null GPU they are without kernels that it does
     not imitate; prompts are in two parts where the recipe divides them, and experts are moved."""
     arguments = dict(config.rollout.vllm)

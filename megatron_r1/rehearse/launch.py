@@ -66,7 +66,7 @@ def running_command(
         trainer_variables, host_variables = gpu_environments(verb, config)
         for number, gpu_variables in enumerate(host_variables):
             processes.append(
-                _host(config, number, log.with_name(f"host-{number}.log"), gpu_variables)
+                _start_host(config, number, log.with_name(f"host-{number}.log"), gpu_variables)
             )
         environment = QUIET_ENVIRONMENT | trainer_variables
         main = children.start(rehearsal_command(verb, recipe, config, settings), log, environment)
@@ -113,7 +113,7 @@ def gpu_environments(verb: str, config: Config) -> tuple[dict[str, str], list[di
     first = 0 if shared else len(visible) - hosts * ranks
     gpus_by_host = [visible[first + i * ranks : first + (i + 1) * ranks] for i in range(hosts)]
     trainer_gpus = visible if shared else visible[:first]
-    return _visible(trainer_gpus), [_visible(gpus) for gpus in gpus_by_host]
+    return _gpu_variables(trainer_gpus), [_gpu_variables(gpus) for gpus in gpus_by_host]
 
 
 def _kill_all(process: subprocess.Popen[bytes]) -> None:
@@ -129,11 +129,11 @@ def _kill_all(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(descendants, timeout=60)
 
 
-def _visible(gpus: Sequence[str]) -> dict[str, str]:
+def _gpu_variables(gpus: Sequence[str]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
 
 
-def _host(
+def _start_host(
     config: Config, number: int, log: Path, gpu_variables: dict[str, str]
 ) -> subprocess.Popen[bytes]:
     options = ["--folder", config.run.folder, "--engines", "1", "--patience", "900"]

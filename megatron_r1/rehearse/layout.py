@@ -37,14 +37,16 @@ def shrink_layout(
         UserError: there are still more ranks."""
     for number in range(len(OMITTED_AXES) + 1):
         try:
-            return _shrink(parallel, max_ranks, OMITTED_AXES[:number])
+            return _shrink_layout(parallel, max_ranks, OMITTED_AXES[:number])
         except UserError:
             if not leaves_out or number == len(OMITTED_AXES):
                 raise
     raise AssertionError("unreachable")
 
 
-def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) -> ParallelConfig:
+def _shrink_layout(
+    parallel: ParallelConfig, max_ranks: int, without: Sequence[str]
+) -> ParallelConfig:
     sizes = {
         axis: 1 if axis in without else min(getattr(parallel, axis), MAX_PARTS)
         for axis in SHRUNK_AXES
@@ -75,10 +77,10 @@ def _shrink(parallel: ParallelConfig, max_ranks: int, without: Sequence[str]) ->
             cause=Cause.OUT_OF_RANGE,
         )
     changes = {**sizes, "pipeline_layout": layout, "processes": world_size, "threads": 1}
-    return parallel.model_copy(update=changes | _overlap(parallel, sizes))
+    return parallel.model_copy(update=changes | _overlap_change(parallel, sizes))
 
 
-def _overlap(parallel: ParallelConfig, sizes: Mapping[str, int]) -> dict[str, bool]:
+def _overlap_change(parallel: ParallelConfig, sizes: Mapping[str, int]) -> dict[str, bool]:
     """Return the change that switches off the overlap of the experts' exchange where `sizes` leave
     out an axis that it may need."""
     left_out = any(sizes.get(axis, 2) == 1 < getattr(parallel, axis) for axis in OVERLAP_NEEDS)
@@ -128,7 +130,7 @@ def different_layout(parallel: ParallelConfig) -> ParallelConfig:
     with_experts = ("tensor", "expert_tensor", "expert")
     for axes in (("tensor", "expert_tensor"), (), ("context",), ("expert",), with_experts):
         sizes = dict.fromkeys(axes, 1)
-        changed = parallel.model_copy(update=sizes | _overlap(parallel, sizes))
+        changed = parallel.model_copy(update=sizes | _overlap_change(parallel, sizes))
         world_size = prod((changed.tensor, changed.context, changed.pipeline))
         divisor = changed.expert * changed.expert_tensor * changed.pipeline
         if world_size < parallel.processes and world_size % divisor == 0:

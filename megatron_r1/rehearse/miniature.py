@@ -88,8 +88,8 @@ def make_miniature(
     replicas = parallel.data_parallel_size(parallel.processes)
     small_hf_config = model.shrink_config(hf_config, layout.num_layers(parallel), config.push.fp8)
     changed_settings: dict[str, Any] = {
-        "run": _run(config, folder),
-        "model": _model(config, folder, device),
+        "run": _run_settings(config, folder),
+        "model": _model_settings(config, folder, device),
         "data": data_section(folder),
         "agents": {"environment": "", "harness": "", "verifiers": {}},
         "rollout": rollout_section(config)
@@ -98,7 +98,7 @@ def make_miniature(
             if on_gpu
             else CPU_ROLLOUT
         ),
-        "push": _push(config, on_gpu),
+        "push": _push_settings(config, on_gpu),
         "rewards": rewards_section(config),
         "rl": rl_section(config, replicas),
         "teacher": teacher_section(config, folder),
@@ -109,7 +109,7 @@ def make_miniature(
         },
         "parallel": parallel.model_dump()
         | {
-            "tokens_per_microbatch": _tokens(config),
+            "tokens_per_microbatch": _microbatch_tokens(config),
             "dispatcher": "alltoall",
             "offload_folder": None,
         },
@@ -163,7 +163,7 @@ def _other_kinds(config: Config) -> list[str]:
     return [*model.reward_models(config.rewards.options), *[synthetic_data.NAMED_KIND] * has_named]
 
 
-def _run(config: Config, folder: Path) -> dict[str, Any]:
+def _run_settings(config: Config, folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder / "run"),
         "steps": max(NUM_STEPS, 1 + len(config.rl.schedule)),
@@ -173,7 +173,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     }
 
 
-def _model(config: Config, folder: Path, device: RehearsalDevice) -> dict[str, Any]:
+def _model_settings(config: Config, folder: Path, device: RehearsalDevice) -> dict[str, Any]:
     return {
         "path": str(folder / "model"),
         "checkpoint": None,
@@ -183,7 +183,7 @@ def _model(config: Config, folder: Path, device: RehearsalDevice) -> dict[str, A
     }
 
 
-def _push(config: Config, on_gpu: bool) -> dict[str, Any]:
+def _push_settings(config: Config, on_gpu: bool) -> dict[str, Any]:
     transport = config.push.transport
     is_exact = config.model.dtype == config.rollout.dtype == "float32"
     tolerance = FP8_PROBE_TOLERANCE if config.push.fp8 else PROBE_TOLERANCE
@@ -193,7 +193,7 @@ def _push(config: Config, on_gpu: bool) -> dict[str, Any]:
     }
 
 
-def _tokens(config: Config) -> int:
+def _microbatch_tokens(config: Config) -> int:
     """Return the limit of a micro-batch: the longest sample times as much as in the recipe, and no
     more tokens than there."""
     rollout = config.rollout
@@ -222,7 +222,7 @@ def list_changes(
         (f"config.json {key}", value, small_hf_config.get(key)) for key, value in hf_config.items()
     ]
     return [
-        Change(key, _text(old), _text(new), REASONS.get(key, "size"))
+        Change(key, _short_text(old), _short_text(new), REASONS.get(key, "size"))
         for key, old, new in compared
         if old != new
     ]
@@ -254,6 +254,6 @@ REASONS = {
 }
 
 
-def _text(value: object) -> str:
+def _short_text(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "…"

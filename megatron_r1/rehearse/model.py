@@ -101,7 +101,7 @@ def write_folder(folder: Path, hf_config: HFConfig, seed: int) -> None:
         seed: the seed of the weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(published_names(hf_config), indent=2))
-    _tokenizer().save(str(folder / "tokenizer.json"))
+    _train_tokenizer().save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL_TOKENS, strict=True)),
@@ -111,7 +111,7 @@ def write_folder(folder: Path, hf_config: HFConfig, seed: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     generator = np.random.default_rng(seed)
     tensors = {
-        name: _random(name, shape, generator)
+        name: _random_weights(name, shape, generator)
         for name, (shape, _) in published_tensors(
             hf_config, with_mtp=not has_score_head(hf_config)
         ).items()
@@ -122,14 +122,16 @@ def write_folder(folder: Path, hf_config: HFConfig, seed: int) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _random(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+def _random_weights(
+    name: str, shape: tuple[int, ...], generator: np.random.Generator
+) -> np.ndarray:
     if len(shape) == 1:
         is_norm = name.endswith("norm.weight")
         return (np.ones if is_norm else np.zeros)(shape, np.float32)
     return generator.normal(0.0, STD, shape).astype(np.float32)
 
 
-def _tokenizer() -> Tokenizer:
+def _train_tokenizer() -> Tokenizer:
     """Return a byte-level BPE tokenizer in which templates are short."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

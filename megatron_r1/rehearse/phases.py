@@ -167,17 +167,17 @@ class PhaseRunner:
         drafts = [line.get("speculative/acceptance") for line in lines]
         if method != "none" and all(share is None for share in drafts):
             raise RunError(f"rehearse: no token was drafted (rollout.speculative.method: {method})")
-        drafted = "" if method == "none" else f"; {method}: accepted drafts {_numbers(drafts)}"
+        drafted = "" if method == "none" else f"; {method}: accepted drafts {_join_numbers(drafts)}"
         self.results += [
             PhaseResult(
                 "rollout, rewards, update",
-                f"gradient norms {_numbers(norms)}; log-probabilities of engine and trainer "
-                f"differ by {_numbers(diffs)} on average{drafted}",
+                f"gradient norms {_join_numbers(norms)}; log-probabilities of engine and trainer "
+                f"differ by {_join_numbers(diffs)} on average{drafted}",
                 sum(line["time/rollout"] + line["time/train"] for line in lines),
             ),
             PhaseResult(
                 "push with proof",
-                f"checksums equal in every engine rank; probes differ by {_numbers(probes)}",
+                f"checksums equal in every engine rank; probes differ by {_join_numbers(probes)}",
                 sum(line["time/push"] for line in lines),
             ),
         ]
@@ -298,7 +298,7 @@ def find_errors(log: Path) -> list[str]:
     return [re.sub(r"\n\[\w+\]:", "\n", error) for error in ERROR.findall(text)]
 
 
-def _numbers(values: Sequence[float | None]) -> str:
+def _join_numbers(values: Sequence[float | None]) -> str:
     return ", ".join("–" if value is None else f"{value:.2g}" for value in values)
 
 

@@ -24,30 +24,30 @@ def rl_section(config: Config, data_parallel: int) -> dict[str, Any]:
     rl = config.rl
     group = min(rl.group_size, 4)
     max_minibatches = max(
-        _minibatches(config, part.rl.minibatches) for _, part in config.schedule_parts()
+        _shrink_minibatches(config, part.rl.minibatches) for _, part in config.schedule_parts()
     )
     # Every replica has a sample in every mini-batch.
     responses = max_minibatches * max(data_parallel, group) * (2 if rl.group_size == 1 else 1)
     return {
         "group_size": group,
-        "minibatches": _minibatches(config, rl.minibatches),
+        "minibatches": _shrink_minibatches(config, rl.minibatches),
         "prompts_per_rollout": -(-responses // group),
         "kind_weights": _kind_weights(config, rl.kind_weights),
         "reference_refresh": min(rl.reference_refresh, 2),
         "staleness": min(rl.staleness, 2),
-        "schedule": _schedule(config),
+        "schedule": _schedule_entries(config),
     }
 
 
 def rewards_section(config: Config) -> dict[str, Any]:
     """Return the settings of `rewards` that differ: no judge, and one worker."""
-    rewards, left_out = config.rewards.model_dump(), _judges(config)
+    rewards, left_out = config.rewards.model_dump(), _left_out_judges(config)
     options = {
         kind: kind_options
         for kind, kind_options in rewards["options"].items()
         if kind not in left_out
     }
-    return {"options": options, "weights": _weights(config, rewards["weights"]), "workers": 1}
+    return {"options": options, "weights": _term_weights(config, rewards["weights"]), "workers": 1}
 
 
 def data_section(folder: Path) -> dict[str, Any]:
@@ -122,12 +122,12 @@ def sample_section(config: Config) -> dict[str, Any]:
     return changed_settings
 
 
-def _schedule(config: Config) -> list[dict[str, Any]]:
+def _schedule_entries(config: Config) -> list[dict[str, Any]]:
     """Return the recipe's changes of settings, one at each step from the second."""
     shrunk: dict[str, Callable[[Config, Any], Any]] = {
         "rollout.max_response_tokens": response_tokens,
-        "rl.minibatches": _minibatches,
-        "rewards.weights": _weights,
+        "rl.minibatches": _shrink_minibatches,
+        "rewards.weights": _term_weights,
         "rl.kind_weights": _kind_weights,
     }
     entries: list[dict[str, Any]] = []
@@ -142,7 +142,7 @@ def _schedule(config: Config) -> list[dict[str, Any]]:
     return entries
 
 
-def _minibatches(config: Config, number: int) -> int:
+def _shrink_minibatches(config: Config, number: int) -> int:
     """Return the miniature of a number of mini-batches: the most of the schedule are two."""
     max_minibatches = max(part.rl.minibatches for _, part in config.schedule_parts())
     return max(1, min(max_minibatches, layout.MAX_PARTS) * number // max_minibatches)
@@ -158,16 +158,16 @@ def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]
     } | stands_for_them
 
 
-def _judges(config: Config) -> set[str]:
+def _left_out_judges(config: Config) -> set[str]:
     """Return the rewards of served models that a miniature does not have."""
     options = config.rewards.options
     kinds = {kind for kind, values in options.items() if "url" in values}
     return kinds - model.reward_models(options).keys()
 
 
-def _weights(config: Config, weights: dict[str, Any]) -> dict[str, Any]:
+def _term_weights(config: Config, weights: dict[str, Any]) -> dict[str, Any]:
     """Return the weights of the terms of the reward that a miniature has."""
-    left_out = _judges(config)
+    left_out = _left_out_judges(config)
     return {kind: weight for kind, weight in weights.items() if kind not in left_out} or {
         "accuracy": 1
     }

@@ -39,7 +39,7 @@ def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress)
         progress: the steps of all ranks."""
     work, folder_facts = folder / SCRATCH_PREFIX, FolderFacts()
     existed, lock = folder.exists(), None
-    with _faults(folder_facts):
+    with _note_errors(folder_facts):
         if placement.rank == 0:
             work.mkdir(parents=True, exist_ok=True)
             token = secrets.token_hex(8)
@@ -53,7 +53,7 @@ def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress)
         if placement.num_nodes == 1
         else placement.is_node_leader and placement.node > 0
     )
-    with _faults(folder_facts):
+    with _note_errors(folder_facts):
         if placement.is_node_leader or tries_lock:
             folder_facts.shared = _has_token(work, progress)
         if folder_facts.shared:
@@ -63,7 +63,7 @@ def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress)
                 folder_facts.free = shutil.disk_usage(work).free
     progress.barrier("folder written")
     neighbor_file = work / str((placement.node + 1) % placement.num_nodes)
-    with _faults(folder_facts):
+    with _note_errors(folder_facts):
         if placement.is_node_leader and folder_facts.shared and neighbor_file.exists():
             folder_facts.read = _reading_rate(neighbor_file)
     progress.barrier("folder read")
@@ -78,7 +78,7 @@ def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress)
 
 
 @contextlib.contextmanager
-def _faults(folder_facts: FolderFacts) -> Iterator[None]:
+def _note_errors(folder_facts: FolderFacts) -> Iterator[None]:
     try:
         yield
     except (OSError, UserError) as error:

@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
     for package in GPU_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             version_by_name[package] = metadata.version(package)
-    version_by_name["source of megatron_r1"] = _digest(Path(megatron_r1.__file__).parent)
+    version_by_name["source of megatron_r1"] = _source_digest(Path(megatron_r1.__file__).parent)
     version_by_name["kernel"] = system.release()
     if platform.has_gpu():
         version_by_name["CUDA"] = str(torch.version.cuda)
@@ -164,7 +164,7 @@ def lookup_seconds(address: str) -> float:
         return max(threads.map(look_up, range(LOOKUPS)))
 
 
-def _digest(package: Path) -> str:
+def _source_digest(package: Path) -> str:
     """Return a digest of all source files: a version number stays the same between commits."""
     digest = hashlib.blake2b(digest_size=6)
     for path in sorted(package.rglob("*.py")):

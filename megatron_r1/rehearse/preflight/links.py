@@ -49,14 +49,14 @@ def measure_axis(groups: "ProcessGroupCollection", axis: str) -> LinkRate | None
     size = dist.get_world_size(group)
     if size == 1:
         return None
-    buffer = _buffer()
-    run, fraction = _operations(buffer, group, size)[operation]
+    buffer = _new_buffer()
+    run, fraction = _timed_operations(buffer, group, size)[operation]
     _measure_seconds(run, 1)  # not counted: NCCL connects the ranks
     # The slowest rank's time, so that all ranks of the group choose the same number of repeats:
     # each must take part in every collective.
-    once = _slowest(_measure_seconds(run, 1), group)
+    once = _slowest_seconds(_measure_seconds(run, 1), group)
     repeats = max(1, min(MAX_REPEATS, int(MEASURE_SECONDS / once)))
-    seconds = _slowest(_measure_seconds(run, repeats), group) / repeats
+    seconds = _slowest_seconds(_measure_seconds(run, repeats), group) / repeats
     rate = buffer.nbytes * fraction / seconds
     return LinkRate(operation, dist.get_process_group_ranks(group), rate)
 
@@ -68,7 +68,7 @@ def pair_rates(placement: RankPlacement) -> list[float]:
     for node in neighbors(placement.node, placement.num_nodes):
         if node is not None:
             partner = node * placement.local_world_size + placement.local_rank
-            buffer = _buffer()
+            buffer = _new_buffer()
             exchange = partial(
                 _send_and_receive, buffer, partner, torch.empty_like(buffer), partner
             )
@@ -114,7 +114,7 @@ def _gloo_exchange(rank: int, partner: int, store: dist.Store) -> Callable[[], N
     # give a backend no send and recv.
     backend = dist.ProcessGroupGloo(meeting, pair.index(rank), 2, GLOO_TIMEOUT)
     group, peer = cast(ProcessGroup, backend), 1 - pair.index(rank)
-    sent = _buffer().cpu()
+    sent = _new_buffer().cpu()
     received = torch.empty_like(sent)
 
     def exchange() -> None:
@@ -137,12 +137,12 @@ def neighbors(node: int, num_nodes: int) -> list[int | None]:
     return partners
 
 
-def _buffer() -> Tensor:
+def _new_buffer() -> Tensor:
     device = platform.device()
     return torch.zeros(NUM_BYTES[device.type] // 4, device=device)
 
 
-def _operations(
+def _timed_operations(
     buffer: Tensor, group: ProcessGroup, size: int
 ) -> dict[str, tuple[Callable[[], object], float]]:
     """Return each operation over `group`, with the bytes that a rank sends as a share of the
@@ -187,7 +187,7 @@ def _measure_seconds(run: Callable[[], object], repeats: int) -> float:
     return max(time.perf_counter() - start, 1e-9)
 
 
-def _slowest(seconds: float, group: ProcessGroup) -> float:
+def _slowest_seconds(seconds: float, group: ProcessGroup) -> float:
     value = torch.tensor([seconds], device=platform.device(), dtype=torch.float32)
     dist.all_reduce(value, dist.ReduceOp.MAX, group=group)  # over the axis: a common time
     return float(value)

@@ -43,7 +43,11 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
     A rank that hangs ends the process, with its name (`rank_progress`)."""
     placement = RankPlacement.from_environment()
     progress = RankProgress(
-        _connect, placement.rank, placement.host, placement.world_size, settings.timeout_seconds
+        _connect_to_store,
+        placement.rank,
+        placement.host,
+        placement.world_size,
+        settings.timeout_seconds,
     )
     progress.start()
     progress.begin_step("versions and memory", START_TIMES)
@@ -70,7 +74,7 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
     progress.begin_step("run folder")
     folder = check_folder(Path(config.run.folder), placement, progress)
     progress.begin_step("connections to rank 0, clocks, ports, sandbox")
-    node = _node(config, placement, progress, versions, memory)
+    node = _node_facts(config, placement, progress, versions, memory)
     facts = RankFacts(
         rank=placement.rank,
         node_index=placement.node,
@@ -85,7 +89,7 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
         seconds=progress.seconds,
         gloo=gloo,
     )
-    all_facts = _gather(facts, placement, progress)
+    all_facts = _gather_facts(facts, placement, progress)
     distributed.leave_process_groups()
     progress.close()
     return all_facts
@@ -118,13 +122,13 @@ def product_rate() -> float:
     return 2 * size**3 / duration
 
 
-def _connect() -> dist.Store:
+def _connect_to_store() -> dist.Store:
     """Return a connection to the ranks' store, which process groups use, too."""
     # `progress` ends what hangs.
     return dist.PrefixStore("preflight", trainer_store(timedelta(hours=1)))
 
 
-def _node(
+def _node_facts(
     config: Config,
     placement: RankPlacement,
     progress: RankProgress,
@@ -163,7 +167,9 @@ def _node(
     return node_facts
 
 
-def _gather(facts: RankFacts, placement: RankPlacement, progress: RankProgress) -> list[RankFacts]:
+def _gather_facts(
+    facts: RankFacts, placement: RankPlacement, progress: RankProgress
+) -> list[RankFacts]:
     """Return the facts of all ranks on rank 0, elsewhere none."""
     progress.begin_step("results")
     progress.store.set(f"facts/{placement.rank}", msgspec.json.encode(facts).decode())

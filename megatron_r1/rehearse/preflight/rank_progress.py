@@ -99,12 +99,12 @@ class RankProgress:
         """Return which ranks keep the others waiting: those that have stopped, or else those whose
         step is behind."""
         ranks = range(self._world_size)
-        before = {rank: _read(store, f"alive/{rank}") for rank in ranks}
+        before = {rank: _stored_text(store, f"alive/{rank}") for rank in ranks}
         for _ in range(4):
             time.sleep(POLL_SECONDS)
             self._beat(store)
-        silent = [rank for rank in ranks if _read(store, f"alive/{rank}") == before[rank]]
-        steps = {rank: _read(store, f"step/{rank}") for rank in ranks}
+        silent = [rank for rank in ranks if _stored_text(store, f"alive/{rank}") == before[rank]]
+        steps = {rank: _stored_text(store, f"step/{rank}") for rank in ranks}
         numbers = {rank: int(step.split("\t")[0]) if step else 0 for rank, step in steps.items()}
         last = max(numbers, key=lambda rank: numbers[rank])
         slowest_ranks = [rank for rank in ranks if numbers[rank] == min(numbers.values())]
@@ -112,7 +112,9 @@ class RankProgress:
         culprits = silent or slowest_ranks
         if len(culprits) == self._world_size:
             return f"all ranks hang in {waiting!r}: look at the network between the nodes"
-        listing = "; ".join(_describe(rank, steps[rank], rank in silent) for rank in culprits[:8])
+        listing = "; ".join(
+            _describe_rank(rank, steps[rank], rank in silent) for rank in culprits[:8]
+        )
         remainder = f"; {len(culprits) - 8} more" if len(culprits) > 8 else ""
         remedy = f"The others wait in {waiting!r}. Replace that host, or look at it"
         return f"{listing}{remainder}. {remedy}"
@@ -143,11 +145,11 @@ class RankProgress:
                 self._end(f"rank {self._rank} ({self._host}) has lost the store of rank 0's node")
 
 
-def _read(store: Store, key: str) -> str:
+def _stored_text(store: Store, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
-def _describe(rank: int, step: str, is_silent: bool) -> str:
+def _describe_rank(rank: int, step: str, is_silent: bool) -> str:
     if not step:
         return f"rank {rank} has not started"
     _, host, name = step.split("\t")

@@ -299,7 +299,7 @@ def test_microbatches_take_no_more_memory_than_the_recipes():
 def test_a_long_template_has_room():
     template = "Example: 48 + 37 = 85. " * 40 + "{question} ="
     _, small = shrunk(ROOT / "examples/distill/qwen2.5-32b_rl.yaml", {"data.template": template})
-    tokens = len(model._tokenizer().encode(template.replace("{question}", "15 + 16 =")).ids)
+    tokens = len(model._train_tokenizer().encode(template.replace("{question}", "15 + 16 =")).ids)
     rollout = small.config.rollout
     assert tokens > engine_sections.PROMPT_TOKENS
     assert rollout.max_model_len >= tokens + rollout.max_response_tokens
