@@ -78,20 +78,20 @@ class JobStatus(msgspec.Struct):
             exits; "unloadable": the function cannot be imported.
         id: the job's; -1: the report is on the worker.
         reward: that of the grade.
-        reason: why the grade is what it is, or what failed."""
+        reason: why the grade is what it is, or what failed.
+        verdict: `Grade.verdict`.
+        missing: `Grade.missing`.
+        is_bounded: whether the reward is from 0 to 1; False for a `FiniteGrade`.
+        is_out_of_memory: whether the import of an unloadable function ended for want of memory."""
 
     status: Literal["ready", "loaded", "graded", "failed", "memory", "unloadable"]
     id: int = -1
     reward: float = 0.0
     reason: str = ""
     verdict: str = ""
-    """`Grade.verdict`."""
     missing: tuple[str, ...] = ()
-    """`Grade.missing`."""
     is_bounded: bool = True
-    """Whether the reward is from 0 to 1; False for a `FiniteGrade`."""
     is_out_of_memory: bool = False
-    """Of an unloadable function, whether its import ended for want of memory."""
 
 
 class WorkerProcess(FramedProcess[JobStatus]):
