@@ -51,12 +51,13 @@ def grade(
     if not options:
         raise ValueError(f"the truth of a math answer must not be empty, got {truth!r}")
     grades = [
-        _grade(response, option, thought_opened, reading, reads_last_line) for option in options
+        _grade_against_truth(response, option, thought_opened, reading, reads_last_line)
+        for option in options
     ]
     return max(grades, key=lambda grade: grade.reward)
 
 
-def _grade(
+def _grade_against_truth(
     response: str, truth: object, thought_opened: bool, reading: Reading, reads_last_line: bool
 ) -> Grade:
     """Return the grade of a response against one truth.

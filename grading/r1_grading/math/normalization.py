@@ -18,12 +18,12 @@ def _vulgar_fraction(character: str) -> str:
     return rf" \frac{{{top}}}{{{bottom}}}"
 
 
-def _matrix(match: re.Match[str]) -> str:
+def _format_matrix(match: re.Match[str]) -> str:
     kind = "pmatrix" if match[1] == "(" else "bmatrix"
     return rf"\begin{{{kind}}}{match[2]}\end{{{kind}}}"
 
 
-def _modulus(match: re.Match[str]) -> str:
+def _format_modulus(match: re.Match[str]) -> str:
     return rf"\pmod{{{(match[1] or match[2] or '').strip()}}}"
 
 
@@ -80,7 +80,7 @@ LATEX_SPELLINGS: tuple[tuple[str, Replacement], ...] = (
         r"\\begin\{cases\}([^&]*?)\\end\{cases\}",
         lambda match: match[1].replace(r"\\", ", "),
     ),
-    (r"([(\[])\s*\\begin\{smallmatrix\}(.*?)\\end\{smallmatrix\}\s*[)\]]", _matrix),
+    (r"([(\[])\s*\\begin\{smallmatrix\}(.*?)\\end\{smallmatrix\}\s*[)\]]", _format_matrix),
     (r"\\(begin|end)\s*\{([pb]?)smallmatrix\}", r"\\\1{\2matrix}"),
     (r"\\(p?matrix)\s*\{([^{}]*)\}", r"\\begin{\1}\2\\end{\1}"),
     (r"\\(?:langle|lparen)(?![A-Za-z])", "("),
@@ -103,7 +103,7 @@ LATEX_SPELLINGS: tuple[tuple[str, Replacement], ...] = (
     # `5 (mod 7)`, `5 \bmod 7` and `5\pmod 7`.
     (r"\(\s*(?:\\text\s*\{\s*mod\s*\}|\\?mod(?![A-Za-z]))\s*(\w+)\s*\)", r"\\pmod{\1}"),
     (r"\(\s*\\bmod(?![A-Za-z])\s*(\w+)\s*\)", r"\\pmod{\1}"),
-    (r"\\[pb]?mod(?![A-Za-z])\s*(?:\{([^{}]*)\}|(\w+))", _modulus),
+    (r"\\[pb]?mod(?![A-Za-z])\s*(?:\{([^{}]*)\}|(\w+))", _format_modulus),
     (r"\\text\s*\{\s*\}", ""),
     (r"\\text\s*\{\s*([+-]?[\d.,]+)\s*\}", r"\1"),
     (r"\\(?:vee|lor)(?![A-Za-z])", " or "),
@@ -156,7 +156,7 @@ def normalize_latex(text: str) -> str:
     if PLAIN_NUMBER.fullmatch(text):
         return text  # as most answers are
     if not text.isascii():
-        text = re.sub("[√∛](\\d*)", _root, text)
+        text = re.sub("[√∛](\\d*)", _format_root, text)
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(SUPERSCRIPTS)}}}", text)
         text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(SUBSCRIPTS)}}}", text)
         text = text.translate(TRANSLATION)
@@ -166,10 +166,10 @@ def normalize_latex(text: str) -> str:
         text = re.sub(r"(?<!\\)\$", "", text)
     for pattern, replacement in REWRITES:
         text = pattern.sub(replacement, text)
-    return _unbraced(_round_to_curly(text).strip())
+    return _strip_braces(_round_to_curly(text).strip())
 
 
-def _unbraced(text: str) -> str:
+def _strip_braces(text: str) -> str:
     """Return `text` without braces around all of it that only group, as in `{204}`.
 
     The braces of the set `{1, 4}` stay."""
@@ -178,7 +178,7 @@ def _unbraced(text: str) -> str:
     return text
 
 
-def _root(match: re.Match[str]) -> str:
+def _format_root(match: re.Match[str]) -> str:
     return ROOTS[match[0][0]] + (f"{{{match[1]}}}" if match[1] else "")
 
 

@@ -57,7 +57,7 @@ def without_thousands(text: str) -> str:
 
 def nesting(text: str) -> int | None:
     """Return how deep brackets are nested in `text`; None where they do not close."""
-    depths = [0, *_depths(LATEX_TOKEN.findall(text))]
+    depths = [0, *_bracket_depths(LATEX_TOKEN.findall(text))]
     return max(depths) if depths[-1] == 0 and min(depths) == 0 else None
 
 
@@ -66,7 +66,7 @@ def split(text: str, separators: frozenset[str]) -> list[tuple[str, str]]:
     parts: list[tuple[str, str]] = []
     part_tokens: list[str] = []
     tokens = LATEX_TOKEN.findall(text)
-    for token, depth in zip(tokens, _depths(tokens), strict=True):
+    for token, depth in zip(tokens, _bracket_depths(tokens), strict=True):
         if depth == 0 and token in separators:
             parts.append(("".join(part_tokens).strip(), token))
             part_tokens = []
@@ -79,7 +79,7 @@ def read_structure(text: str) -> Structure | None:
     """Read `text` as a list, set, tuple or interval; None for a single value.
 
     `1, 2` and `1 or 2` are bare lists; "1,2 and 3" and "1, 2, and 3" have three members."""
-    brackets, content = _enclosing(text)
+    brackets, content = _split_brackets(text)
     # Where a space follows the commas of a list, commas without one may separate thousands.
     if re.search(r",\s", content) or ROUND_THOUSANDS.search(content):
         content = THOUSANDS.sub("", content)
@@ -98,7 +98,7 @@ def read_matrix(text: str) -> list[list[str]] | None:
     """Return the cells of a `matrix`, `pmatrix`, `bmatrix` or `[[1, 2], [3, 4]]`.
 
     None for any other text."""
-    brackets, content = _enclosing(text)
+    brackets, content = _split_brackets(text)
     if brackets == "[]" and r"\begin" not in content:
         lists = [read_structure(part) for part, _ in split(content, SEPARATORS)]
         if all(row is not None and row.brackets == "[]" for row in lists):
@@ -135,17 +135,17 @@ def _both_signs(member: str) -> tuple[str, ...]:
     return plus, minus
 
 
-def _enclosing(text: str) -> tuple[str, str]:
+def _split_brackets(text: str) -> tuple[str, str]:
     """Return the brackets around all of `text` ("" if there are none) and the text inside."""
     tokens = LATEX_TOKEN.findall(text.strip())
     if len(tokens) < 2 or tokens[0] not in OPENING or tokens[-1] not in CLOSING:
         return "", text.strip()
-    if 0 in _depths(tokens)[:-1]:
+    if 0 in _bracket_depths(tokens)[:-1]:
         return "", text.strip()
     return tokens[0] + tokens[-1], "".join(tokens[1:-1]).strip()
 
 
-def _depths(tokens: list[str]) -> list[int]:
+def _bracket_depths(tokens: list[str]) -> list[int]:
     """Return in how many brackets each token stands; a closing one counts as outside its own."""
     return list(itertools.accumulate((t in OPENING) - (t in CLOSING) for t in tokens))
 
@@ -219,7 +219,7 @@ def read_number(text: str) -> WrittenNumber | None:
     else:
         return None
     try:
-        value, is_decimal = _value(match.groupdict())
+        value, is_decimal = _read_value(match.groupdict())
     except ZeroDivisionError:
         return None
     is_quotient = bool(match.groupdict().get("bottom")) and (is_decimal or value.denominator == 1)
@@ -235,13 +235,13 @@ def same_number(expected: WrittenNumber, answer: WrittenNumber) -> bool:
     sign (60 and 60%, as in GSM8K). Where only the truth has a sign, the answer may be the hundredth
     or, above 1, the number without the sign."""
     if expected.is_percent == answer.is_percent:
-        return _close(expected.value, answer.value, expected, answer)
+        return _is_close(expected.value, answer.value, expected, answer)
     if expected.is_percent:
-        if _close(expected.value / 100, answer.value, expected, answer):
+        if _is_close(expected.value / 100, answer.value, expected, answer):
             return True
-        return abs(expected.value) > 1 and _close(expected.value, answer.value, expected, answer)
+        return abs(expected.value) > 1 and _is_close(expected.value, answer.value, expected, answer)
     scale = 100 if abs(expected.value) <= 1 else 1
-    return _close(expected.value, answer.value / scale, expected, answer)
+    return _is_close(expected.value, answer.value / scale, expected, answer)
 
 
 def rounds_to_same(left: Fraction, right: Fraction) -> bool:
@@ -251,32 +251,34 @@ def rounds_to_same(left: Fraction, right: Fraction) -> bool:
     return abs(left - right) <= MAX_RELATIVE_ERROR * max(abs(left), abs(right))
 
 
-def _close(left: Fraction, right: Fraction, expected: WrittenNumber, answer: WrittenNumber) -> bool:
+def _is_close(
+    left: Fraction, right: Fraction, expected: WrittenNumber, answer: WrittenNumber
+) -> bool:
     if left == right:
         return True
     return (expected.is_decimal or answer.is_decimal) and rounds_to_same(left, right)
 
 
-def _value(groups: dict[str, str | None]) -> tuple[Fraction, bool]:
+def _read_value(groups: dict[str, str | None]) -> tuple[Fraction, bool]:
     parts = {name: text for name, text in groups.items() if text}
     if "period" in parts:
-        return _repeating(parts["decimal"], parts["period"]), False
+        return _repeating_decimal(parts["decimal"], parts["period"]), False
     if "bottom" in parts:
-        value = _fraction(parts["top"]) / _fraction(parts["bottom"])
+        value = _digits_to_fraction(parts["top"]) / _digits_to_fraction(parts["bottom"])
         is_decimal = "." in parts["top"] + parts["bottom"]
         return value + int(parts.get("whole", 0)), is_decimal
     digits = parts.get("decimal", "1")
     power = parts.get("power") or parts.get("e")
     scale = Fraction(10) ** int(power) if power else Fraction(1)
-    return _fraction(digits) * scale, "." in digits
+    return _digits_to_fraction(digits) * scale, "." in digits
 
 
-def _fraction(digits: str) -> Fraction:
+def _digits_to_fraction(digits: str) -> Fraction:
     number = digits.replace(",", "").replace(" ", "")
     return Fraction(number + "0" if number.endswith(".") else number)
 
 
-def _repeating(start: str, period: str) -> Fraction:
+def _repeating_decimal(start: str, period: str) -> Fraction:
     integer, _, decimals = start.partition(".")
     nines = (10 ** len(period) - 1) * 10 ** len(decimals)
     return Fraction(int(integer + decimals), 10 ** len(decimals)) + Fraction(int(period), nines)

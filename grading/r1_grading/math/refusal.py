@@ -142,12 +142,15 @@ def is_huge(text: str) -> bool:
     """Whether computing the powers, factorials and binomials of `text` may take long."""
     if re.search(rf"\d{{{MAX_DIGITS + 1}}}", text) or re.search(r"!\s*!", text):
         return True
-    if any(text[end:].lstrip().startswith("^") for _, end in _exponents(text)):
+    if any(text[end:].lstrip().startswith("^") for _, end in _braced_exponents(text)):
         return True  # 9^{9}^{9}: invalid LaTeX, which a parser may read as a tower of powers
     previous_text = None
     while text != previous_text:
         previous_text = text
-        for pattern, compute in ((NUMBER_POWER, _power), (NUMBER_FACTORIAL, _factorial)):
+        for pattern, compute in (
+            (NUMBER_POWER, _bounded_power),
+            (NUMBER_FACTORIAL, _bounded_factorial),
+        ):
             match = pattern.search(text)
             if match is not None:
                 value = compute(match)
@@ -161,19 +164,19 @@ def is_huge(text: str) -> bool:
         return True
     return any(
         int(number) > MAX_EXPONENT
-        for exponent, _ in _exponents(text)
+        for exponent, _ in _braced_exponents(text)
         for number in re.findall(r"\d+", exponent)
     )
 
 
-def _power(match: re.Match[str]) -> int | None:
+def _bounded_power(match: re.Match[str]) -> int | None:
     base, exponent = int(match[1] or match[2]), int(match[3][:6])
     if base > 1 and (len(match[3]) > 6 or base.bit_length() * exponent > MAX_RESULT_BITS):
         return None
     return base**exponent if base > 1 else base
 
 
-def _factorial(match: re.Match[str]) -> int | None:
+def _bounded_factorial(match: re.Match[str]) -> int | None:
     number = int((match[1] or match[2])[:6])
     if number > MAX_FACTORIAL:
         return None
@@ -181,7 +184,7 @@ def _factorial(match: re.Match[str]) -> int | None:
     return 1 if number < 2 else 10 ** min(number, 300)
 
 
-def _exponents(text: str) -> list[tuple[str, int]]:
+def _braced_exponents(text: str) -> list[tuple[str, int]]:
     """Return the content of each `^{…}`, and the position where it ends."""
     exponents = []
     for match in re.finditer(r"\^\s*\{", text):

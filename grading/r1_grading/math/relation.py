@@ -93,7 +93,7 @@ def same_relation(expected: Chain, answer: Chain) -> bool:
     the other, positive for inequalities. No equation is solved."""
     if _is_solved(expected) and not _is_solved(answer):
         return False
-    left, right = _constraints(expected), _constraints(answer)
+    left, right = _read_constraints(expected), _read_constraints(answer)
     return left is not None and right is not None and match_all(left, right, _same_constraint)
 
 
@@ -102,7 +102,7 @@ def solution_set(chain: Chain) -> sympy.Set | None:
     if not _is_solved(chain):
         return None
     sides = ["x" if is_name(side) and "|" not in side else side for side in chain.sides]
-    constraints = _constraints(Chain(tuple(sides), chain.relations))
+    constraints = _read_constraints(Chain(tuple(sides), chain.relations))
     if constraints is None:
         return None
     solution: sympy.Set = sympy.S.Reals
@@ -191,7 +191,7 @@ def _has_symbols(text: str) -> bool:
     return expression is None or bool(getattr(expression, "free_symbols", True))
 
 
-def _constraints(chain: Chain) -> list[tuple[str, sympy.Expr]] | None:
+def _read_constraints(chain: Chain) -> list[tuple[str, sympy.Expr]] | None:
     """Return (kind, difference of two sides) for each relation; None for an unsupported one."""
     sides: list[Any] = [read_expression(side) for side in chain.sides]
     if not all(isinstance(side, sympy.Expr) for side in sides):
@@ -305,13 +305,13 @@ def paired_members(truth: Structure, answer: Structure) -> tuple[list[str], list
 
     Names are removed if only one of the two has names, and if all names are the same, as in
     `x = 3 or x = -1`."""
-    (names, left), (other_names, right) = _values(truth), _values(answer)
+    (names, left), (other_names, right) = _names_and_values(truth), _names_and_values(answer)
     if names and other_names and (len(set(names)) > 1 or set(names) != set(other_names)):
         return list(truth.members), list(answer.members), False
     return left, right, max(len(set(names)), len(set(other_names))) > 1
 
 
-def _values(side: Structure) -> tuple[tuple[str, ...], list[str]]:
+def _names_and_values(side: Structure) -> tuple[tuple[str, ...], list[str]]:
     """Return the members' names (none unless all, or only the first, have one) and their values."""
     names: list[str] = []
     values: list[str] = []
@@ -340,7 +340,7 @@ def rename_parameter(truth: Structure, answer: Structure) -> Structure:
 
     The parameter becomes k where the truth is `x = k\pi, k \in \mathbb{Z}` and the answer `x =
     n\pi, n \in \mathbb{Z}`."""
-    name, answer_name = _parameter(truth), _parameter(answer)
+    name, answer_name = _parameter_name(truth), _parameter_name(answer)
     tokens = {token for member in answer.members for token in LATEX_SYMBOL.findall(member)}
     if name is None or answer_name is None or name in tokens:
         return answer
@@ -351,7 +351,7 @@ def rename_parameter(truth: Structure, answer: Structure) -> Structure:
     return Structure(answer.brackets, tuple(members))
 
 
-def _parameter(side: Structure) -> str | None:
+def _parameter_name(side: Structure) -> str | None:
     """Return the name whose domain one member gives and whose value none gives, or None."""
     domains = [match["name"] for member in side.members if (match := DOMAIN.match(member))]
     chains = [chain for member in side.members if (chain := read_chain(member)) is not None]

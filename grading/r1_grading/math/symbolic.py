@@ -70,7 +70,7 @@ def evaluate(expression: sympy.Basic, values: Mapping[str, Any] | None = None) -
     """
     with mpmath.workdps(PRECISION_DIGITS):
         try:
-            return mpmath.mpc(_value(expression, values or {}))
+            return mpmath.mpc(_evaluate_node(expression, values or {}))
         except (ZeroDivisionError, OverflowError, ValueError) as error:
             raise OutOfRange(str(error)) from error
 
@@ -91,7 +91,7 @@ def exact_rational(node: sympy.Basic) -> Fraction | None:
             return None
         parts.append(part)
     value = _exact_operation(node, parts)
-    return value if value is not None and _bits(value) <= MAX_EXACT_BITS else None
+    return value if value is not None and _num_bits(value) <= MAX_EXACT_BITS else None
 
 
 def _exact_operation(node: sympy.Expr, parts: list[Fraction]) -> Fraction | None:
@@ -104,7 +104,7 @@ def _exact_operation(node: sympy.Expr, parts: list[Fraction]) -> Fraction | None
         base, exponent = parts
         if exponent.denominator != 1 or (base == 0 and exponent <= 0):
             return None
-        return base ** int(exponent) if abs(exponent) * _bits(base) <= MAX_EXACT_BITS else None
+        return base ** int(exponent) if abs(exponent) * _num_bits(base) <= MAX_EXACT_BITS else None
     if name == "UnevaluatedExpr":
         return parts[0]
     if any(part.denominator != 1 or not 0 <= part <= MAX_FACTORIAL for part in parts):
@@ -116,11 +116,11 @@ def _exact_operation(node: sympy.Expr, parts: list[Fraction]) -> Fraction | None
     return None
 
 
-def _bits(value: Fraction) -> int:
+def _num_bits(value: Fraction) -> int:
     return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
-def _value(node: sympy.Basic, values: Mapping[str, Any]) -> Any:
+def _evaluate_node(node: sympy.Basic, values: Mapping[str, Any]) -> Any:
     if isinstance(node, sympy.Symbol):
         if node.name not in values:
             raise NotNumeric(node.name)
@@ -133,24 +133,24 @@ def _value(node: sympy.Basic, values: Mapping[str, Any]) -> Any:
         return +CONSTANTS[node]()
     if not isinstance(node, sympy.Expr) or not node.args:
         raise NotNumeric(type(node).__name__)
-    value = _operation(node, [_value(part, values) for part in node.args])
+    value = _apply_operation(node, [_evaluate_node(part, values) for part in node.args])
     if not mpmath.isfinite(value) or (value != 0 and abs(mpmath.mag(value)) > MAX_BITS):
         raise OutOfRange("a number")
     return value
 
 
-def _operation(node: sympy.Expr, parts: list[Any]) -> Any:
+def _apply_operation(node: sympy.Expr, parts: list[Any]) -> Any:
     name = type(node).__name__
     if isinstance(node, sympy.Add):
         return mpmath.fsum(parts)
     if isinstance(node, sympy.Mul):
         return mpmath.fprod(parts)
     if isinstance(node, sympy.Pow):
-        return _power(*parts)
+        return _take_power(*parts)
     if isinstance(node, sympy.exp):
-        return _power(+mpmath.e, parts[0])
+        return _take_power(+mpmath.e, parts[0])
     if name in ("sinh", "cosh"):
-        growing, shrinking = _power(+mpmath.e, parts[0]), _power(+mpmath.e, -parts[0])
+        growing, shrinking = _take_power(+mpmath.e, parts[0]), _take_power(+mpmath.e, -parts[0])
         return (growing - shrinking if name == "sinh" else growing + shrinking) / 2
     if isinstance(node, sympy.log):
         logarithms = [mpmath.log(part) for part in parts]
@@ -171,7 +171,7 @@ def _operation(node: sympy.Expr, parts: list[Any]) -> Any:
     return MPMATH_FUNCTIONS[name](parts[0])
 
 
-def _power(base: Any, exponent: Any) -> Any:
+def _take_power(base: Any, exponent: Any) -> Any:
     if base == 0:
         if mpmath.re(exponent) <= 0 and exponent != 0:
             raise OutOfRange("a power of zero")
@@ -282,21 +282,25 @@ def _same_at_points(left: sympy.Expr, right: sympy.Expr, seed: str) -> bool | No
     is_float = left.has(sympy.Float) or right.has(sympy.Float)
     rng = random.Random(seed)
     num_compared = 0
-    for values in _points(names, rng, has_far_points=_has_branches(left) or _has_branches(right)):
+    for values in _sample_points(
+        names, rng, has_far_points=_has_branches(left) or _has_branches(right)
+    ):
         try:
             pair = [evaluate(side, values) for side in (left, right)]
         except NotNumeric:
             return None
         except OutOfRange:
             continue
-        if not _close(*pair, is_float=is_float, is_constant=not names):
+        if not _are_close(*pair, is_float=is_float, is_constant=not names):
             return False
         num_compared += 1
     # At one sign of a symbol both may be undefined, or too large.
     return num_compared > 0
 
 
-def _points(names: list[str], rng: random.Random, has_far_points: bool) -> Iterator[dict[str, Any]]:
+def _sample_points(
+    names: list[str], rng: random.Random, has_far_points: bool
+) -> Iterator[dict[str, Any]]:
     """Yield values of the symbols, in combinations of signs.
 
     One symbol has both signs, and of each two there are points where they have the same sign and
@@ -332,7 +336,7 @@ def _has_branches(expression: sympy.Expr) -> bool:
     return has_roots or expression.has(*BRANCHES)
 
 
-def _close(left: mpmath.mpc, right: mpmath.mpc, *, is_float: bool, is_constant: bool) -> bool:
+def _are_close(left: mpmath.mpc, right: mpmath.mpc, *, is_float: bool, is_constant: bool) -> bool:
     if is_float and is_constant and left.imag == right.imag == 0:
         return rounds_to_same(*(Fraction(mpmath.nstr(side.real, 20)) for side in (left, right)))
     size = max(abs(left), abs(right))

@@ -115,17 +115,17 @@ def split_unit(text: str) -> tuple[str, str | None]:
         value = match["value"]
         if (scaled_match := SCALED_NUMBER.fullmatch(value)) is not None:  # 13 K, and not 13 kelvin
             value = rf"{scaled_match['number']} \cdot {scaled_match['scale']}"
-        return match["sign"] + value, _canonical(match["unit"].replace("\\", ""))
+        return match["sign"] + value, _canonical_unit(match["unit"].replace("\\", ""))
     match = SYMBOL_UNIT.fullmatch(text)
     if match is not None and match["value"] and not ANGLE_FUNCTION.search(match["value"]):
-        return match["value"], _canonical(re.sub(r"[\\\s]", "", match["unit"]))
+        return match["value"], _canonical_unit(re.sub(r"[\\\s]", "", match["unit"]))
     if (match := TEXT_UNIT.fullmatch(text)) is not None and match["value"]:
-        unit = _unit(match["unit"], (match["power"] or "") + (match[3] or ""))
+        unit = _read_unit(match["unit"], (match["power"] or "") + (match[3] or ""))
         if unit is not None:
             return match["value"], unit
     match = PLAIN_UNIT.fullmatch(text)
     if match is not None and PLAIN_VALUE.fullmatch(match["value"]):
-        unit = _unit(match["unit"], match["power"])
+        unit = _read_unit(match["unit"], match["power"])
         # `5m` is five times m; `5 m` and `5cm` are lengths.
         if unit is not None and (len(match["unit"]) > 1 or match["space"]):
             return match["value"], unit
@@ -144,37 +144,38 @@ def same_unit(left: str | None, right: str | None) -> bool:
 
 def is_unit(word: str) -> bool:
     """Return whether a word is a known unit, in the singular or plural."""
-    return any(form in CANONICAL_UNITS for form in _forms(word))
+    return any(form in CANONICAL_UNITS for form in _word_forms(word))
 
 
-def _unit(words: str, power: str) -> str | None:
-    is_one = any(form in CANONICAL_UNITS for form in _forms(words)[:2])
+def _read_unit(words: str, power: str) -> str | None:
+    is_one = any(form in CANONICAL_UNITS for form in _word_forms(words)[:2])
     parts = [words] if is_one else [part for part in re.split(r"[ /.-]+", words) if part]
-    if any(not NO_UNITS.isdisjoint(_forms(part)[1:]) for part in parts):
+    if any(not NO_UNITS.isdisjoint(_word_forms(part)[1:]) for part in parts):
         return None
-    if not NOT_COUNTED.isdisjoint(_forms(parts[-1])[1:]):
+    if not NOT_COUNTED.isdisjoint(_word_forms(parts[-1])[1:]):
         return None
     exponent = "".join(digit for digit in power if digit.isdigit())
     for prefix, number in (("sq", "2"), ("square", "2"), ("cu", "3"), ("cubic", "3")):
         if parts[0].lower() == prefix and len(parts) > 1:
             parts, exponent = parts[1:], number
-    names = [_canonical(part) for part in parts]
+    names = [_canonical_unit(part) for part in parts]
     is_known = all(
-        part.lower() == "per" or any(f in CANONICAL_UNITS for f in _forms(part)) for part in parts
+        part.lower() == "per" or any(f in CANONICAL_UNITS for f in _word_forms(part))
+        for part in parts
     )
     if not is_known and any(len(part) < 3 for part in parts if part.lower() not in ("of", "per")):
         return None  # `5 ab` may be five times a times b
     return "/".join(name for name in names if name != "per") + exponent
 
 
-def _canonical(word: str) -> str:
+def _canonical_unit(word: str) -> str:
     default = word.lower().removesuffix("s") if len(word) > 3 else word
     return next(
-        (CANONICAL_UNITS[form] for form in _forms(word) if form in CANONICAL_UNITS), default
+        (CANONICAL_UNITS[form] for form in _word_forms(word) if form in CANONICAL_UNITS), default
     )
 
 
-def _forms(word: str) -> tuple[str, str, str]:
+def _word_forms(word: str) -> tuple[str, str, str]:
     if len(word) == 1:  # `13 M` is 13 million, or molar, but not 13 m
         return word, word, word
     return word, word.lower(), word.lower().removesuffix("s")
@@ -266,7 +267,7 @@ def cardinal(text: str) -> int | None:
             part *= 100
         elif word in MULTIPLES and part and (not total or total % (1000 * MULTIPLES[word]) == 0):
             total, part = total + part * MULTIPLES[word], 0
-        elif word in CARDINALS and _fits(part, CARDINALS[word], last_word):
+        elif word in CARDINALS and _can_follow(part, CARDINALS[word], last_word):
             part += CARDINALS[word]
         else:
             return None
@@ -274,7 +275,7 @@ def cardinal(text: str) -> int | None:
     return total + part
 
 
-def _fits(part: int, value: int, last: str) -> bool:
+def _can_follow(part: int, value: int, last: str) -> bool:
     """Return whether a number word may follow: `twenty one`, `hundred five`, but not `one two`."""
     if value == 0:
         return part == 0 and not last
