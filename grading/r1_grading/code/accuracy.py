@@ -96,7 +96,7 @@ def _check_output_limit(problem: Problem, limits: Limits) -> None:
     if problem.checker is not None:
         return
     for number, test in enumerate(problem.tests, 1):
-        size = 1 + _size(test.expected)  # a program ends its last line
+        size = 1 + _size_in_bytes(test.expected)  # a program ends its last line
         if size > limits.output_mib * MIB:
             raise ValueError(
                 f"the truth of a code prompt: test {number} expects {size / MIB:.1f} MiB, more "
@@ -104,7 +104,7 @@ def _check_output_limit(problem: Problem, limits: Limits) -> None:
             )
 
 
-def _size(expected: object) -> int:
+def _size_in_bytes(expected: object) -> int:
     """Return the size in bytes of an output or of a result.
 
     That of a result is an estimate from its numbers and texts."""
@@ -112,7 +112,7 @@ def _size(expected: object) -> int:
         return len(expected.encode("utf-8", "replace"))
     if isinstance(expected, list | dict):
         parts = [*expected, *(expected.values() if isinstance(expected, dict) else ())]
-        return 2 + sum(1 + _size(part) for part in parts)
+        return 2 + sum(1 + _size_in_bytes(part) for part in parts)
     return expected.bit_length() // 4 if isinstance(expected, int) else 1
 
 

@@ -46,7 +46,7 @@ def read_asserts(texts: Iterable[str]) -> dict[str, Any]:
         ValueError: an assert is not a call compared with a literal, or the asserts call several
             functions.
     """
-    return _tests([line for text in texts for line in split_asserts(text)])
+    return _tests_of_lines([line for text in texts for line in split_asserts(text)])
 
 
 def read_check_code(code: Any, function: str | None) -> dict[str, Any]:
@@ -65,16 +65,16 @@ def read_check_code(code: Any, function: str | None) -> dict[str, Any]:
     asserts = [node for node in nodes if isinstance(node, ast.Assert)]
     asserts.sort(key=lambda node: node.lineno)
     constant_asserts = [n for n in asserts if isinstance(n.test, ast.Constant) and n.test.value]
-    tests = _tests([ast.unparse(node) for node in asserts if node not in constant_asserts])
+    tests = _tests_of_lines([ast.unparse(node) for node in asserts if node not in constant_asserts])
     if tests["function"] == CANDIDATE:
-        entry_point = function or _checked(nodes)
+        entry_point = function or _checked_function(nodes)
         if not entry_point:
             raise ValueError("the tests call a candidate and do not name it: give entry_point")
         tests["function"] = entry_point.rpartition(".")[2]
     return tests
 
 
-def _checked(nodes: Iterable[ast.AST]) -> str | None:
+def _checked_function(nodes: Iterable[ast.AST]) -> str | None:
     """Return the argument of `check(f)` or `check(Solution().f)`."""
     for node in nodes:
         match node:
@@ -83,7 +83,7 @@ def _checked(nodes: Iterable[ast.AST]) -> str | None:
     return None
 
 
-def _tests(lines: Iterable[str]) -> dict[str, Any]:
+def _tests_of_lines(lines: Iterable[str]) -> dict[str, Any]:
     checks = [_read_assert(line) for line in lines]
     names = {name for name, _, _ in checks}
     if not names:

@@ -57,17 +57,17 @@ def run_checker(
 
     Raises:
         ValueError: a checker that is broken for every response."""
-    score = _score(checker, test, actual, budget)
+    score = _score_output(checker, test, actual, budget)
     if isinstance(score, Grade):
         return score
-    control = _score(checker, test, test.expected.encode("utf-8", "replace"), full_budget)
+    control = _score_output(checker, test, test.expected.encode("utf-8", "replace"), full_budget)
     if isinstance(control, _Failure) and (test.expected or not control.opened_actual):
         stage = "on the expected output" if control.opened_actual else "before it opens any output"
         raise ValueError(f"the checker is broken: it fails {stage}: {control.reason}")
     return Grade(0.0, f"the checker fails on this output: {score.reason}")
 
 
-def _score(checker: str, test: Test, actual: bytes, budget: Budget) -> Grade | _Failure:
+def _score_output(checker: str, test: Test, actual: bytes, budget: Budget) -> Grade | _Failure:
     files = {
         "input": test.stdin.encode("utf-8", "replace"),
         "expected": test.expected.encode("utf-8", "replace"),

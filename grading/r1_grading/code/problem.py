@@ -92,7 +92,7 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
         ValueError: an invalid truth; it names the faulty test."""
     prompt_language = parse_language(language)
     if isinstance(truth, str):
-        truth = _read(truth)
+        truth = _read_truth_text(truth)
     if isinstance(truth, dict):
         truth = _without_nulls(truth)
     try:
@@ -154,7 +154,7 @@ def parse_problem(truth: object, language: str | None = None) -> Problem:
     )
 
 
-def _read(truth: str) -> Any:
+def _read_truth_text(truth: str) -> Any:
     """Return the value of a truth in text: asserts, code with asserts, JSON, or a Python value."""
     if is_check_code(truth):
         return truth
@@ -164,7 +164,7 @@ def _read(truth: str) -> Any:
         return load_json(truth)
     except (ValueError, RecursionError):
         value = decode_literal(truth)
-        return value if value is not truth else _json(truth, TRUTH_SUBJECT)
+        return value if value is not truth else _load_json_text(truth, TRUTH_SUBJECT)
 
 
 def _without_nulls(truth: dict[str, Any]) -> dict[str, Any]:
@@ -213,8 +213,8 @@ def _call_test(test: object, subject: str, checker: str | None) -> Test:
     elif isinstance(test.get("input"), str) and isinstance(test.get("output"), str):
         # Not splitlines(), which also splits at U+2028 and U+0085: JSON texts may contain these.
         lines = [line for line in test["input"].split("\n") if line.strip()]
-        args, kwargs = [_json(line, f"{subject}: an argument") for line in lines], {}
-        expected = _json(test["output"], f"{subject}: output")
+        args, kwargs = [_load_json_text(line, f"{subject}: an argument") for line in lines], {}
+        expected = _load_json_text(test["output"], f"{subject}: output")
     else:
         raise ValueError(
             f"{subject} needs 'args' and 'result', or 'input' and 'output' as JSON text"
@@ -248,7 +248,7 @@ def _text_or_none(truth: dict[str, Any], key: str) -> str | None:
     return value
 
 
-def _json(text: str, subject: str) -> Any:
+def _load_json_text(text: str, subject: str) -> Any:
     try:
         return load_json(text)
     except (ValueError, RecursionError) as error:
@@ -326,7 +326,7 @@ def convert_public_format(truth: Any) -> dict[str, Any] | None:
         if any(name in truth for name in shape):
             return convert(truth)
     if isinstance(truth.get("input"), list) and isinstance(truth.get("output"), list):
-        return _lists({"inputs": truth["input"], "outputs": truth["output"]})
+        return _read_lists({"inputs": truth["input"], "outputs": truth["output"]})
     return None
 
 
@@ -349,14 +349,14 @@ def is_tests(truth: Any) -> bool:
     )
 
 
-def _lists(truth: Mapping[str, Any]) -> dict[str, Any]:
+def _read_lists(truth: Mapping[str, Any]) -> dict[str, Any]:
     inputs, outputs = (decode_literal(truth.get(name)) for name in ("inputs", "outputs"))
     if not isinstance(inputs, list) or not isinstance(outputs, list):
         raise ValueError("inputs and outputs must be lists, one entry a test")
     if len(inputs) != len(outputs) or not inputs:
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs: give one output each")
-    function = _function(truth)
-    convert = _call if function else _program
+    function = _function_name(truth)
+    convert = _read_call if function else _read_streams
     return {
         "tests": [convert(*pair) for pair in zip(inputs, outputs, strict=True)],
         "function": function,
@@ -368,7 +368,7 @@ def _lists(truth: Mapping[str, Any]) -> dict[str, Any]:
 def _test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
     cases = decode_literal(truth.get("test_cases"))
     if isinstance(cases, Mapping):
-        return _lists(
+        return _read_lists(
             {**truth}
             | {f"{name}s": cases.get(name, cases.get(f"{name}s")) for name in ("input", "output")}
             | {key: cases[key] for key in FUNCTION_KEYS if cases.get(key)}
@@ -379,13 +379,13 @@ def _test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
         return read_asserts(cases) | {"language": truth.get("language")}
     if not all(isinstance(case, Mapping) for case in cases):
         raise ValueError(f"a test must be an object, got {shorten(cases[0])}")
-    names = {_function(case) or _function(truth) for case in cases}
+    names = {_function_name(case) or _function_name(truth) for case in cases}
     if len(names) > 1:
         raise ValueError(f"the tests call several functions: {', '.join(sorted(map(str, names)))}")
     (function,) = names
     if function is None and any(_case_kind(case) in KINDS_OF_CALLS for case in cases):
         raise ValueError("tests of type function_call without the function's name (fn_name)")
-    return _lists(
+    return _read_lists(
         {
             "inputs": [case.get("input") for case in cases],
             "outputs": [case.get("output") for case in cases],
@@ -396,7 +396,7 @@ def _test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _codecontests(truth: Mapping[str, Any]) -> dict[str, Any]:
+def _read_codecontests(truth: Mapping[str, Any]) -> dict[str, Any]:
     pairs: dict[str, list[Any]] = {"inputs": [], "outputs": []}
     for name in CODECONTESTS:
         part = decode_literal(truth.get(name))
@@ -405,10 +405,10 @@ def _codecontests(truth: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(part, Mapping):
             pairs["inputs"] += part.get("input") or []
             pairs["outputs"] += part.get("output") or []
-    return _lists({**truth, **pairs})
+    return _read_lists({**truth, **pairs})
 
 
-def _asserts(truth: Mapping[str, Any]) -> dict[str, Any]:
+def _read_assert_field(truth: Mapping[str, Any]) -> dict[str, Any]:
     asserts = decode_literal(next(truth[key] for key in ASSERT_KEYS if key in truth))
     lines = [asserts] if isinstance(asserts, str) else asserts
     if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
@@ -427,11 +427,11 @@ def _public_test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
     return _test_cases({**truth, "test_cases": truth["public_test_cases"]})
 
 
-def _program(stdin: Any, stdout: Any) -> dict[str, Any]:
-    return {"stdin": _lines(stdin, "input"), "stdout": _lines(stdout, "output")}
+def _read_streams(stdin: Any, stdout: Any) -> dict[str, Any]:
+    return {"stdin": _join_lines(stdin, "input"), "stdout": _join_lines(stdout, "output")}
 
 
-def _lines(value: Any, field: str) -> str:
+def _join_lines(value: Any, field: str) -> str:
     """Return the text of an input or output that may be a list of lines, or a number."""
     if isinstance(value, list) and all(isinstance(line, str | int | float) for line in value):
         return "\n".join(map(str, value))
@@ -444,7 +444,7 @@ def _lines(value: Any, field: str) -> str:
     return value
 
 
-def _call(args: Any, result: Any) -> dict[str, Any]:
+def _read_call(args: Any, result: Any) -> dict[str, Any]:
     """Read a call and its result.
 
     The call is the list of arguments, or text with one JSON argument a line; APPS writes the result
@@ -467,7 +467,7 @@ def _call(args: Any, result: Any) -> dict[str, Any]:
     return test
 
 
-def _function(source: Mapping[str, Any]) -> str | None:
+def _function_name(source: Mapping[str, Any]) -> str | None:
     metadata = decode_literal(source.get("metadata"))
     places = [source, metadata] if isinstance(metadata, Mapping) else [source]
     name = next((p[key] for p in places for key in FUNCTION_KEYS if p.get(key)), None)
@@ -485,10 +485,10 @@ def _is_list_of_cases(truth: Sequence[Any]) -> bool:
 
 
 SHAPES: tuple[tuple[tuple[str, ...], Callable[[Any], dict[str, Any]]], ...] = (
-    (("inputs", "outputs"), _lists),
+    (("inputs", "outputs"), _read_lists),
     (("test_cases",), _test_cases),
-    (CODECONTESTS, _codecontests),
-    (ASSERT_KEYS, _asserts),
+    (CODECONTESTS, _read_codecontests),
+    (ASSERT_KEYS, _read_assert_field),
     (("public_test_cases",), _public_test_cases),
     (CHECK_KEYS, _check_code),
 )
