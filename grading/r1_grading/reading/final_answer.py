@@ -86,13 +86,13 @@ def read_answer(
             and last_boxed(visible_text) is None
         )
         marked_extraction = marked_answer(visible_text, numeric) if is_line else None
-        return _unchanged(
+        return _reject_changed_box(
             marked_extraction
             or extract(response, thought_opened=thought_opened, reads_last_line=reads_last_line)
         )
     for name, find in FINDERS.items():
         if reading in (name, "auto") and (extraction := find(visible_text, numeric)) is not None:
-            return _unchanged(extraction)
+            return _reject_changed_box(extraction)
     return Extraction(
         None, f"no answer found: {ABSENCE_REASONS.get(reading, 'the response is empty')}"
     )
@@ -114,7 +114,7 @@ def is_number(truth: object) -> bool:
     return NUMERIC_TRUTH.fullmatch(str(truth)) is not None
 
 
-def _unchanged(extraction: Extraction) -> Extraction:
+def _reject_changed_box(extraction: Extraction) -> Extraction:
     """Return `extraction`, or no answer where the text next to its box changes the box."""
     if extraction.text is None or not changes_box(extraction.around):
         return extraction
@@ -122,14 +122,14 @@ def _unchanged(extraction: Extraction) -> Extraction:
     return Extraction(None, f"no answer found: what is beside the box of {box} changes it")
 
 
-def _tagged(visible: str, truth_is_number: bool) -> Extraction | None:
+def _extract_tagged(visible: str, truth_is_number: bool) -> Extraction | None:
     extraction = tagged_answer(visible)
     if extraction is None:
         return None
     return Extraction(extraction.text, extraction.reason, "in its tags")
 
 
-def _boxed(visible: str, truth_is_number: bool) -> Extraction | None:
+def _extract_boxed(visible: str, truth_is_number: bool) -> Extraction | None:
     content = last_boxed(visible)
     return None if content is None else make_extraction(content, "in its box", around=visible)
 
@@ -163,8 +163,8 @@ def _last_number(visible: str, truth_is_number: bool) -> Extraction | None:
 
 
 FINDERS: dict[str, Callable[[str, bool], Extraction | None]] = {
-    "tags": _tagged,
-    "boxed": _boxed,
+    "tags": _extract_tagged,
+    "boxed": _extract_boxed,
     "last": _last_number,
 }
 ABSENCE_REASONS = {"tags": "there is no <answer> block", "boxed": r"there is no \boxed{}"}

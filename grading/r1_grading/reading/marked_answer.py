@@ -96,7 +96,7 @@ def marked_answer(visible: str, truth_is_number: bool) -> Extraction | None:
         if (start, end) in spans:
             continue
         spans.add((start, end))
-        statement = _stated(visible, start, end, truth_is_number)
+        statement = _marked_value(visible, start, end, truth_is_number)
         if statement is None:
             continue
         value, is_prose, end = statement
@@ -132,7 +132,9 @@ def _sentence_around(text: str, position: int) -> tuple[int, int]:
     return start, end
 
 
-def _stated(text: str, start: int, end: int, truth_is_number: bool) -> tuple[str, bool, int] | None:
+def _marked_value(
+    text: str, start: int, end: int, truth_is_number: bool
+) -> tuple[str, bool, int] | None:
     """Return (value, whether a sentence states it, where it ends) of a sentence that marks one.
 
     The value is in the sentence or in the line below it.
@@ -151,7 +153,7 @@ def _stated(text: str, start: int, end: int, truth_is_number: bool) -> tuple[str
             text, end - len(marked_text)
         ):
             return None
-        value = _value(marked_text, truth_is_number, words=True)
+        value = _read_value(marked_text, truth_is_number, words=True)
         return (value, False, end) if value else None
     if HEADING.fullmatch(sentence.strip(DECORATION_CHARS)):
         return _stated_below(text, end, truth_is_number)
@@ -162,20 +164,22 @@ def _stated(text: str, start: int, end: int, truth_is_number: bool) -> tuple[str
     if stated_text is None:
         return None
     prefix = sentence[: len(sentence) - len(stated_text)]
-    value = _value(stated_text, truth_is_number, words=":" in prefix[-9:])
+    value = _read_value(stated_text, truth_is_number, words=":" in prefix[-9:])
     return (value, True, end) if value else None
 
 
 def _stated_below(text: str, end: int, truth_is_number: bool) -> tuple[str, bool, int] | None:
-    """Return what `_stated` does, of the first line after a heading that is not blank."""
+    """Return what `_marked_value` does, of the first line after a heading that is not blank."""
     tail = text[end:]
     start = end + len(tail) - len(tail.lstrip())
     _, stop = _sentence_around(text, start)
-    value = _value(text[start:stop], truth_is_number, words=True) if start < len(text) else None
+    value = (
+        _read_value(text[start:stop], truth_is_number, words=True) if start < len(text) else None
+    )
     return (value, False, stop) if value else None
 
 
-def _value(stated: str, truth_is_number: bool, words: bool) -> str | None:
+def _read_value(stated: str, truth_is_number: bool, words: bool) -> str | None:
     """Return the one value that a text is.
 
     Args:

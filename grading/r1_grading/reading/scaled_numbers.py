@@ -26,9 +26,9 @@ def apply_scale(number: str, scale: str) -> int | None:
 def with_scales(text: str) -> str:
     """Return a text with these numbers in digits alone: `it costs 4.50`."""
     text = CENTS.sub(lambda match: f"{match['whole']}.{int(match['cents']):02}", text)
-    return SCALED_NUMBER.sub(_digits, text)
+    return SCALED_NUMBER.sub(_write_out_scale, text)
 
 
-def _digits(match: re.Match[str]) -> str:
+def _write_out_scale(match: re.Match[str]) -> str:
     value = apply_scale(match["number"], match["scale"])
     return match[0] if value is None else f"{value} " if match["scale"] in "万亿" else str(value)
