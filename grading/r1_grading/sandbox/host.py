@@ -27,11 +27,11 @@ def launcher() -> tuple[str, ...]:
 
     Root changes to user NOBODY first: limits on processes do not bind root, and a program that
     escaped from the namespaces would be root on the host."""
-    bwrap = _find("bwrap", "bubblewrap")
-    _find(PRLIMIT, "util-linux")
+    bwrap = _find_program("bwrap", "bubblewrap")
+    _find_program(PRLIMIT, "util-linux")
     if os.geteuid() != 0:
         return (bwrap,)
-    setpriv = _find("setpriv", "util-linux")
+    setpriv = _find_program("setpriv", "util-linux")
     return (setpriv, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--", bwrap)
 
 
@@ -82,7 +82,7 @@ def compiler() -> str:
     return COMPILER
 
 
-def _find(program: str, package: str) -> str:
+def _find_program(program: str, package: str) -> str:
     path = shutil.which(program)
     if path is None:
         raise SandboxUnavailable(

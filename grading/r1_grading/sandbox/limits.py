@@ -35,7 +35,7 @@ class Budget:
     disk_bytes: int = 0
 
 
-def _limit(default: float, cap: float) -> Any:
+def _capped_field(default: float, cap: float) -> Any:
     """Return a field of `Limits`.
 
     Args:
@@ -63,14 +63,14 @@ class Limits:
     Raises:
         ValueError: a value that is not a number above 0 and at most its cap."""
 
-    cpu_seconds: float = _limit(6.0, cap=120)
-    wall_seconds: float = _limit(12.0, cap=240)
-    total_seconds: float = _limit(60.0, cap=3600)
-    memory_mib: int = _limit(1024, cap=16384)
-    processes: int = _limit(16, cap=128)
-    output_mib: float = _limit(4.0, cap=64)
-    compile_seconds: float = _limit(15.0, cap=240)
-    compile_memory_mib: int = _limit(2048, cap=16384)
+    cpu_seconds: float = _capped_field(6.0, cap=120)
+    wall_seconds: float = _capped_field(12.0, cap=240)
+    total_seconds: float = _capped_field(60.0, cap=3600)
+    memory_mib: int = _capped_field(1024, cap=16384)
+    processes: int = _capped_field(16, cap=128)
+    output_mib: float = _capped_field(4.0, cap=64)
+    compile_seconds: float = _capped_field(15.0, cap=240)
+    compile_memory_mib: int = _capped_field(2048, cap=16384)
 
     def __post_init__(self) -> None:
         for limit in fields(self):

@@ -92,12 +92,12 @@ def python_script(source: str, *arguments: str, names: bool = False) -> Program:
         source: the program's text in Python.
         *arguments: the names of the files that a checker gets.
         names: whether the script has the names of LiveCodeBench's harness."""
-    return _python("", names_in(source) if names else {}, source, *arguments)
+    return _python_program("", names_in(source) if names else {}, source, *arguments)
 
 
 def python_call(source: str, function: str) -> Program:
     """Return a call of `function`, of class Solution or the module."""
-    return _python(function, names_in(source), source)
+    return _python_program(function, names_in(source), source)
 
 
 def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
@@ -161,7 +161,7 @@ def require_sandbox(language: str) -> None:
         )
 
 
-def _python(function: str, names: dict[str, str], source: str, *arguments: str) -> Program:
+def _python_program(function: str, names: dict[str, str], source: str, *arguments: str) -> Program:
     # -s -S: no site-packages; -B: no .pyc files. Not -I, which would drop PYTHONHASHSEED.
     starter = f"FUNCTION, NAMES = {function!r}, {names!r}\n{PROGRAM_SOURCE}"
     command = (host.interpreter()[0], "-s", "-S", "-B", "-c", starter, "main.py", *arguments)

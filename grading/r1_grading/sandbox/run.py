@@ -314,9 +314,14 @@ def launch(
     filter_read, filter_write = os.pipe()
     stack.callback(os.close, status_read)
     filter_file = stack.enter_context(os.fdopen(filter_write, "wb"))
-    arguments = [*host.launcher(), *NAMESPACES, *_view(compiler, budget.disk_bytes), *options]
+    arguments = [
+        *host.launcher(),
+        *NAMESPACES,
+        *_mount_options(compiler, budget.disk_bytes),
+        *options,
+    ]
     arguments += ["--remount-ro", "/", "--seccomp", str(filter_read)]
-    arguments += ["--json-status-fd", str(status_write), "--", *_prlimit(budget), *command]
+    arguments += ["--json-status-fd", str(status_write), "--", *_prlimit_command(budget), *command]
     started_at = time.monotonic()
     try:
         process = subprocess.Popen(
@@ -350,7 +355,7 @@ def _run_once(
 
 
 @functools.cache
-def _view(compiler: bool, disk_bytes: int) -> tuple[str, ...]:
+def _mount_options(compiler: bool, disk_bytes: int) -> tuple[str, ...]:
     """Return bwrap's options for the files of the sandbox.
 
     A program sees the shared libraries and the interpreter or, with `compiler`, the system's
@@ -373,7 +378,7 @@ def _view(compiler: bool, disk_bytes: int) -> tuple[str, ...]:
     return (*arguments, "--dev-bind", "/dev/null", "/dev/null", "--chdir", WORK)
 
 
-def _prlimit(budget: Budget) -> list[str]:
+def _prlimit_command(budget: Budget) -> list[str]:
     """Return the prlimit(1) command line: soft and hard limits, none above this process's own."""
     limits = {
         "cpu": math.ceil(budget.cpu_seconds),

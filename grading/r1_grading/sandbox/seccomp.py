@@ -97,23 +97,23 @@ def build_filter(*, compiler: bool) -> bytes:
     filtered_calls = syscall_numbers(FILTERED, machine)
     clone_mask = CLONE_NEW_NAMESPACES | (0 if compiler else CLONE_THREAD)
     program = [
-        _instruction(LOAD, ARCHITECTURE),
-        _instruction(JUMP_EQUAL, MACHINES[machine], if_true=1),
-        _instruction(RETURN, KILL),
-        _instruction(LOAD, NUMBER),
-        _instruction(JUMP_AT_LEAST, X32_BIT, if_false=1),
-        _instruction(RETURN, FAIL),
+        _pack_instruction(LOAD, ARCHITECTURE),
+        _pack_instruction(JUMP_EQUAL, MACHINES[machine], if_true=1),
+        _pack_instruction(RETURN, KILL),
+        _pack_instruction(LOAD, NUMBER),
+        _pack_instruction(JUMP_AT_LEAST, X32_BIT, if_false=1),
+        _pack_instruction(RETURN, FAIL),
     ]
     for number in allowed_calls.values():
-        program += _if_equal(number, [_instruction(RETURN, ALLOW)])
-    clone_check = [_instruction(LOAD, ARGUMENT_OFFSETS), _instruction(AND, clone_mask)]
-    clone_check += _if_equal(0 if compiler else CLONE_THREAD, [_instruction(RETURN, ALLOW)])
-    program += _if_equal(filtered_calls["clone"], [*clone_check, _instruction(RETURN, FAIL)])
-    ioctl_check = [_instruction(LOAD, ARGUMENT_OFFSETS + 8)]
+        program += _if_equal(number, [_pack_instruction(RETURN, ALLOW)])
+    clone_check = [_pack_instruction(LOAD, ARGUMENT_OFFSETS), _pack_instruction(AND, clone_mask)]
+    clone_check += _if_equal(0 if compiler else CLONE_THREAD, [_pack_instruction(RETURN, ALLOW)])
+    program += _if_equal(filtered_calls["clone"], [*clone_check, _pack_instruction(RETURN, FAIL)])
+    ioctl_check = [_pack_instruction(LOAD, ARGUMENT_OFFSETS + 8)]
     for request in (*TERMINAL_QUERIES, *DESCRIPTOR_SETTINGS):
-        ioctl_check += _if_equal(request, [_instruction(RETURN, ALLOW)])
-    program += _if_equal(filtered_calls["ioctl"], [*ioctl_check, _instruction(RETURN, FAIL)])
-    return b"".join([*program, _instruction(RETURN, FAIL)])
+        ioctl_check += _if_equal(request, [_pack_instruction(RETURN, ALLOW)])
+    program += _if_equal(filtered_calls["ioctl"], [*ioctl_check, _pack_instruction(RETURN, FAIL)])
+    return b"".join([*program, _pack_instruction(RETURN, FAIL)])
 
 
 def syscall_numbers(table: str, machine: str) -> dict[str, int]:
@@ -124,8 +124,8 @@ def syscall_numbers(table: str, machine: str) -> dict[str, int]:
 
 
 def _if_equal(value: int, instructions: list[bytes]) -> list[bytes]:
-    return [_instruction(JUMP_EQUAL, value, if_false=len(instructions)), *instructions]
+    return [_pack_instruction(JUMP_EQUAL, value, if_false=len(instructions)), *instructions]
 
 
-def _instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
+def _pack_instruction(code: int, operand: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("<HBBI", code, if_true, if_false, operand)
