@@ -120,7 +120,7 @@ def parse_answer(text: str) -> Answer:
         if not re.fullmatch(r"[A-Za-z](?:_\{?\w\}?)?(?:\([A-Za-z]\))?", name):
             raise Unsure("an equation")
         text = value.strip()
-    form, parts = _split(text)
+    form, parts = _split_answer(text)
     members = tuple(_Parser(part).whole() for part in parts)
     if any(is_open_sum(member) for member in members):
         raise Unsure("a sum of numbers, or a date")
@@ -168,16 +168,16 @@ def _all_true(verdicts: Iterable[bool | None]) -> bool | None:
     return False if False in all_verdicts else None if None in all_verdicts else True
 
 
-def _split(text: str) -> tuple[str, list[str]]:
+def _split_answer(text: str) -> tuple[str, list[str]]:
     """Return the form of an answer and the texts of its members."""
     form, content = "list", text
     for start, end in BRACKETS.items():
         if text.startswith(start) and text.endswith(end) and _is_one_bracket(text, start, end):
-            parts = _members(text[len(start) : -len(end)])
+            parts = _split_at_commas(text[len(start) : -len(end)])
             if len(parts) > 1 or start == r"\{":
                 form = "set" if start == r"\{" else start + end
                 content = text[len(start) : -len(end)]
-    parts = _members(content) if content.strip() else []
+    parts = _split_at_commas(content) if content.strip() else []
     if not parts or len(parts) > MAX_MEMBERS:
         raise Unsure("no value" if not parts else "many values")
     return form, parts
@@ -192,7 +192,7 @@ def _is_one_bracket(text: str, start: str, end: str) -> bool:
     return depth == 0
 
 
-def _members(text: str) -> list[str]:
+def _split_at_commas(text: str) -> list[str]:
     depth, parts, begin = 0, [], 0
     for match in re.finditer(r"\\[{}]|[()\[\]{},]", text):
         if match[0] == ",":

@@ -98,7 +98,7 @@ def same_value(expected: Node, answer: Node, seed: str) -> bool | None:
         return expected.value == answer.value
     if expected.letters != answer.letters:
         # A letter may be a unit: 5 m for 5.
-        verdict = _compare(expected, answer, dict.fromkeys(names, Fraction(1)))
+        verdict = _compare_at_point(expected, answer, dict.fromkeys(names, Fraction(1)))
         return None if verdict is not False else False
     rng = random.Random(seed)
     verdicts = []
@@ -106,7 +106,7 @@ def same_value(expected: Node, answer: Node, seed: str) -> bool | None:
         point = {
             name: mpmath.mpf(rng.choice((-1, 1)) * 10 ** rng.uniform(*DECADES)) for name in names
         }
-        verdicts.append(_compare(expected, answer, point))
+        verdicts.append(_compare_at_point(expected, answer, point))
     if False in verdicts:
         # Only the sign of a root's argument may differ at negative values.
         return False if not _has_branches(expected, answer) else None
@@ -116,10 +116,10 @@ def same_value(expected: Node, answer: Node, seed: str) -> bool | None:
     return None if is_open or answer.functions - expected.functions else True
 
 
-def _compare(expected: Node, answer: Node, point: Mapping[str, Any]) -> bool | None:
+def _compare_at_point(expected: Node, answer: Node, point: Mapping[str, Any]) -> bool | None:
     with mpmath.workdps(PRECISION_DIGITS):
         try:
-            left, right = (_value(node, point) for node in (expected, answer))
+            left, right = (_evaluate_node(node, point) for node in (expected, answer))
         except (ZeroDivisionError, OverflowError, ValueError):
             return None
         if isinstance(left, Fraction) and isinstance(right, Fraction):
@@ -127,13 +127,13 @@ def _compare(expected: Node, answer: Node, point: Mapping[str, Any]) -> bool | N
                 return True
             is_near = abs(left - right) <= ROUNDING_TOLERANCE * max(abs(left), abs(right))
         else:
-            left, right = _mp(left), _mp(right)
+            left, right = _to_mpmath(left), _to_mpmath(right)
             if not (mpmath.isfinite(left) and mpmath.isfinite(right)):
                 return None
             size = max(abs(left), abs(right))
             if abs(left - right) <= EQUALITY_TOLERANCE * size:
                 return True
-            is_near = abs(left - right) <= _mp(ROUNDING_TOLERANCE) * size
+            is_near = abs(left - right) <= _to_mpmath(ROUNDING_TOLERANCE) * size
     return None if is_near and (expected.has_decimal or answer.has_decimal) else False
 
 
@@ -160,13 +160,13 @@ def is_open_sum(node: Node) -> bool:
     return has_sum and all(part.name in ("number", "plus", "minus", "negative") for part in nodes)
 
 
-def _mp(value: Any) -> Any:
+def _to_mpmath(value: Any) -> Any:
     if isinstance(value, Fraction):
         return mpmath.mpf(value.numerator) / value.denominator
     return value
 
 
-def _value(node: Node, point: Mapping[str, Any]) -> Any:
+def _evaluate_node(node: Node, point: Mapping[str, Any]) -> Any:
     """Return a Fraction where all below is rational, else a number of mpmath."""
     if node.name == "number":
         return node.value
@@ -174,12 +174,12 @@ def _value(node: Node, point: Mapping[str, Any]) -> Any:
         return point[node.value]
     if node.name == "constant":
         return {"pi": +mpmath.pi, "e": +mpmath.e, "i": mpmath.mpc(0, 1)}[node.value]
-    parts = [_value(part, point) for part in node.parts]
+    parts = [_evaluate_node(part, point) for part in node.parts]
     if node.name == "power":
-        return _power(*parts)
+        return _take_power(*parts)
     are_exact = all(isinstance(part, Fraction) for part in parts)
     if not are_exact:
-        parts = [_mp(part) for part in parts]
+        parts = [_to_mpmath(part) for part in parts]
     match node.name:
         case "plus":
             return parts[0] + parts[1]
@@ -198,27 +198,27 @@ def _value(node: Node, point: Mapping[str, Any]) -> Any:
                 raise ValueError("a factorial")
             return Fraction(math.factorial(int(parts[0])))
         case "root":
-            return _root(_mp(parts[1]), int(parts[0]))
+            return _take_root(_to_mpmath(parts[1]), int(parts[0]))
         case "log":
-            return mpmath.log(_mp(parts[1])) / mpmath.log(_mp(parts[0]))
-    return MPMATH_FUNCTIONS[node.name](_mp(parts[0]))
+            return mpmath.log(_to_mpmath(parts[1])) / mpmath.log(_to_mpmath(parts[0]))
+    return MPMATH_FUNCTIONS[node.name](_to_mpmath(parts[0]))
 
 
-def _root(base: Any, index: int) -> Any:
+def _take_root(base: Any, index: int) -> Any:
     """Return the real root of a negative number where the index is odd."""
     if mpmath.im(base) == 0 and mpmath.re(base) < 0 and index % 2:
         return -mpmath.root(-base, index)
     return mpmath.root(base, index)
 
 
-def _power(base: Any, exponent: Any) -> Any:
+def _take_power(base: Any, exponent: Any) -> Any:
     if isinstance(exponent, Fraction) and exponent.denominator == 1 and isinstance(base, Fraction):
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
         if bits * abs(exponent) > MAX_BITS:
             raise OverflowError("a power")
         return base ** int(exponent)
     is_whole_power = isinstance(exponent, Fraction) and exponent.denominator == 1
-    base, exponent = _mp(base), _mp(exponent)
+    base, exponent = _to_mpmath(base), _to_mpmath(exponent)
     if base == 0 or (mpmath.re(base) < 0 and not is_whole_power):
         raise ValueError("a power that has several values")
     if abs(exponent) * abs(mpmath.log(abs(base), 2)) > MAX_BITS:

@@ -86,37 +86,39 @@ def grade(
     if answer is None:
         return Grade(0.0, "it finds no answer", verdict=f"{INCORRECT},{INCORRECT}")
     point_verdicts = [_point_verdict(truth_text, answer) for truth_text in truths]
-    points = _best([verdict for verdict, _ in point_verdicts])
+    points = _best_verdict([verdict for verdict, _ in point_verdicts])
     explanation = next((reason for verdict, reason in point_verdicts if verdict == points), "")
     upstream, reason = UNSURE, f"{shorten(answer)}: values at points say {points}"
     if not without_math_verify:
-        upstream = _best([_upstream(truth_text, answer) for truth_text in truths])
+        upstream = _best_verdict(
+            [_math_verify_verdict(truth_text, answer) for truth_text in truths]
+        )
         reason = f"{shorten(answer)}: math-verify says {upstream}, values at points {points}"
     return Grade(
         0.0, f"{reason} ({explanation})" if explanation else reason, verdict=f"{upstream},{points}"
     )
 
 
-def _best(verdicts: list[str]) -> str:
+def _best_verdict(verdicts: list[str]) -> str:
     """Return the verdict of an answer for which any of several truths may stand."""
     return next(verdict for verdict in (CORRECT, UNSURE, INCORRECT) if verdict in verdicts)
 
 
-def _upstream(truth: str, answer: str) -> str:
+def _math_verify_verdict(truth: str, answer: str) -> str:
     """Return math-verify's verdict."""
-    expected = _parsed(truth)
+    expected = _parse_answer(truth)
     if not expected:
         return UNSURE
-    return CORRECT if verify(expected, _parsed(answer), timeout_seconds=None) else INCORRECT
+    return CORRECT if verify(expected, _parse_answer(answer), timeout_seconds=None) else INCORRECT
 
 
-def _parsed(text: str) -> list[Any]:
+def _parse_answer(text: str) -> list[Any]:
     formula_text = text if "$" in text or r"\(" in text or r"\[" in text else f"${text}$"
     return parse(formula_text, parsing_timeout=None) or parse(text, parsing_timeout=None)
 
 
 def _point_verdict(truth: str, answer: str) -> tuple[str, str]:
-    if _plain(truth) == _plain(answer):
+    if _strip_spacing(truth) == _strip_spacing(answer):
         return CORRECT, ""
     try:
         verdict = same_answer(parse_answer(truth), parse_answer(answer), f"{truth}\n{answer}")
@@ -125,7 +127,7 @@ def _point_verdict(truth: str, answer: str) -> tuple[str, str]:
     return (UNSURE if verdict is None else CORRECT if verdict else INCORRECT), ""
 
 
-def _plain(text: str) -> str:
+def _strip_spacing(text: str) -> str:
     return re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", text.replace("$", "")).rstrip(".")
 
 
@@ -171,7 +173,7 @@ def find_answer(visible: str, reading: Reading) -> str | None:
 def true_answer(truth: str) -> str:
     r"""Return what a truth states: the content of its last box, the text after `####`, or all."""
     boxes = list(BOX.finditer(truth))
-    if boxes and (end := _closing(truth, boxes[-1].end())) is not None:
+    if boxes and (end := _find_closing_brace(truth, boxes[-1].end())) is not None:
         return truth[boxes[-1].end() : end].strip()
     return truth.rpartition("####")[2].strip()
 
@@ -182,7 +184,7 @@ def _only_box(text: str) -> str:
     if len(boxes) != 1:
         raise Unsure("several boxes")
     start = boxes[0].end()
-    end = _closing(text, start)
+    end = _find_closing_brace(text, start)
     if end is None:
         raise Unsure("a box that is not closed")
     side_texts = text[: boxes[0].start()].rpartition("\n")[2], text[end + 1 :].partition("\n")[0]
@@ -203,7 +205,7 @@ def _only_box(text: str) -> str:
     return text[start:end].strip()
 
 
-def _closing(text: str, start: int) -> int | None:
+def _find_closing_brace(text: str, start: int) -> int | None:
     depth = 1
     for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
