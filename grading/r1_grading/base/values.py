@@ -83,7 +83,7 @@ def read_as(value: Any, annotation: Any) -> Any:
     Raises:
         ValueError: with the right spelling, for a truth value where a number is wanted, or the
             reverse, for either where text is wanted, and for a number in another spelling."""
-    kinds = list(_members(annotation))
+    kinds = list(_union_members(annotation))
     if isinstance(value, dict | list):
         for kind in kinds:
             origin, parts = get_origin(kind), get_args(kind)
@@ -147,13 +147,13 @@ def _read_text(text: str, kinds: Collection[type]) -> Any:
         digits = text.replace("_", "")
         is_integer = re.fullmatch(INTEGER, text)
         return read_scalar(int(digits) if is_integer else float(digits), kinds)
-    suggestion = _meant(text)
+    suggestion = _plain_spelling(text)
     raise ValueError(
         f"must be a number, got {text!r}" + (f"; write {suggestion}" if suggestion else "")
     )
 
 
-def _meant(text: str) -> str:
+def _plain_spelling(text: str) -> str:
     """Return a number in another spelling as it is written here, or ""."""
     sign = text[:1] if text[:1] in "+-" else ""
     digits = text[len(sign) :].lower()
@@ -170,14 +170,14 @@ def _meant(text: str) -> str:
     return ""
 
 
-def _members(annotation: Any) -> Any:
+def _union_members(annotation: Any) -> Any:
     """Yield the types of a union, without their annotations."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        yield from _members(get_args(annotation)[0])
+        yield from _union_members(get_args(annotation)[0])
     elif origin in (Union, types.UnionType):
         for part in get_args(annotation):
-            yield from _members(part)
+            yield from _union_members(part)
     else:
         yield annotation
 
@@ -198,23 +198,23 @@ def decode_literal(value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        return _literal(value)
+        return _parse_literal(value)
 
 
 def load_json(text: str | bytes) -> Any:
     """Return a JSON value, with integers of up to 100,000 digits.
 
     int() refuses more than 4,300, because it takes quadratic time."""
-    return json.loads(text, parse_int=_integer)
+    return json.loads(text, parse_int=_parse_integer)
 
 
-def _integer(digits: str) -> int:
+def _parse_integer(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
         raise ValueError(f"an integer of {len(digits)} digits")
     return int(digits) if len(digits) <= 4_000 else int(Decimal(digits))
 
 
-def _literal(text: str) -> Any:
+def _parse_literal(text: str) -> Any:
     if len(text) > MAX_LITERAL_CHARS or not text.lstrip().startswith(PYTHON_STARTS):
         return text
     try:

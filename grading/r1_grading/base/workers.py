@@ -110,7 +110,7 @@ class FramedProcess(Generic[Reply]):
             *arguments,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            **popen_options(_environment()) | {"stdin": asyncio.subprocess.PIPE},
+            **popen_options(_worker_environment()) | {"stdin": asyncio.subprocess.PIPE},
         )
         worker = cls(process, reply, max_bytes)
         try:
@@ -169,7 +169,7 @@ class FramedProcess(Generic[Reply]):
         return status
 
 
-def _environment() -> dict[str, str]:
+def _worker_environment() -> dict[str, str]:
     # One thread per worker: numerical libraries otherwise start one per core and map memory for
     # each. A fixed hash seed: sympy's results may depend on the order of sets.
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
