@@ -122,7 +122,7 @@ class Service:
         self.trouble = ""
         self._probe = probe
         self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(reply_type)
-        self._headers = {"Content-Type": "application/json", **_authorization(settings)}
+        self._headers = {"Content-Type": "application/json", **_authorization_header(settings)}
         self._slots = asyncio.Semaphore(settings.concurrency)
         self._session: aiohttp.ClientSession | None = None
         self._is_closed = False
@@ -232,7 +232,7 @@ def _retry_after(response: aiohttp.ClientResponse) -> float:
     return min(float(header), 60.0) if header.isdecimal() else 0.0
 
 
-def _authorization(settings: ServiceSettings) -> dict[str, str]:
+def _authorization_header(settings: ServiceSettings) -> dict[str, str]:
     if settings.api_key_env is None:
         return {}
     if not (key := os.environ.get(settings.api_key_env)):

@@ -77,8 +77,8 @@ def read_settings(kind: str, settings_type: type[Settings], options: Mapping[str
     try:
         return settings_type.model_validate(dict(options))
     except ValidationError as failure:
-        mistakes = [_explain(error, settings_type) for error in failure.errors()]
-        name, cause = _fault(failure.errors()[0])
+        mistakes = [_explain_error(error, settings_type) for error in failure.errors()]
+        name, cause = _option_at_fault(failure.errors()[0])
         raise UserError(
             f"rewards.options of {kind}: " + "; ".join(mistakes),
             key=f"rewards.options.{kind}.{name}",
@@ -86,7 +86,7 @@ def read_settings(kind: str, settings_type: type[Settings], options: Mapping[str
         ) from None
 
 
-def _fault(error: Mapping[str, Any]) -> tuple[str, Cause]:
+def _option_at_fault(error: Mapping[str, Any]) -> tuple[str, Cause]:
     """Return the option at fault in one of pydantic's errors, and what is wrong with it."""
     raised_error = error.get("ctx", {}).get("error")
     if isinstance(raised_error, UserError):
@@ -94,7 +94,7 @@ def _fault(error: Mapping[str, Any]) -> tuple[str, Cause]:
     return ".".join(map(str, error["loc"])), CAUSE_BY_TYPE.get(error["type"], Cause.MALFORMED)
 
 
-def _explain(error: Mapping[str, Any], settings_type: type[ServiceSettings]) -> str:
+def _explain_error(error: Mapping[str, Any], settings_type: type[ServiceSettings]) -> str:
     name = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         options = settings_type.model_fields
