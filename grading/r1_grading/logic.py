@@ -60,7 +60,7 @@ def refusal_reason(answer: str) -> str:
         return "no plain formula"
     source = " ".join(unicodedata.normalize("NFKC", answer).replace("^", "**").split())
     try:
-        _size(ast.parse(source, mode="eval").body)
+        _bound_size(ast.parse(source, mode="eval").body)
     except TooLarge as error:
         return str(error)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -68,7 +68,7 @@ def refusal_reason(answer: str) -> str:
     return ""
 
 
-def _size(node: ast.expr) -> tuple[float, int]:
+def _bound_size(node: ast.expr) -> tuple[float, int]:
     """Return upper bounds of the bits of a value (or of its inverse) and of its degree."""
     match node:
         case ast.Constant(value=int() | float() as value):
@@ -76,18 +76,18 @@ def _size(node: ast.expr) -> tuple[float, int]:
         case ast.Name(id=name):
             size = (3.0, 0) if name in FORMULA_NAMES else (1.0, 1)
         case ast.UnaryOp(operand=operand):
-            size = _size(operand)
+            size = _bound_size(operand)
         case ast.BinOp(left=left, op=ast.Pow(), right=right):
-            size = _power(left, right)
+            size = _bound_power(left, right)
         case ast.BinOp(left=left, op=operator, right=right):
-            (bits, degree), (more_bits, more_degree) = _size(left), _size(right)
+            (bits, degree), (more_bits, more_degree) = _bound_size(left), _bound_size(right)
             if isinstance(operator, ast.Add | ast.Sub):
                 # The denominators of fractions multiply.
                 size = bits + more_bits + 1, max(degree, more_degree)
             else:
                 size = bits + more_bits, degree + more_degree
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]):
-            bits, degree = _size(argument)
+            bits, degree = _bound_size(argument)
             growth = 2.0 ** min(bits + 1, 64) if name in GROWING_FUNCTIONS else 64.0
             size = growth, degree
         case _:
@@ -97,9 +97,9 @@ def _size(node: ast.expr) -> tuple[float, int]:
     return size
 
 
-def _power(base: ast.expr, exponent: ast.expr) -> tuple[float, int]:
+def _bound_power(base: ast.expr, exponent: ast.expr) -> tuple[float, int]:
     """Return the bounds of a power, from the largest value of the exponent."""
-    (bits, degree), (exponent_bits, exponent_degree) = _size(base), _size(exponent)
+    (bits, degree), (exponent_bits, exponent_degree) = _bound_size(base), _bound_size(exponent)
     if exponent_degree:
         return bits + exponent_bits, degree + exponent_degree
     times = 2.0 ** min(exponent_bits, 64)
@@ -122,7 +122,7 @@ def _numbers_given(answer: str, entry: dict[str, Any]) -> str:
     return "" if operands == numbers else f"it has to use {sorted(numbers.elements())}, each once"
 
 
-def _finite(answer: str, entry: dict[str, Any]) -> str:
+def _refuse_non_finite(answer: str, entry: dict[str, Any]) -> str:
     """Refuse NaN and infinity: the scorer's min(1.0, NaN) is 1."""
     return "" if COMPLEX.fullmatch(answer) else "no complex number"
 
@@ -162,7 +162,7 @@ def _as_many_words(answer: str, entry: dict[str, Any]) -> str:
     return "" if len(answer_words) <= len(expected) else "it is longer than an answer can be"
 
 
-def _matching(pattern: str, form_name: str) -> Callable[[str, dict[str, Any]], str]:
+def _pattern_guard(pattern: str, form_name: str) -> Callable[[str, dict[str, Any]], str]:
     """Return a guard that refuses what is not `pattern` as a whole.
 
     The scorer passes over other text, such as the words of `it is not 1/2`."""
@@ -175,7 +175,7 @@ def _refuse_longer(answer: str, entry: dict[str, Any]) -> str:
     return "" if len(answer) <= len(str(entry["answer"])) else "it is longer than the answer"
 
 
-def _statements(answer: str, entry: dict[str, Any]) -> str:
+def _refuse_extra_statements(answer: str, entry: dict[str, Any]) -> str:
     """Refuse all but one statement for each person.
 
     The scorer looks for such statements within any text, and also within a denial."""
@@ -209,31 +209,31 @@ def _few_moves(answer: str, entry: dict[str, Any]) -> str:
 
 
 GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
-    "advanced_geometry": _matching(
+    "advanced_geometry": _pattern_guard(
         rf"{NUMBER_PATTERN}\s*°?|\(?\s*{NUMBER_PATTERN}\s*,\s*{NUMBER_PATTERN}\s*\)?", "one value"
     ),
     "boxnet": _flat_actions,
     "coin_flip": _refuse_coarse_probability,
-    "complex_arithmetic": _finite,
-    "fraction_simplification": _matching(
+    "complex_arithmetic": _refuse_non_finite,
+    "fraction_simplification": _pattern_guard(
         r"\$?\s*(?:\\[dt]?frac\s*\{\s*-?\d+\s*\}\s*\{\s*-?\d+\s*\}|-?\d+\s*/\s*-?\d+)\s*\$?\.?",
         "one fraction",
     ),
     "game_of_life_halting": _truth_value,
     "gsm_symbolic": _the_number,
-    "kakurasu": _matching(r"[01\s]*", "rows of 0 and 1"),
-    "knights_knaves": _statements,
+    "kakurasu": _pattern_guard(r"[01\s]*", "rows of 0 and 1"),
+    "knights_knaves": _refuse_extra_statements,
     "letter_jumble": _as_many_words,
-    "polynomial_equations": _matching(
+    "polynomial_equations": _pattern_guard(
         rf"{NUMBER_PATTERN}(?:\s*,\s*{NUMBER_PATTERN})*|", "numbers between commas"
     ),
     "puzzle24": _numbers_given,
-    "quantum_lock": _matching(r"[A-Ca-c\s,→>-]*", "buttons between arrows"),
+    "quantum_lock": _pattern_guard(r"[A-Ca-c\s,→>-]*", "buttons between arrows"),
     "rush_hour": _few_moves,
-    "sokoban": _matching(r"[UDLRudlr\s]*", "moves"),
-    "survo": _matching(r"[\d\s-]*", "rows of numbers"),
+    "sokoban": _pattern_guard(r"[UDLRudlr\s]*", "moves"),
+    "survo": _pattern_guard(r"[\d\s-]*", "rows of numbers"),
     "spell_backward": _refuse_longer,
-    "time_intervals": _matching(
+    "time_intervals": _pattern_guard(
         r"(?:\d+ days?)?[\s,]*(?:\d+:\d+(?::\d+(?:\.\d+)?)?)?", "days, or a time"
     ),
     "word_sorting": _as_many_words,
@@ -299,7 +299,7 @@ def grade(
         ValueError: an unknown task or an incomplete entry."""
     if not isinstance(entry, dict) or not {"answer", "metadata"} <= entry.keys():
         raise ValueError(f"the entry of a {task} prompt needs 'answer' and 'metadata'")
-    scorer = _scorer(task, json.dumps(parameters or {}, sort_keys=True))
+    scorer = _task_scorer(task, json.dumps(parameters or {}, sort_keys=True))
     extraction = read_answer(
         response,
         reading,
@@ -309,7 +309,7 @@ def grade(
     )
     if extraction.text is None:
         return Grade(0.0, extraction.reason)
-    answer = _undecorated(extraction.text, entry["answer"])
+    answer = _strip_decoration(extraction.text, entry["answer"])
     if len(answer) > MAX_ANSWER_CHARS:
         return Grade(0.0, f"answer too long: {len(answer)} characters")
     if task in FORMULA_TASKS and (reason := refusal_reason(answer)):
@@ -342,7 +342,7 @@ def _cannot_score(scorer: Callable[[str, Any], float], entry: Any) -> bool:
     return False
 
 
-def _undecorated(answer: str, expected: object) -> str:
+def _strip_decoration(answer: str, expected: object) -> str:
     """Return `answer` without the box and dollar signs around it, unless the truth has them."""
     for _ in range(MAX_DECORATIONS):
         for left, right in WRAPPERS:
@@ -353,7 +353,7 @@ def _undecorated(answer: str, expected: object) -> str:
 
 
 @functools.lru_cache(maxsize=256)
-def _scorer(task: str, parameters: str) -> Callable[[str, Any], float]:
+def _task_scorer(task: str, parameters: str) -> Callable[[str, Any], float]:
     if task not in DATASETS:
         raise ValueError(f"reasoning-gym has no task {task!r}")
     if task in UNGUARDED:

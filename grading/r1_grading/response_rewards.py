@@ -99,14 +99,14 @@ def grade_conciseness(
             f"free_length must be at least 0 and below max_length, got {free_length} and "
             f"{max_length}"
         )
-    length = _length(response, unit, num_tokens)
+    length = _response_length(response, unit, num_tokens)
     fraction = (max_length - length) / (max_length - free_length)
     reward = min(1.0, max(0.0, fraction))
     limits = f"{free_length:,} are free, {max_length:,} the maximum"
     return Grade(reward, f"{length:,} {unit}: {limits}")
 
 
-def _length(response: str, unit: str, num_tokens: object) -> int:
+def _response_length(response: str, unit: str, num_tokens: object) -> int:
     if unit == "characters":
         return len(response)
     if unit != "tokens":
@@ -229,13 +229,14 @@ def window_hashes(text: str, window: int) -> np.ndarray:
     codes = np.frombuffer(text.encode("utf-32-le", "replace"), dtype=np.uint32)
     sums = np.zeros(len(codes) + 1, dtype=np.uint64)
     np.cumsum(
-        (codes.astype(np.uint64) + np.uint64(1)) * _powers(HASH_BASE, len(codes)), out=sums[1:]
+        (codes.astype(np.uint64) + np.uint64(1)) * _cumulative_powers(HASH_BASE, len(codes)),
+        out=sums[1:],
     )
     windows = sums[window:] - sums[:-window]
-    return windows * _powers(INVERSE, len(windows))
+    return windows * _cumulative_powers(INVERSE, len(windows))
 
 
-def _powers(base: int, count: int) -> np.ndarray:
+def _cumulative_powers(base: int, count: int) -> np.ndarray:
     powers = np.full(count, base, dtype=np.uint64)
     powers[:1] = 1
     return np.cumprod(powers, out=powers)

@@ -95,7 +95,7 @@ def adapt_signature(function: Callable[..., Any], target: str) -> GradeFunction:
 
     Raises:
         UserError: a signature in `FOREIGN_SIGNATURES`, or a parameter's former name."""
-    parameters = _parameters(function)
+    parameters = _signature_parameters(function)
     names = parameters.keys()
     if names >= VERL_NAMES:
         return _VerlFunction(function, parameters)
@@ -121,7 +121,7 @@ def adapt_signature(function: Callable[..., Any], target: str) -> GradeFunction:
     return _AwaitedFunction(function)
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
+def _signature_parameters(function: Callable[..., Any]) -> dict[str, Parameter]:
     try:
         return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # written in C, without a signature
@@ -137,7 +137,7 @@ class _AwaitedFunction:
 
     def __call__(self, /, *arguments: Any, **fields: Any) -> Any:
         result = self._function(*arguments, **fields)
-        return _runner().run(_await(result)) if inspect.isawaitable(result) else result
+        return _event_loop().run(_await_result(result)) if inspect.isawaitable(result) else result
 
 
 class AdaptedFunction:
@@ -181,14 +181,14 @@ class _VerlFunction(AdaptedFunction):
             f"{name} {shorten(value)}" for name, value in list(details.items())[:MAX_SHOWN_ENTRIES]
         ]
         return FiniteGrade(
-            number := _number(result), ", ".join([f"score {number:g}", *descriptions])
+            number := _to_float(result), ", ".join([f"score {number:g}", *descriptions])
         )
 
 
 class _TrlFunction(AdaptedFunction):
     def __init__(self, function: Callable[..., Any], parameters: Mapping[str, Parameter]) -> None:
         super().__init__(function, parameters)
-        self._reads_messages = _mentions("content", function)
+        self._reads_messages = _mentions_constant("content", function)
 
     def __call__(self, response: str, truth: Any, /, **fields: Any) -> Grade:
         form = fields.pop(TRL_NAME, COMPLETION_FORMS[self._reads_messages])
@@ -218,17 +218,17 @@ class _TrlFunction(AdaptedFunction):
             )
         if rewards[0] is None:
             return Grade(0.0, "None: it does not apply to this row")
-        return FiniteGrade(number := _number(rewards[0]), f"reward {number:g}")
+        return FiniteGrade(number := _to_float(rewards[0]), f"reward {number:g}")
 
 
-def _number(value: Any) -> float:
+def _to_float(value: Any) -> float:
     """Return a number of Python, numpy or torch as a float."""
     if value is None or isinstance(value, str):
         raise TypeError(f"it must return a number, got {value!r}")
     return float(value)
 
 
-def _mentions(text: str, function: Callable[..., Any]) -> bool:
+def _mentions_constant(text: str, function: Callable[..., Any]) -> bool:
     """Return whether a function, or one of its module that it calls, has `text` as a constant."""
     start = inspect.unwrap(getattr(function, "func", function))
     if not inspect.isroutine(start):
@@ -316,11 +316,11 @@ def _describe_kind(target: str) -> str:
     return next((name for name, path in GRADERS.items() if path == target), target)
 
 
-async def _await(awaitable: Any) -> Any:
+async def _await_result(awaitable: Any) -> Any:
     return await awaitable
 
 
 @functools.cache
-def _runner() -> asyncio.Runner:
+def _event_loop() -> asyncio.Runner:
     """Return the worker's event loop: sessions that a reward opens in it outlive one call."""
     return asyncio.Runner()

@@ -96,7 +96,7 @@ def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
     if isinstance(value, ScheduledWeight):
         value = vars(value)
     if not isinstance(value, Mapping):
-        return _finite(path, value)
+        return _read_finite(path, value)
     keys = [field.name for field in fields(ScheduledWeight)]
     for key in value:
         if key not in keys:
@@ -114,9 +114,9 @@ def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
         )
     last_step = value.get("to_step")
     weight = ScheduledWeight(
-        _finite(f"{path}.weight", value["weight"]),
-        _step(f"{path}.from_step", value.get("from_step", 1)),
-        None if last_step is None else _step(f"{path}.to_step", last_step),
+        _read_finite(f"{path}.weight", value["weight"]),
+        _read_step(f"{path}.from_step", value.get("from_step", 1)),
+        None if last_step is None else _read_step(f"{path}.to_step", last_step),
     )
     if weight.to_step is not None and weight.to_step < weight.from_step:
         raise UserError(
@@ -128,7 +128,7 @@ def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
     return weight
 
 
-def _step(path: str, value: Any) -> int:
+def _read_step(path: str, value: Any) -> int:
     try:
         step = read_scalar(value, [int])
         if step < 1:
@@ -140,7 +140,7 @@ def _step(path: str, value: Any) -> int:
     return step
 
 
-def _finite(path: str, value: Any) -> float:
+def _read_finite(path: str, value: Any) -> float:
     try:
         number = read_scalar(value, [float])
         if not math.isfinite(number):
@@ -214,7 +214,7 @@ def _read_numbers(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
     Only a registered reward's are read, whose defaults have these types."""
     parsed_options = dict(values)
-    defaults = _defaults(kind) if kind in GRADERS else {}
+    defaults = _default_options(kind) if kind in GRADERS else {}
     for name, value in values.items():
         number_type = type(defaults.get(name))
         if number_type in (bool, int, float):
@@ -231,11 +231,11 @@ def option_names(kind: str) -> frozenset[str]:
     """Return the keyword arguments of a registered reward that a recipe may set.
 
     This imports the reward; `math` and `logic` import large libraries (1 to 2 s)."""
-    return frozenset(_defaults(kind))
+    return frozenset(_default_options(kind))
 
 
 @functools.cache
-def _defaults(kind: str) -> dict[str, Any]:
+def _default_options(kind: str) -> dict[str, Any]:
     parameters = inspect.signature(find_function(GRADERS[kind])).parameters.values()
     return {
         parameter.name: parameter.default
@@ -404,7 +404,7 @@ class RewardTerms:
                 ) from None
         for prompt in examples.values():
             for term in dict.fromkeys((ACCURACY, *terms)):
-                kind = _kind(term, prompt)
+                kind = _kind_of_term(term, prompt)
                 if kind == ENVIRONMENT:
                     continue
                 trial = await self._try(term, prompt, thought_opened)
@@ -424,7 +424,7 @@ class RewardTerms:
         A user's own reward may raise where there is no answer; one that also raises on a
         well-formed answer is broken, or called wrongly."""
         trial = (await self.grade([term], prompt, "", 0, thought_opened))[term]
-        if not trial.is_graded and _kind(term, prompt) not in GRADERS | SERVED_REWARDS:
+        if not trial.is_graded and _kind_of_term(term, prompt) not in GRADERS | SERVED_REWARDS:
             text = f"<think>I think.</think>\n<answer>{prompt.truth}</answer>"
             trial = (await self.grade([term], prompt, text, 0, thought_opened))[term]
         return trial
@@ -432,13 +432,13 @@ class RewardTerms:
     async def _call(
         self, term: str, prompt: Gradable, text: str, run_arguments: Mapping[str, object]
     ) -> Grade:
-        kind = _kind(term, prompt)
+        kind = _kind_of_term(term, prompt)
         truth = None if term != ACCURACY and kind in RESPONSE_ONLY_REWARDS else prompt.truth
         fields = reward_arguments(kind, self._options, prompt.fields, run_arguments)
         return await self._pool.grade(kind, text, truth, **fields)
 
 
-def _kind(term: str, prompt: Gradable) -> str:
+def _kind_of_term(term: str, prompt: Gradable) -> str:
     return prompt.kind if term == ACCURACY else term
 
 

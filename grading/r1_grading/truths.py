@@ -244,18 +244,18 @@ def check_choice(kind: str, question: str, truth: Any, fields: Mapping[str, Any]
         question: the question's text.
         truth: its truth.
         fields: the row's other columns."""
-    for name, choices in _choices(fields) if kind in COMPARING_REWARDS else ():
+    for name, choices in _named_choices(fields) if kind in COMPARING_REWARDS else ():
         if not isinstance(choices, list) or len(choices) < 2 or not _is_place(truth, len(choices)):
             continue
-        question_letters = _letters(question)
-        if not all(_letters(str(choice)) in question_letters for choice in choices):
+        question_letters = _compact_text(question)
+        if not all(_compact_text(str(choice)) in question_letters for choice in choices):
             raise ValueError(
                 f"{truth!r} is one of the {len(choices)} choices in {name!r}, which the question "
                 "does not have; write them into the question, or give the text of the right one"
             )
 
 
-def _choices(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _named_choices(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (name, choices) of what may be choices: a list of them, or another value."""
     for name in CHOICE_NAMES:
         choices = decode_literal(fields.get(name))
@@ -278,7 +278,7 @@ def _is_place(truth: Any, count: int) -> bool:
     return mark.isdigit() or 0 <= ord(mark) - ord("A") < count
 
 
-def _letters(text: str) -> str:
+def _compact_text(text: str) -> str:
     return "".join(text.casefold().split())
 
 

@@ -141,18 +141,18 @@ def main(memory_limit_bytes: int) -> None:
             try:
                 functions[job.target] = adapt_signature(find_function(job.target), job.target)
             except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
-                status = JobStatus("unloadable", job.id, reason=_describe(error))
+                status = JobStatus("unloadable", job.id, reason=_describe_error(error))
                 status.is_out_of_memory = _comes_from_memory(error)
                 send(status)
                 continue
             send(JobStatus("loaded", job.id))
-        result = _grade(functions[job.target], job)
+        result = _grade_job(functions[job.target], job)
         send(result)
         if result.status == "memory":
             return
 
 
-def _grade(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
+def _grade_job(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
     try:
         grade = function(job.response, job.truth, **job.fields)
         if not isinstance(grade, Grade):
@@ -166,7 +166,7 @@ def _grade(function: Callable[..., Grade], job: GradingJob) -> JobStatus:
         fault = explain_failure(error, function, job.target, job.fields)
         place = location_of(error)  # in the user's own files
         call = f", called with the response {shorten(repr(job.response))}" if place else ""
-        grade = Grade.ungraded(fault.text or _describe(error) + place + call, fault.missing)
+        grade = Grade.ungraded(fault.text or _describe_error(error) + place + call, fault.missing)
     status: Literal["graded", "failed"] = "graded" if grade.is_graded else "failed"
     return JobStatus(
         status,
@@ -196,7 +196,7 @@ def is_memory_message(message: str) -> bool:
     return any(words in message.lower() for words in MEMORY_WORDS)
 
 
-def _describe(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return shorten(f"{kind}{error}", MAX_REASON_CHARS - 100)
 

@@ -95,13 +95,13 @@ def quiet_in_chat(prompts, completions, **kwargs):
         return [0.0]
 
 
-def _texts(completions):
+def _completion_texts(completions):
     return [completion[0]["content"] for completion in completions]
 
 
 async def by_helper(completions, **kwargs):
     await asyncio.sleep(0)
-    return [-float(len(text)) for text in _texts(completions)]
+    return [-float(len(text)) for text in _completion_texts(completions)]
 
 
 @pytest.mark.parametrize("text", ["it is 13", "it is 12", ""])
