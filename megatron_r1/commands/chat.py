@@ -51,8 +51,8 @@ def run(config: Config, folder: str, question: list[str] | None = None) -> None:
     Raises:
         UserError: a run without an export."""
     model = find_exported(folder, ARGUMENTS[0])
-    config = _settings(config, model)
-    _note(
+    config = _engine_settings(config, model)
+    _print_note(
         f"model: {model}; template: {value_text(config.data.template)}; sampled at temperature "
         f"{config.rollout.temperature:g}"
     )
@@ -60,7 +60,7 @@ def run(config: Config, folder: str, question: list[str] | None = None) -> None:
     if model.name == "hf" and checkpoints:
         export, checkpoint = model / "config.json", checkpoints[-1]
         if export.stat().st_mtime < checkpoint.stat().st_mtime:
-            _note(f"{checkpoint} is newer: {CONVERT} to-hf {checkpoint} FOLDER exports it")
+            _print_note(f"{checkpoint} is newer: {CONVERT} to-hf {checkpoint} FOLDER exports it")
     questions = question
     if question is None and not sys.stdin.isatty():
         questions = [line.strip() for line in sys.stdin if line.strip()]
@@ -71,10 +71,10 @@ def run(config: Config, folder: str, question: list[str] | None = None) -> None:
                 cause=Cause.EMPTY,
             )
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_answer(config, model, questions))
+        asyncio.run(_run_chat(config, model, questions))
 
 
-def _settings(config: Config, model: Path) -> Config:
+def _engine_settings(config: Config, model: Path) -> Config:
     """Return the settings for one engine here: the run's, or a folder's defaults, overridden by
     the command line."""
     recipe, template = trained_recipe(model), template_of_model(model, ARGUMENTS[0])[0]
@@ -95,27 +95,27 @@ def _settings(config: Config, model: Path) -> Config:
     return Config.model_validate(tree)
 
 
-async def _answer(config: Config, model: Path, questions: list[str] | None) -> None:
+async def _run_chat(config: Config, model: Path, questions: list[str] | None) -> None:
     """Answer the questions on one engine; questions None: those typed at the terminal."""
     rollout = config.rollout
     decoding = SamplingSettings.from_rollout(rollout)
     with temporary_logs() as scratch:
         engine_model = EngineModel(config, model, decoding, scratch, None)
         try:
-            _note("starting vLLM")
+            _print_note("starting vLLM")
             with contextlib.redirect_stdout(sys.stderr):
                 await engine_model.start()
             if questions is None:
-                await _converse(engine_model, config.run.seed)
+                await _answer_terminal(engine_model, config.run.seed)
             else:
                 await _answer_all(engine_model, questions, config.run.seed)
         finally:
             await engine_model.close()
 
 
-async def _converse(engine_model: EngineModel, seed: int) -> None:
+async def _answer_terminal(engine_model: EngineModel, seed: int) -> None:
     """Answer each line of the terminal, with another seed each time."""
-    _note("one question a line; Ctrl-D ends")
+    _print_note("one question a line; Ctrl-D ends")
     async for line in _typed_lines():
         if line.strip():
             print(_show_response(await engine_model.respond(line.strip(), seed)), flush=True)
@@ -154,5 +154,5 @@ def _show_response(response: TextResponse) -> str:
     return response.full_text.strip() + note
 
 
-def _note(line: str) -> None:
+def _print_note(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

@@ -126,7 +126,7 @@ def _dispatch(arguments: list[str]) -> int:
         return importlib.import_module(OWN_VERBS[arguments[0]]).main(arguments[1:])
     if not arguments or arguments[0] == "help" or HELP & set(arguments):
         topics = [argument for argument in arguments if argument not in {"help", *HELP}]
-        print(_help(topics[0]) if topics and topics[0] in VERB_MODULES else USAGE)
+        print(_verb_help(topics[0]) if topics and topics[0] in VERB_MODULES else USAGE)
         return 0 if arguments else 2
     if arguments[0] in ("version", "--version"):
         print(f"megatron-r1 {metadata.version('megatron-r1')}")
@@ -173,7 +173,7 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
     if module.from_run is not None and Path(recipe).is_dir():
         recipe, implied = module.from_run(recipe)
     extra_options = [DRY_RUN.removeprefix("--")] if module.dry_run is not None else []
-    overrides = {**implied, **_overrides(options, extra_options)}
+    overrides = {**implied, **_parse_settings(options, extra_options)}
     config = configuration.load(recipe, overrides, required=module.required_keys)
     access.allow_readers(config.run.readable_by)  # before anything is written, or a process started
     module.check(config)
@@ -192,7 +192,7 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
     return 0
 
 
-def _help(name: str) -> str:
+def _verb_help(name: str) -> str:
     """Return the help of a verb: its purpose, required settings, and own settings."""
     verb = read_verb(name, VERB_MODULES[name])
     options = "".join(
@@ -216,7 +216,7 @@ def _run_plain_verb(verb: str, words: list[str]) -> int:
     values, options = _split_words(verb, module, words)
     verb_options = _verb_options(module, options)
     _refuse_unknown(verb, module, options)
-    overrides = {**module.implied_settings, **_overrides(options)}
+    overrides = {**module.implied_settings, **_parse_settings(options)}
     config = configuration.from_overrides(overrides)
     for key in overrides:
         if not any(f"{key}.".startswith(f"{setting}.") for setting in module.settings):
@@ -311,7 +311,7 @@ def _take_options(name: str, options: list[str]) -> list[str]:
     return values
 
 
-def _overrides(options: list[str], extra_options: Sequence[str] = ()) -> dict[str, Any]:
+def _parse_settings(options: list[str], extra_options: Sequence[str] = ()) -> dict[str, Any]:
     return parse_overrides(options, boolean_keys(configuration.Config), extra_options)
 
 

@@ -104,14 +104,18 @@ class CPUMemory:
         """Return a sentence on the run's memory with micro-batches of `tokens`."""
         total_bytes = self.fixed_bytes + tokens * self.bytes_per_token
         parts = (
-            f"weights with optimizer {_gib(self.weight_bytes)}",
-            *([f"engines' {_gib(self.engine_weight_bytes)}"] if self.engine_weight_bytes else []),
-            f"activations of {tokens:,} tokens {_gib(tokens * self.bytes_per_token)}",
-            f"caches and processes {_gib(self.other_bytes)}",
+            f"weights with optimizer {_gib_text(self.weight_bytes)}",
+            *(
+                [f"engines' {_gib_text(self.engine_weight_bytes)}"]
+                if self.engine_weight_bytes
+                else []
+            ),
+            f"activations of {tokens:,} tokens {_gib_text(tokens * self.bytes_per_token)}",
+            f"caches and processes {_gib_text(self.other_bytes)}",
         )
         return (
-            f"the run takes about {_gib(total_bytes)} GiB of memory ({', '.join(parts)}), and "
-            f"{_gib(self.free_bytes)} are free"
+            f"the run takes about {_gib_text(total_bytes)} GiB of memory ({', '.join(parts)}), and "
+            f"{_gib_text(self.free_bytes)} are free"
         )
 
 
@@ -239,5 +243,5 @@ def free_bytes() -> int:
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def _gib(num_bytes: int) -> str:
+def _gib_text(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.1f}"

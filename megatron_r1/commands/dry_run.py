@@ -80,7 +80,7 @@ def show_batch(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit)
             key="rollout.placement",
             cause=Cause.CONFLICT,
         )
-    memory = _memory(config)
+    memory = _describe_memory(config)
     first_config = config.at(1)
     group_size = min(first_config.rl.group_size, MAX_RESPONSES)
     num_groups = min(first_config.rl.prompts_per_rollout, MAX_RESPONSES // group_size)
@@ -88,17 +88,17 @@ def show_batch(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit)
     first_prompts = prompt_sampler.next_by_kind(num_groups, weights=first_config.rl.kind_weights)
     with temporary_logs() as logs:
         rollout, seconds = asyncio.run(
-            _sample(first_config, tokenizer, first_prompts, group_size, logs)
+            _sample_rollout(first_config, tokenizer, first_prompts, group_size, logs)
         )
     groups = rollout.groups
     pairs = [(group, index) for index in range(len(groups[0].responses)) for group in groups]
     for group, index in pairs[:NUM_SHOWN_SAMPLES]:
         print(_sample_text(group, index, weights_at(first_config.rewards.weights, 1)))
     check_grades(groups, config.rewards.max_ungraded)
-    print(_summary(config, first_config, rollout, seconds, memory))
+    print(_summarize_batch(config, first_config, rollout, seconds, memory))
 
 
-async def _sample(
+async def _sample_rollout(
     config: Config, tokenizer: PromptTokenizer, prompts: list[Prompt], group_size: int, logs: Path
 ) -> tuple[Rollout, float]:
     """Return the rollout, and the seconds from its start to the last grade.
@@ -159,7 +159,7 @@ def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
     graded_response, question = group.responses[index], group.prompt.question
     response = formatting.shorten_middle(graded_response.text.strip(), MAX_SHOWN_CHARS)
     if graded_response.episode is not None:
-        question, response = _conversation(graded_response.episode)
+        question, response = _format_conversation(graded_response.episode)
     term_names = {ACCURACY, *weights}
     terms = ", ".join(
         f"{t} {reward:.3g}" for t, reward in graded_response.rewards.items() if t in term_names
@@ -184,7 +184,7 @@ def _with_both_ends(text: str) -> str:
     return text if len(text) <= MAX_TRUTH_CHARS else f"{text[:half]} … {text[-half:]}"
 
 
-def _conversation(episode: Episode) -> tuple[str, str]:
+def _format_conversation(episode: Episode) -> tuple[str, str]:
     """Return the text that an episode began with, and its further turns: answers, and after an
     arrow what its calls returned."""
     turns = episode.turns
@@ -198,7 +198,7 @@ def _conversation(episode: Episode) -> tuple[str, str]:
     return " ".join(questions[-1:]), "\n".join([*lines, counts])
 
 
-def _episodes(rollout: Rollout) -> list[str]:
+def _describe_episodes(rollout: Rollout) -> list[str]:
     """Return a line with the ends of the episodes and their calls, if there are episodes."""
     episodes = [r.episode for r in all_responses(rollout.groups) if r.episode is not None]
     if not episodes:
@@ -210,7 +210,7 @@ def _episodes(rollout: Rollout) -> list[str]:
     return [f"episodes: {counts}; {format_count(calls, 'call')}, {errors:,} failed"]
 
 
-def _summary(
+def _summarize_batch(
     config: Config, first_config: Config, rollout: Rollout, seconds: float, memory: str
 ) -> str:
     """Return the batch in numbers, what the run will take at least, and what should be changed.
@@ -233,7 +233,7 @@ def _summary(
         f"{format_percent(means['accuracy'])}, reward {means['reward/mean']:.3g}, groups with "
         "different "
         f"rewards {format_percent(1 - means['groups/zero_variance'])}",
-        *_episodes(rollout),
+        *_describe_episodes(rollout),
         f"{means['response_length/mean']:,.0f} tokens on average, "
         f"{format_percent(means['truncated'])} "
         f"cut off at {first_config.rollout.max_response_tokens:,}; {rate:,.0f} tokens/s",
@@ -283,7 +283,7 @@ def _num_saved(config: Config) -> int:
     return num_adapter_parameters(hf_config, config.model.lora)
 
 
-def _memory(config: Config) -> str:
+def _describe_memory(config: Config) -> str:
     """Return a sentence on the memory that the run takes.
 
     Raises:

@@ -67,10 +67,10 @@ def run(config: Config) -> None:
             key="rewards.options.judge.mode",
             cause=Cause.CONFLICT,
         )
-    run_in_folder(config, "the evaluation", lambda folder: _evaluate(config, folder, sets))
+    run_in_folder(config, "the evaluation", lambda folder: _evaluate_sets(config, folder, sets))
 
 
-async def _evaluate(config: Config, folder: RunFolder, sets: list[PromptSet]) -> None:
+async def _evaluate_sets(config: Config, folder: RunFolder, sets: list[PromptSet]) -> None:
     started_at = time.monotonic()
     log = ResponseLog(folder.samples_path, "eval")
     limit = config.rollout.max_response_tokens

@@ -49,17 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _print_refusal(error)
     if len(args.recipes) == 1:
-        return _plan(args.recipes[0], args, overrides)
+        return _plan_recipe(args.recipes[0], args, overrides)
     statuses = {}
     for recipe in args.recipes:
         print(f"== {recipe} ==", flush=True)
-        statuses[recipe] = _plan(recipe, args, overrides)
+        statuses[recipe] = _plan_recipe(recipe, args, overrides)
         print()
     print("\n".join(f"{VERDICT_TEXTS[status]:12}  {recipe}" for recipe, status in statuses.items()))
     return max(statuses.values())
 
 
-def _plan(recipe: Path, args: argparse.Namespace, overrides: dict[str, Any]) -> int:
+def _plan_recipe(recipe: Path, args: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Print the estimate of one recipe; return its exit status."""
     try:
         job = planned_job(recipe, args, overrides)
@@ -173,7 +173,7 @@ _NAME_WIDTH, _VALUE_WIDTH = 24, 14
 
 def as_text(estimate: JobEstimate) -> str:
     """Return every number with its formula next to it."""
-    lines = [_title(estimate)]
+    lines = [_format_title(estimate)]
     for title, section in estimate.sections().items():
         if not section:
             continue
@@ -209,7 +209,7 @@ def as_json(
         "assumptions": vars(job.assumptions) | {"response_tokens": job.response_tokens},
         "parallel": job.parallel.model_dump() | {"data": job.data_parallel_size},
         "sections": {
-            title: {name: _entries(quantity) for name, quantity in section.items()}
+            title: {name: _quantity_entries(quantity) for name, quantity in section.items()}
             for title, section in estimate.sections().items()
         },
         "ranks": [
@@ -227,7 +227,7 @@ def as_json(
     }
 
 
-def _entries(quantity: Quantity) -> dict[str, Any]:
+def _quantity_entries(quantity: Quantity) -> dict[str, Any]:
     """Return {value, unit, formula}, and of an estimate with a range its ends, low and high."""
     ends = ("low", "high")
     return {k: v for k, v in vars(quantity).items() if k not in ends or v is not None}
@@ -274,7 +274,7 @@ def sizes_text(job: PlannedJob, other_jobs: Sequence[PlannedJob]) -> str:
     return " or ".join(options)
 
 
-def _title(estimate: JobEstimate) -> str:
+def _format_title(estimate: JobEstimate) -> str:
     job, parallel = estimate.job, estimate.job.parallel
     lines = [
         f"{job.config.model.path} on {job.world_size:,} {job.hardware.name} "

@@ -63,7 +63,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             cause=Cause.NOT_FOUND,
         )
     if settings.on == "null-gpu" and not null_gpu.is_on_null_gpu():
-        small = [_shrink(job, settings, Path()).config for job in jobs]
+        small = [_shrink_job(job, settings, Path()).config for job in jobs]
         gpus = [
             null_gpu.num_null_gpus(small_config, job.verb)
             for small_config, job in zip(small, jobs, strict=True)
@@ -73,9 +73,9 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         return
     first_by_identity: dict[str, str] = {}
     for job in jobs:
-        first = first_by_identity.setdefault(_identity(job, settings), job.name)
+        first = first_by_identity.setdefault(_miniature_identity(job, settings), job.name)
         if first == job.name:
-            _rehearse(job, settings)
+            _rehearse_job(job, settings)
         else:
             print(f"{job.name}: in miniature it is {first}, and is not repeated", flush=True)
 
@@ -131,24 +131,24 @@ def check_links(links: list[int], engine_ranks: int) -> None:
     )
 
 
-def _identity(job: RehearsalJob, settings: RehearsalConfig) -> str:
+def _miniature_identity(job: RehearsalJob, settings: RehearsalConfig) -> str:
     """Return a text that is equal for runs whose miniatures are."""
-    small = _shrink(job, settings, Path())
+    small = _shrink_job(job, settings, Path())
     return repr((job.verb, small.config, small.hf_config))
 
 
-def _shrink(job: RehearsalJob, settings: RehearsalConfig, folder: Path) -> miniature.Miniature:
+def _shrink_job(job: RehearsalJob, settings: RehearsalConfig, folder: Path) -> miniature.Miniature:
     hf_config = read_hf_config(job.config.model.path, None)
     return miniature.make_miniature(
         job.config, hf_config, folder, settings.max_ranks, device=settings.on
     )
 
 
-def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
+def _rehearse_job(job: RehearsalJob, settings: RehearsalConfig) -> None:
     config = job.config
     folder = Path(settings.folder or f"{config.run.folder}-rehearsal") / job.name
     hf_config = read_hf_config(config.model.path, None)
-    small = _shrink(job, settings, folder)
+    small = _shrink_job(job, settings, folder)
     with RunFolder(folder) as lock:
         if (folder / "recipe.yaml").exists():
             raise UserError(
@@ -167,9 +167,9 @@ def _rehearse(job: RehearsalJob, settings: RehearsalConfig) -> None:
             small.config, small.hf_config, folder, job.verb
         ) as addresses:
             run = (job.verb, written, small.config, addresses)
-            phases = PhaseRunner(*run, settings.timeout_seconds, _announce).run()
+            phases = PhaseRunner(*run, settings.timeout_seconds, _announce_phase).run()
         coverage.write(folder, job.name, rows, phases, small.changes)
 
 
-def _announce(phase: str) -> None:
+def _announce_phase(phase: str) -> None:
     print(f"  {phase} …", flush=True)

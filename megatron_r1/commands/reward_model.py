@@ -102,7 +102,7 @@ def run(config: Config) -> None:
 
     async def evaluate(recorder: RunRecorder, trainer: TrainerClient) -> None:
         if rows.heldout:
-            await _evaluate(config, recorder, trainer, rows.heldout)
+            await _evaluate_heldout(config, recorder, trainer, rows.heldout)
 
     sampler = RowSampler(rows.train, config.run.seed)
     loss, size = f"megatron_r1.trainer.reward_losses:{settings.kind}", len(rows.train[0].samples)
@@ -132,7 +132,7 @@ def load_rows(config: Config, text: PreferenceTokenizer, hf_config: HFConfig) ->
     sides: dict[bool, list[RewardModelRow]] = {False: [], True: []}
     dropped_rows: Counter[str] = Counter()
     for row in read_preferences(settings.data, settings.kind):
-        samples = _tokenize(row, text, hf_config)
+        samples = _tokenize_responses(row, text, hf_config)
         if len(samples) < len(row.responses):
             dropped_rows[f"a response has no {settings.scored_part} to score"] += 1
         elif max(map(len, samples)) > limit:
@@ -156,7 +156,7 @@ def load_rows(config: Config, text: PreferenceTokenizer, hf_config: HFConfig) ->
     return RewardModelData(sides[False], sides[True], dropped_rows)
 
 
-def _tokenize(
+def _tokenize_responses(
     row: Preference, text: PreferenceTokenizer, hf_config: HFConfig
 ) -> tuple[Sample, ...]:
     """Return a sample for each response of `row` that has a part to score."""
@@ -181,7 +181,7 @@ def _row_samples(rows: Sequence[RewardModelRow]) -> list[Sample]:
     return list(chain.from_iterable(row.samples for row in rows))
 
 
-async def _evaluate(
+async def _evaluate_heldout(
     config: Config, recorder: RunRecorder, trainer: TrainerClient, heldout: list[RewardModelRow]
 ) -> None:
     """Score the held-out rows and record how reliable the scores are.

@@ -56,8 +56,8 @@ def check_gpu_memory(config: Config, hf_config: HFConfig) -> None:
     if engines_share_gpus(config) and rollout.gpu_memory is None:
         raise UserError(
             f"rollout.gpu_memory is not set, and vLLM takes {VLLM_FRACTION} of GPUs that trainer "
-            f"ranks are on: set {_placement(config, hf_config)}; megatron-r1 plan prints the "
-            "largest share",
+            f"ranks are on: set {_suggest_placement(config, hf_config)}; megatron-r1 plan prints "
+            "the largest share",
             key="rollout.gpu_memory" if rollout.colocated else "rollout.colocated",
             cause=Cause.MISSING if rollout.colocated else Cause.CONFLICT,
         )
@@ -72,7 +72,7 @@ def check_gpu_memory(config: Config, hf_config: HFConfig) -> None:
             )
 
 
-def _placement(config: Config, hf_config: HFConfig) -> str:
+def _suggest_placement(config: Config, hf_config: HFConfig) -> str:
     """Return the settings that `init` writes for this model on this host, as text."""
     if config.rollout.placement == "hosts":
         return "it to the share that the trainer leaves"

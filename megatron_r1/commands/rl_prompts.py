@@ -167,7 +167,7 @@ def _describe_rows(prompts: PromptSplit, tokenizer: PromptTokenizer) -> list[str
     lines += [
         f"  {format_count(num_train + num_heldout, 'question')}: {num_train:,} to train on, "
         f"{num_heldout:,} held out",
-        f"  the first, {example.location}, as its {len(ids):,} tokens ({_ids(ids)}):",
+        f"  the first, {example.location}, as its {len(ids):,} tokens ({_shorten_ids(ids)}):",
         *(f"  | {line}" for line in prompt_text.split("\n")),
         f"  truth: {printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
     ]
@@ -178,7 +178,7 @@ def _describe_rows(prompts: PromptSplit, tokenizer: PromptTokenizer) -> list[str
     return lines
 
 
-def _ids(ids: Sequence[int]) -> str:
+def _shorten_ids(ids: Sequence[int]) -> str:
     """Return the first and the last token ids."""
     if len(ids) <= 2 * MAX_SHOWN_IDS:
         return " ".join(map(str, ids))

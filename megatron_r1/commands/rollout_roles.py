@@ -66,7 +66,7 @@ async def open_rollouts(
     on_one_host, logs = config.push.on_one_host, folder.path / "logs"
     async with open_host_pool(config.rollout, folder.path, on_one_host, notify) as hosts:
         pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
-        fleet = _fleet(config, recorder, hosts)
+        fleet = _make_fleet(config, recorder, hosts)
         teachers = open_teachers(config, logs, notify)
         player = open_player(config, tokenizer)
         collector = RolloutCollector(fleet, pool, tokenizer, rewards, teachers, player)
@@ -92,7 +92,7 @@ def open_player(config: Config, tokenizer: PromptTokenizer) -> Player | None:
     return make_player(config, tokenizer)
 
 
-def _fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> RolloutFleet:
+def _make_fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> RolloutFleet:
     rollout = config.rollout
     return RolloutFleet(
         rollout.engines,

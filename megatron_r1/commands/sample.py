@@ -131,11 +131,11 @@ def run(config: Config) -> None:
             key="agents",
             cause=Cause.CONFLICT,
         )
-    inputs = _inputs(config)
-    run_in_folder(config, "the sampling", lambda folder: _sample(config, folder, inputs))
+    inputs = _load_inputs(config)
+    run_in_folder(config, "the sampling", lambda folder: _sample_and_decide(config, folder, inputs))
 
 
-def _inputs(config: Config) -> SampleInputs:
+def _load_inputs(config: Config) -> SampleInputs:
     """Load what a run samples and how it writes it: questions that no benchmark has, worked
     examples, the rewriting function, the form of its output.
 
@@ -179,7 +179,7 @@ def _inputs(config: Config) -> SampleInputs:
     )
 
 
-async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> None:
+async def _sample_and_decide(config: Config, folder: RunFolder, inputs: SampleInputs) -> None:
     """Sample and grade what the log lacks, then decide about everything in the log."""
     log = ResponseLog(folder.samples_path, "sample")
     async with contextlib.AsyncExitStack() as stack:
@@ -218,7 +218,7 @@ async def _sample(config: Config, folder: RunFolder, inputs: SampleInputs) -> No
             by_prompt=True,
         )
         await sampler.run()
-        await _decide(config, folder.path, inputs, log, pool, grader, judge, settings)
+        await _decide_responses(config, folder.path, inputs, log, pool, grader, judge, settings)
 
 
 def _identity_settings(
@@ -242,7 +242,7 @@ def _identity_settings(
     return settings
 
 
-async def _decide(
+async def _decide_responses(
     config: Config,
     folder: Path,
     inputs: SampleInputs,
@@ -292,7 +292,7 @@ async def _decide(
     counts = DecisionCounts()
     file = OUTPUT_FILES.get(sample.output)
     await write_outputs(log, inputs.prompt_set, decide, folder / file if file else None, counts.add)
-    _report(folder, inputs, counts, file, facts, {"filters": filters, **settings})
+    _write_sample_report(folder, inputs, counts, file, facts, {"filters": filters, **settings})
     if not counts.num_kept:
         raise RunError(
             f"{folder}: no response is kept; most are {counts.decisions.most_common(1)[0][0]} "
@@ -314,7 +314,7 @@ def _filter_hint(counts: DecisionCounts) -> str:
     )
 
 
-def _report(
+def _write_sample_report(
     folder: Path,
     inputs: SampleInputs,
     counts: DecisionCounts,

@@ -106,12 +106,12 @@ async def train(
                 if recorder.is_resumed:
                     await recorder.load(trainer, with_reference=False)
                 task.sampler.load_state_dict(recorder.state.sampler_state or start)
-                return await _steps(task, recorder, trainer, training.stop)
+                return await _take_steps(task, recorder, trainer, training.stop)
             except TrainerLost as lost:
                 await training.supervisor.restart_trainer(lost)
 
 
-async def _steps(
+async def _take_steps(
     task: SupervisedTask[Item], recorder: RunRecorder, trainer: TrainerClient, stop: StopRequest
 ) -> None:
     """Take the steps that are left, or those until a stop is requested."""
@@ -121,7 +121,7 @@ async def _steps(
         await task.evaluate(recorder, trainer)
     while state.step < steps:
         recorder.view.show_phase("train")
-        await _step(task, recorder, trainer)
+        await _take_step(task, recorder, trainer)
         is_last, is_stopping = state.step == steps, stop.is_requested
         is_due = evaluation.every and state.step % evaluation.every == 0
         if task.evaluate and (is_last or is_due):
@@ -132,7 +132,9 @@ async def _steps(
             return
 
 
-async def _step(task: SupervisedTask[Item], recorder: RunRecorder, trainer: TrainerClient) -> None:
+async def _take_step(
+    task: SupervisedTask[Item], recorder: RunRecorder, trainer: TrainerClient
+) -> None:
     """Take one optimizer step on the next batch, and record it."""
     state, config = recorder.state, task.config
     batch = task.to_samples(task.sampler.next(task.batch_size))

@@ -97,7 +97,7 @@ async def training_run(
             recorder.close("nothing to do")
             yield None
             return
-        trainer = _trainer(config, name, recorder)
+        trainer = _make_trainer_client(config, name, recorder)
         supervisor = Supervisor(config, recorder, trainer, spans_hosts=SPANS_HOSTS in os.environ)
         outcome = ""
         try:
@@ -109,7 +109,7 @@ async def training_run(
                 yield TrainingRun(recorder, trainer, stop, supervisor)
                 await recorder.checkpoints.finish(trainer)
                 if recorder.state.step >= config.run.steps:
-                    await _export(config, recorder, trainer)
+                    await _export_model(config, recorder, trainer)
             stop.clear()
             if recorder.state.step < config.run.steps:
                 raise KeyboardInterrupt
@@ -140,7 +140,7 @@ def show_trainer(recorder: RunRecorder, trainer: TrainerClient) -> None:
     atomic_write(path, json.dumps(parts, indent=1) + "\n")
 
 
-def _trainer(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
+def _make_trainer_client(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
     """Return the client of the ranks, which do not run yet, and print what is to be known of the
     run before they do.
 
@@ -159,7 +159,7 @@ def _trainer(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
     return TrainerClient(fitting, recorder.folder.path / "logs", bind, world_size)
 
 
-async def _export(config: Config, recorder: RunRecorder, trainer: TrainerClient) -> None:
+async def _export_model(config: Config, recorder: RunRecorder, trainer: TrainerClient) -> None:
     """Export the model, after the last step."""
     folder = recorder.folder
     recorder.view.show_phase("exporting", str(folder.hf_folder))

@@ -70,7 +70,7 @@ def load_verb(name: str, module_name: str) -> VerbModule:
     """Import the module of the verb `name` and return the verb."""
     module = importlib.import_module(module_name)
     return VerbModule(
-        **_header(name, module.__doc__, vars(module)),
+        **_verb_header(name, module.__doc__, vars(module)),
         run=module.run,
         check=getattr(module, "check", accept_any_settings),
         from_run=getattr(module, "from_run", None),
@@ -91,10 +91,10 @@ def read_verb(name: str, module_name: str) -> VerbHeader:
         for target in line.targets
         if isinstance(target, ast.Name) and target.id in HEADER_CONSTANTS
     }
-    return VerbHeader(**_header(name, ast.get_docstring(source, clean=False), literals))
+    return VerbHeader(**_verb_header(name, ast.get_docstring(source, clean=False), literals))
 
 
-def _header(name: str, docstring: str | None, constants: Mapping[str, Any]) -> dict[str, Any]:
+def _verb_header(name: str, docstring: str | None, constants: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "about": inspect.cleandoc(docstring) if docstring else None,
         "arguments": constants.get("ARGUMENTS", ("RECIPE.yaml",)),

@@ -73,11 +73,11 @@ def run(
     Raises:
         UserError: no run, or no step that can be examined.
         RunError: a quantity departs."""
-    kinds = _kinds(rerun)
+    kinds = _parse_reruns(rerun)
     num_bytes = _num_bytes(memory)
     folder, settings = open_run(Path(run))
     steps = examinable(folder, settings)
-    chosen_step = choose(steps, _number(step), folder.path)
+    chosen_step = choose(steps, _parse_step(step), folder.path)
     recorded_step = read_step(folder, settings, chosen_step.step)
     report = examine(
         recorded_step,
@@ -89,12 +89,16 @@ def run(
     if json is not None:
         atomic_write(Path(json), _as_json(report, steps))
     page_path = page.write(report, recorded_step)
-    print("\n".join([*_steps(steps, chosen_step), *_lines(report), f"page: {page_path}"]))
+    print(
+        "\n".join(
+            [*_describe_steps(steps, chosen_step), *_report_lines(report), f"page: {page_path}"]
+        )
+    )
     if report.first_departure is not None:
         raise RunError(f"{run}: {report.first_departure.name} departs at step {report.step}")
 
 
-def _kinds(rerun: str | None) -> list[str]:
+def _parse_reruns(rerun: str | None) -> list[str]:
     """Return the reruns that --rerun names, each once.
 
     Raises:
@@ -113,7 +117,7 @@ def _kinds(rerun: str | None) -> list[str]:
     return list(dict.fromkeys(kinds))
 
 
-def _number(step: str | None) -> int | None:
+def _parse_step(step: str | None) -> int | None:
     if step is None:
         return None
     if not (step.isascii() and step.isdecimal()) or int(step) < 1:
@@ -141,18 +145,18 @@ def _num_bytes(memory: str | None) -> int | None:
     return int(num_bytes)
 
 
-def _steps(steps: list[ExaminableStep], chosen_step: ExaminableStep) -> Iterator[str]:
+def _describe_steps(steps: list[ExaminableStep], chosen_step: ExaminableStep) -> Iterator[str]:
     """Yield the steps that can be examined."""
     whole_steps = [step.step for step in steps if step.has_before and step.has_after]
     half_steps = [step.step for step in steps if step.step not in whole_steps]
-    yield f"steps with log and both checkpoints: {_ranges(whole_steps) or 'none'}"
+    yield f"steps with log and both checkpoints: {_format_ranges(whole_steps) or 'none'}"
     if half_steps:
-        yield f"steps with a log and not both checkpoints: {_ranges(half_steps)}"
+        yield f"steps with a log and not both checkpoints: {_format_ranges(half_steps)}"
     yield from (f"damaged checkpoint: step {s.step}: {s.damage}" for s in steps if s.damage)
     yield f"examined: step {chosen_step.step}"
 
 
-def _ranges(steps: list[int]) -> str:
+def _format_ranges(steps: list[int]) -> str:
     """Return numbers as text, runs of them shortened: 1-4, 7."""
     parts: list[list[int]] = []
     for step in steps:
@@ -163,7 +167,7 @@ def _ranges(steps: list[int]) -> str:
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
-def _lines(report: Report) -> Iterator[str]:
+def _report_lines(report: Report) -> Iterator[str]:
     first = report.first_departure
     if first is None:
         yield report.all_clear

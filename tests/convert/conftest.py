@@ -50,7 +50,7 @@ class Convert:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     # Kept open for the life of a process, which here is many conversions long.
-    for opened in (verify._open_both, from_hf._source, to_hf._inputs):
+    for opened in (verify._open_both, from_hf._open_source, to_hf._open_inputs):
         opened.cache_clear()
     threads = torch.get_num_threads()
     try:

@@ -36,5 +36,5 @@ def killing_each(function):
 
 
 to_hf._write_tensor = killing(to_hf._write_tensor)
-from_hf._values = killing_each(from_hf._values)
+from_hf._read_chunk_values = killing_each(from_hf._read_chunk_values)
 sys.exit(main())

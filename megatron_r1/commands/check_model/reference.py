@@ -53,7 +53,7 @@ def main(folder: Path, dtype: str, with_mtp: bool, plain_folder: Path) -> Refere
         num_tensors = len(weights.tensors)
         if hf_config.get("quantization_config"):
             write_dequantized(weights, plain_folder)
-    tokenizer = _tokenizer(folder, hf_config["vocab_size"])
+    tokenizer = _load_fitting_tokenizer(folder, hf_config["vocab_size"])
     # Texts reach tokens that are usual, random ids all others.
     draw = random.Random(0)
     sequences = [draw.choices(range(hf_config["vocab_size"]), k=n) for n in RANDOM_LENGTHS]
@@ -61,11 +61,11 @@ def main(folder: Path, dtype: str, with_mtp: bool, plain_folder: Path) -> Refere
         sequences += [tokenizer.encode(text) for text in TEXTS]
     sequences = [ids for ids in sequences if len(ids) > 1]
     source = plain_folder if plain_folder.exists() else folder
-    exact = _logprobs(source, hf_config, torch.float32, sequences)
+    exact = _compute_logprobs(source, hf_config, torch.float32, sequences)
     logprobs = (
         exact
         if dtype == "float32"
-        else _logprobs(source, hf_config, getattr(torch, dtype), sequences)
+        else _compute_logprobs(source, hf_config, getattr(torch, dtype), sequences)
     )
     noise = max((a - b).abs().max().item() for a, b in zip(exact, logprobs, strict=True))
     return ReferenceResult(
@@ -78,7 +78,7 @@ def main(folder: Path, dtype: str, with_mtp: bool, plain_folder: Path) -> Refere
     )
 
 
-def _tokenizer(folder: Path, vocab_size: int) -> Any:
+def _load_fitting_tokenizer(folder: Path, vocab_size: int) -> Any:
     """Return the folder's tokenizer, or None where it has no files of one.
 
     Raises:
@@ -92,7 +92,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> Any:
         raise UserError(
             f"{folder}: the tokenizer's token {tokenizer.convert_ids_to_tokens(largest_id)!r} has "
             f"id {largest_id}, but the model has vocab_size={vocab_size}: "
-            f"{_remedy(folder, tokenizer, largest_id)}",
+            f"{_suggest_remedy(folder, tokenizer, largest_id)}",
             key="tokenizer",
             cause=Cause.CONFLICT,
         )
@@ -117,7 +117,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> Any:
     return tokenizer
 
 
-def _remedy(folder: Path, tokenizer: Any, last: int) -> str:
+def _suggest_remedy(folder: Path, tokenizer: Any, last: int) -> str:
     """Return what to do about the token `last`, which the model does not have."""
     token, file = tokenizer.convert_ids_to_tokens(last), folder / "tokenizer.json"
     if file.is_file() and Tokenizer.from_file(str(file)).token_to_id(token) is None:
@@ -158,7 +158,7 @@ def _check_template(folder: Path, tokenizer: Any) -> None:
         )
 
 
-def _logprobs(
+def _compute_logprobs(
     folder: Path, hf_config: HFConfig, dtype: torch.dtype, sequences: list[list[int]]
 ) -> list[torch.Tensor]:
     """Return transformers' log-probability of each token but the first, (n - 1,) fp32, for each

@@ -156,23 +156,23 @@ def run(config: Config, folder: str, json: str | None = None) -> None:
         UserError: the model is not supported.
         RunError: the implementations disagree, or too little memory is free to compare them."""
     try:
-        result = _check(config, folder)
+        result = _check_model(config, folder)
     except (UserError, RunError) as error:
-        _write(json, {"folder": folder, "agree": False, "problem": str(error)})
+        _write_result(json, {"folder": folder, "agree": False, "problem": str(error)})
         raise
-    print(_text(result, config.parallel))
-    _write(json, result)
+    print(_format_findings(result, config.parallel))
+    _write_result(json, result)
     if result.problem is not None:
         raise RunError(f"{folder}: {result.problem}")
 
 
-def _write(path: str | None, result: ModelCheckResult | dict[str, Any]) -> None:
+def _write_result(path: str | None, result: ModelCheckResult | dict[str, Any]) -> None:
     """Write what was found as JSON, if asked to: also a failure, so that no older file stays."""
     if path is not None:
         atomic_write(path, msgspec.json.format(msgspec.json.encode(result)).decode() + "\n")
 
 
-def _check(config: Config, folder: str) -> ModelCheckResult:
+def _check_model(config: Config, folder: str) -> ModelCheckResult:
     """Compare the folder's model in transformers, Megatron and vLLM, and return the findings.
 
     Raises:
@@ -182,7 +182,7 @@ def _check(config: Config, folder: str) -> ModelCheckResult:
     hf_config = read_hf_config(folder, key="HF_FOLDER")
     check_supported(hf_config)
     require_weights(Path(folder), "HF_FOLDER")
-    config = _config(config, folder)
+    config = _config_of_check(config, folder)
     check_divisions(hf_config, config.parallel, transformer_engine=False)
     recipe_stages(config, hf_config)
     parameters = num_parameters(hf_config, with_mtp=config.model.mtp != "none")
@@ -196,11 +196,11 @@ def _check(config: Config, folder: str) -> ModelCheckResult:
         )
     with tempfile.TemporaryDirectory() as scratch:
         plain_folder = Path(scratch) / "plain"
-        reference = _reference(config, plain_folder, Path(scratch))
+        reference = _run_reference(config, plain_folder, Path(scratch))
         megatron = asyncio.run(compare_with_megatron(config, reference, Path(scratch)))
         source = plain_folder if plain_folder.exists() else Path(folder)
         vllm = asyncio.run(compare_with_vllm(source, config, reference, Path(scratch)))
-    problem = _problem(megatron, vllm, reference.tolerance)
+    problem = _describe_problem(megatron, vllm, reference.tolerance)
     return ModelCheckResult(
         folder=folder,
         architecture=hf_config["architectures"][0],
@@ -222,7 +222,7 @@ def _check(config: Config, folder: str) -> ModelCheckResult:
     )
 
 
-def _config(config: Config, folder: str) -> Config:
+def _config_of_check(config: Config, folder: str) -> Config:
     """Return the recipe of the check: this folder, as few processes as the layout takes, an engine
     of the trainer's dtype."""
     parallel = config.parallel
@@ -236,7 +236,7 @@ def _config(config: Config, folder: str) -> Config:
     )
 
 
-def _reference(config: Config, plain_folder: Path, scratch: Path) -> ReferenceResult:
+def _run_reference(config: Config, plain_folder: Path, scratch: Path) -> ReferenceResult:
     out, model = scratch / "reference.json", config.model
     folder = model.path
     arguments = [folder, model.dtype, model.mtp, str(plain_folder), str(out)]
@@ -262,7 +262,7 @@ def _reference(config: Config, plain_folder: Path, scratch: Path) -> ReferenceRe
     return msgspec.json.decode(out.read_bytes(), type=ReferenceResult)
 
 
-def _problem(megatron: float, vllm: float | NotCompared, tolerance: float) -> str | None:
+def _describe_problem(megatron: float, vllm: float | NotCompared, tolerance: float) -> str | None:
     """Return why the exit status is 1; None for 0."""
     if megatron > tolerance or (isinstance(vllm, float) and vllm > tolerance):
         return "transformers, Megatron and vLLM do not agree (see above)"
@@ -271,7 +271,7 @@ def _problem(megatron: float, vllm: float | NotCompared, tolerance: float) -> st
     return None
 
 
-def _text(result: ModelCheckResult, parallel: ParallelConfig) -> str:
+def _format_findings(result: ModelCheckResult, parallel: ParallelConfig) -> str:
     """Return the findings as lines."""
 
     def difference(value: float | str) -> str:

@@ -67,11 +67,11 @@ class RunDifference:
         if first:
             is_same = list(first) == list(second)
             parts.append(
-                f"written by {_ranks(first)}"
-                + ("" if is_same else f" of the first run, {_ranks(second)} of the second")
+                f"written by {_format_ranks(first)}"
+                + ("" if is_same else f" of the first run, {_format_ranks(second)} of the second")
             )
         return "; ".join(parts)
 
 
-def _ranks(numbers: Sequence[int]) -> str:
+def _format_ranks(numbers: Sequence[int]) -> str:
     return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(map(str, numbers))

@@ -186,7 +186,7 @@ def _response_differences(
         np.frombuffer(response.logprobs, "<f4")[:token_index] for response in (first, second)
     )
     if not np.array_equal(first_logprobs, second_logprobs):
-        yield _logprobs(step, name, first_logprobs, second_logprobs, dtype)
+        yield _compare_logprobs(step, name, first_logprobs, second_logprobs, dtype)
     if not is_same:
         tokens = (_token_text(token_ids, token_index) for token_ids in (a, b))
         yield _exact_difference(step, "responses", f"{name}, token {token_index}", *tokens)
@@ -215,7 +215,9 @@ def _response_differences(
             yield _exact_difference(step, "responses", f"{name}, {field}", "one", "another")
 
 
-def _logprobs(step: int, name: str, a: np.ndarray, b: np.ndarray, dtype: str) -> RunDifference:
+def _compare_logprobs(
+    step: int, name: str, a: np.ndarray, b: np.ndarray, dtype: str
+) -> RunDifference:
     """Return the difference at the token where two log-probabilities are furthest apart.
 
     Their difference is the relative distance of the probabilities, which rounding bounds.

@@ -71,7 +71,7 @@ def compare_checkpoints(
         UserError: a folder is no checkpoint, or a damaged one."""
     a, b = DistributedCheckpoint(first), DistributedCheckpoint(second)
     try:
-        differences = list(_differences(step, a, b, dtype))
+        differences = list(_tensor_differences(step, a, b, dtype))
         if has_same_layout and a.objects == b.objects:
             differences += _different_streams(step, a, b)
     finally:
@@ -80,7 +80,7 @@ def compare_checkpoints(
     return sorted(differences, key=lambda difference: difference.order)
 
 
-def _differences(
+def _tensor_differences(
     step: int, a: DistributedCheckpoint, b: DistributedCheckpoint, dtype: str
 ) -> Iterator[RunDifference]:
     for key in sorted(a.shapes.keys() | b.shapes.keys()):
@@ -142,7 +142,7 @@ def _compare_tensor(
         dtype: what the runs compute in."""
     parts: dict[int, _RankPart] = {}
     rows = min(tensors.shapes[key][0] for tensors in (a, b)) if a.shapes[key] else 0
-    for rank, starts, sizes in _pieces(a.chunks(key), a.dtypes[key].itemsize, rows):
+    for rank, starts, sizes in _cut_into_pieces(a.chunks(key), a.dtypes[key].itemsize, rows):
         first, second = a.read(key, starts, sizes), b.read(key, starts, sizes)
         part = parts.setdefault(rank, _RankPart())
         part.squares += float(first.double().square().sum())
@@ -222,7 +222,7 @@ Piece = tuple[int, list[int], list[int]]
 """The rank that wrote a rectangle, its starts and its sizes."""
 
 
-def _pieces(chunks: Iterable[Piece], itemsize: int, rows: int) -> Iterator[Piece]:
+def _cut_into_pieces(chunks: Iterable[Piece], itemsize: int, rows: int) -> Iterator[Piece]:
     """Cut chunks along their first axis into pieces of about PIECE_BYTES, up to so many rows of the
     tensor."""
     for rank, starts, sizes in chunks:

@@ -109,7 +109,7 @@ def run(config: Config, first: str, second: str, json: str | None = None) -> Non
     comparison = compare(Path(first), Path(second))
     if json is not None:
         atomic_write(Path(json), _as_json(comparison))
-    print("\n".join(_lines(comparison)))
+    print("\n".join(_comparison_lines(comparison)))
     if difference := comparison.first_beyond_rounding:
         raise RunError(
             f"{first} and {second} differ at step {difference.step} by more than rounding"
@@ -131,7 +131,7 @@ def compare(first: Path, second: Path) -> RunComparison:
     Raises:
         UserError: a folder without a run, or two without a step in common."""
     folders = [RunFolder(path) for path in (first, second)]
-    settings = [flatten(_settings(folder)) for folder in folders]
+    settings = [flatten(_read_settings(folder)) for folder in folders]
     lines = [{line["step"]: line for line in folder.read_metrics()} for folder in folders]
     shared_steps = sorted(lines[0].keys() & lines[1].keys())
     if not shared_steps:
@@ -141,7 +141,7 @@ def compare(first: Path, second: Path) -> RunComparison:
             cause=Cause.EMPTY,
         )
     # The coarser of the two bounds what can be expected.
-    dtype = max(map(_dtype, folders, settings), key=ROUNDING_BY_DTYPE.__getitem__)
+    dtype = max(map(_read_dtype, folders, settings), key=ROUNDING_BY_DTYPE.__getitem__)
     differences: list[RunDifference] = []
     damaged_files: list[str] = []
     num_logs = 0
@@ -154,7 +154,7 @@ def compare(first: Path, second: Path) -> RunComparison:
             differences += compare_groups(step, logs[0], logs[1], dtype, bool(faults))
             num_logs += 1
         differences += compare_metrics(step, lines[0][step], lines[1][step], dtype)
-    pairs = _pairs(*(folder.checkpoints for folder in folders))
+    pairs = _pair_checkpoints(*(folder.checkpoints for folder in folders))
     changed_settings = [
         key for key in changed_keys(*settings) if not is_within(key, IGNORED_SETTINGS)
     ]
@@ -175,7 +175,7 @@ def compare(first: Path, second: Path) -> RunComparison:
     )
 
 
-def _settings(folder: RunFolder) -> dict[str, Any]:
+def _read_settings(folder: RunFolder) -> dict[str, Any]:
     """Return the settings that a run began with, from its config.yaml.
 
     Raises:
@@ -191,7 +191,7 @@ def _settings(folder: RunFolder) -> dict[str, Any]:
     return settings
 
 
-def _dtype(folder: RunFolder, settings: dict[str, Any]) -> str:
+def _read_dtype(folder: RunFolder, settings: dict[str, Any]) -> str:
     """Return what a run computes in.
 
     Raises:
@@ -212,7 +212,7 @@ Pair = tuple[int, Path, Path]
 """A step, and the checkpoint of either run after it."""
 
 
-def _pairs(first: Path, second: Path) -> list[Pair]:
+def _pair_checkpoints(first: Path, second: Path) -> list[Pair]:
     steps = [set(map(checkpoint_step, complete_checkpoints(folder))) for folder in (first, second)]
     return [
         (step, checkpoint_path(first, step), checkpoint_path(second, step))
@@ -277,7 +277,7 @@ class _ComparedCheckpoints:
         return compare_checkpoints(step, first, second, self.dtype, self.has_same_layout)
 
 
-def _lines(comparison: RunComparison) -> Iterable[str]:
+def _comparison_lines(comparison: RunComparison) -> Iterable[str]:
     yield from (f"setting {line}" for line in comparison.settings)
     yield (
         f"compared: metrics of {format_count(comparison.num_steps, 'step')}, "
@@ -296,14 +296,14 @@ def _lines(comparison: RunComparison) -> Iterable[str]:
         else:
             yield "equal: no bit differs" + (" in what was read" if is_bisected else "")
         return
-    yield from _step(comparison, first, "first difference")
+    yield from _step_lines(comparison, first, "first difference")
     if larger_difference is None:
         yield "equal to rounding: every difference is of that size"
     elif larger_difference is not first:
-        yield from _step(comparison, larger_difference, "first difference beyond rounding")
+        yield from _step_lines(comparison, larger_difference, "first difference beyond rounding")
 
 
-def _step(comparison: RunComparison, first: RunDifference, title: str) -> Iterable[str]:
+def _step_lines(comparison: RunComparison, first: RunDifference, title: str) -> Iterable[str]:
     """Yield a difference, the others of its step, and where nothing was compared before it."""
     yield f"{title}: {first}"
     later_differences = [

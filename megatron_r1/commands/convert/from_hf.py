@@ -134,7 +134,7 @@ def run(args: Namespace) -> int:
         p for slot in layout.slots for p in split_rows(slot, job.dtype_of(slot.key).itemsize)
     )
     outputs = work_folder.run_parts(partial(_write_file, job), list(enumerate(files)), args.workers)
-    _finish(work, job, layout, outputs, with_mtp)
+    _finish_checkpoint(work, job, layout, outputs, with_mtp)
     tensors = format_count(len(layout.shapes), "Megatron tensor")
     print(f"{args.out}: {tensors}, {plan['dtype']}, in {format_count(len(files), 'file')}")
     return 0
@@ -173,11 +173,11 @@ def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Written
     The list of its contents is written before the file gets its name."""
     number, pieces = part
     path = job.folder / f"__{number}_0.distcp"
-    contents = _contents(job.folder, number)
+    contents = _contents_path(job.folder, number)
     if path.exists() and contents.exists():
         return WRITTEN_FILE_ADAPTER.validate_json(contents.read_bytes())
     unnamed = path.with_name(f".{path.name}.tmp")
-    chunks = write_chunks(unnamed, _values(job, pieces))
+    chunks = write_chunks(unnamed, _read_chunk_values(job, pieces))
     chunks = [WrittenChunk(w.chunk, path.name, w.offset, w.length) for w in chunks]
     output = WrittenFile(chunks, checkpoint_folders.file_entry(unnamed))
     atomic_write(contents, WRITTEN_FILE_ADAPTER.dump_json(output).decode())
@@ -185,8 +185,10 @@ def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Written
     return output
 
 
-def _values(job: ImportJob, pieces: list[PlannedChunk]) -> Iterator[tuple[Chunk, torch.Tensor]]:
-    weights = _source(job.hf_folder)
+def _read_chunk_values(
+    job: ImportJob, pieces: list[PlannedChunk]
+) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    weights = _open_source(job.hf_folder)
     for piece in pieces:
         values = torch.empty(piece.shape, dtype=job.dtype_of(piece.chunk.key))
         for run in piece.runs:
@@ -196,12 +198,12 @@ def _values(job: ImportJob, pieces: list[PlannedChunk]) -> Iterator[tuple[Chunk,
 
 
 @cache
-def _source(folder: Path) -> HFWeights:
+def _open_source(folder: Path) -> HFWeights:
     """Open the source, once per process."""
     return HFWeights(folder, read_config(folder))
 
 
-def _finish(
+def _finish_checkpoint(
     work: WorkFolder,
     job: ImportJob,
     layout: StoredLayout,
@@ -215,7 +217,7 @@ def _finish(
 
     def complete(folder: Path) -> None:
         for number in range(len(outputs)):
-            _contents(folder, number).unlink(missing_ok=True)
+            _contents_path(folder, number).unlink(missing_ok=True)
         checkpoint_folders.write_manifest(folder, hashed)
 
     work.finish(complete)
@@ -226,7 +228,7 @@ def _write_hf_files(job: ImportJob, with_mtp: bool) -> None:
     folder = job.folder / HF_FILES
     folder.mkdir(exist_ok=True)
     copy_model_files(job.hf_folder, folder)
-    weights = _source(job.hf_folder)
+    weights = _open_source(job.hf_folder)
     quantized = [
         name for name, (_, dtype) in weights.tensors.items() if dtype == published_layout.FP8_DTYPE
     ]
@@ -246,5 +248,5 @@ def _write_hf_files(job: ImportJob, with_mtp: bool) -> None:
             write_at(file.fileno(), plan.tensors[published_layout.scale_name(name)].offset, scales)
 
 
-def _contents(folder: Path, number: int) -> Path:
+def _contents_path(folder: Path, number: int) -> Path:
     return folder / f".__{number}_0.distcp.json"

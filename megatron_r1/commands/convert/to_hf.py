@@ -270,7 +270,7 @@ def _write_file(job: ExportJob, part: tuple[str, Tensors]) -> None:
 def _write_tensor(
     job: ExportJob, file: int, name: str, planned: PlannedTensor, scales: PlannedTensor | None
 ) -> None:
-    weights, known_scales, stacked = _inputs(job)
+    weights, known_scales, stacked = _open_inputs(job)
     row = prod(planned.shape[1:]) * planned.dtype.itemsize
     for expert, parts_of_expert in enumerate(stacked.get(name, ())):
         values = torch.empty(planned.shape[1:], dtype=planned.dtype)
@@ -298,7 +298,7 @@ def _write_tensor(
 
 
 @cache
-def _inputs(
+def _open_inputs(
     job: ExportJob,
 ) -> tuple[MegatronWeights, KnownScales, dict[str, list[list[tuple[str, StackedPart]]]]]:
     """Open the inputs, once per process; with them the (tensor, part) pairs of each expert in every

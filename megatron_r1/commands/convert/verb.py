@@ -17,7 +17,7 @@ from megatron_r1.commands.convert import from_hf, to_hf, verify
 EXPORT_DTYPES = ("bfloat16", "float32", "float16", "fp8")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     main = argparse.ArgumentParser(
         prog="megatron-r1 convert",
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         default="full",
         help="how much of the checkpoint is compared with its manifest first; default: all bytes",
     )
-    _config(exporter)
+    _add_config_option(exporter)
 
     importer = verbs.add_parser("from-hf", help=from_hf.__doc__)
     importer.add_argument("hf", type=Path, metavar="HF_DIR", help="config.json and safetensors")
@@ -62,14 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     verifier = verbs.add_parser("verify", help=verify.__doc__)
     verifier.add_argument("a", type=Path)
     verifier.add_argument("b", type=Path)
-    _config(verifier)
+    _add_config_option(verifier)
 
     for verb in (exporter, importer, verifier):
         verb.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
     return main
 
 
-def _config(verb: argparse.ArgumentParser) -> None:
+def _add_config_option(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--config",
         type=Path,
@@ -84,7 +84,7 @@ def run(arguments: list[str]) -> int:
     Raises:
         UserError: a number that is out of range, or a folder that the verb cannot read or write.
     """
-    args = _parser().parse_args(arguments)
+    args = _make_parser().parse_args(arguments)
     args.arguments = arguments
     if args.workers < 1:
         raise UserError(

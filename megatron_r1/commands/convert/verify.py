@@ -54,10 +54,10 @@ class TensorDifference:
 def run(args: Namespace) -> int:
     """Print the differences; return 0 if there are none, else 1."""
     config = args.config or next((side for side in (args.a, args.b) if is_hf(side)), None)
-    sides = ModelPair(_model(args.a, args), _model(args.b, args), config)
+    sides = ModelPair(_model_folder(args.a, args), _model_folder(args.b, args), config)
     with open_weights(sides.a, config) as a, open_weights(sides.b, config) as b:
         names, missing, reshaped = _sort_names(a, b)
-        explained = _explain(a, b, names)
+        explained = _explain_dtypes(a, b, names)
     differing = compare(sides, names, args.workers)
     for text in (*missing, *reshaped):
         print(text)
@@ -75,7 +75,7 @@ def run(args: Namespace) -> int:
     return 0 if not (missing or reshaped or differing) else 1
 
 
-def _model(path: Path, args: Namespace) -> Path:
+def _model_folder(path: Path, args: Namespace) -> Path:
     """Return the folder of the model at `path`: for a run its newest checkpoint, undamaged.
 
     A checkpoint that the command names itself is compared as it is."""
@@ -103,7 +103,7 @@ def _sort_names(a: Weights, b: Weights) -> tuple[list[str], list[str], list[str]
     return common_names, missing, reshaped
 
 
-def _explain(a: Weights, b: Weights, names: list[str]) -> list[str]:
+def _explain_dtypes(a: Weights, b: Weights, names: list[str]) -> list[str]:
     """Return a line for each pair of different dtypes: how they were compared."""
     pairs = Counter((_shape_and_dtype(a, name)[1], _shape_and_dtype(b, name)[1]) for name in names)
     lines = []

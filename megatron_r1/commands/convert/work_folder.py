@@ -42,7 +42,7 @@ def run_parts(
         workers: the number of processes; with 1, this process computes.
         unit: what a part is, in progress lines."""
     if workers == 1 or len(parts) < 2:
-        _prepare()
+        _limit_threads()
         return _with_progress(map(work, parts), len(parts), unit)
     # Spawned: a forked child would share the parent's open files and threads.
     context = multiprocessing.get_context("spawn")
@@ -66,10 +66,10 @@ def _with_progress(results: Iterable[Any], total: int, unit: str) -> list[Any]:
 
 def _start_worker() -> None:
     die_with_parent()
-    _prepare()
+    _limit_threads()
 
 
-def _prepare() -> None:
+def _limit_threads() -> None:
     import torch
 
     # Workers copy and round: more threads would only compete for memory bandwidth.

@@ -68,7 +68,7 @@ def rl_recipe(source: QuestionSource, choices: Mapping[str, str]) -> RecipeDraft
         columns = _kind_of_run(columns, source.folder)
     questions = _read_questions(source.data, columns)
     guesses = [
-        *_data(source.data, source.rows, columns, len(questions)),
+        *_guess_data_settings(source.data, source.rows, columns, len(questions)),
         *_guess_answers(source.folder, source.parameters),
     ]
     template = next(guess.value for guess in guesses if guess.key == "data.template")
@@ -79,7 +79,7 @@ def rl_recipe(source: QuestionSource, choices: Mapping[str, str]) -> RecipeDraft
         check_truths(source.data, columns)
         check_recipe(path, columns)
 
-    return RecipeDraft("rl", [*guesses, *_sizes(source, questions, tokenizer)], try_out)
+    return RecipeDraft("rl", [*guesses, *_guess_sizes(source, questions, tokenizer)], try_out)
 
 
 def check_truths(data: str, columns: Columns) -> None:
@@ -93,7 +93,7 @@ def check_truths(data: str, columns: Columns) -> None:
         return
     rows = itertools.islice(read_canonical_rows(data, {"truth": columns.truth}), TRIED_TRUTHS)
     truths = [accepted_answers(row["truth"])[0] for _, row in rows if not is_missing(row["truth"])]
-    grades = asyncio.run(_grade(truths))
+    grades = asyncio.run(_grade_truths(truths))
     failures = [pair for pair in zip(truths, grades, strict=True) if pair[1].reward < 1]
     num_good = len(truths) - len(failures)
     print(f"\n{num_good} of {len(truths)} truths count as right answers to themselves")
@@ -125,7 +125,7 @@ def check_recipe(path: Path, columns: Columns) -> None:
         print(memory.describe(memory.microbatch_tokens(None)))
 
 
-def _data(
+def _guess_data_settings(
     data: str, rows: Sequence[dict[str, Any]], columns: Columns, num_questions: int
 ) -> list[Guess]:
     """Return the settings of `data` but for the template.
@@ -219,7 +219,7 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
     ]
 
 
-def _sizes(
+def _guess_sizes(
     source: QuestionSource, questions: Sequence[AskedQuestion], tokenizer: PromptTokenizer
 ) -> list[Guess]:
     """Return the settings that depend on the model's size, the prompts and the machine."""
@@ -229,7 +229,7 @@ def _sizes(
         max_positions(source.folder),
         machine,
     )
-    num_heldout, heldout = _heldout([question for _, question in questions], machine)
+    num_heldout, heldout = _guess_heldout([question for _, question in questions], machine)
     return [
         *guessed_settings.guess_layout(source.hf_config, source.parameters, machine),
         *limits,
@@ -238,7 +238,7 @@ def _sizes(
     ]
 
 
-def _heldout(questions: Sequence[str], machine: Machine) -> tuple[int, list[Guess]]:
+def _guess_heldout(questions: Sequence[str], machine: Machine) -> tuple[int, list[Guess]]:
     """Return how many questions are held out, with the settings for held-out questions and for
     their evaluation."""
     if len(questions) < MIN_QUESTIONS_TO_SPLIT:
@@ -264,7 +264,7 @@ async def _check_user_reward(prompts: Sequence[Prompt]) -> None:
         await RewardTerms(pool, {}).check((), prompts)
 
 
-async def _grade(truths: Sequence[Any]) -> list[Grade]:
+async def _grade_truths(truths: Sequence[Any]) -> list[Grade]:
     async with RewardPool(1) as pool:
         finals = [math_truth(truth) for truth in truths]
         pairs = zip(finals, truths, strict=True)

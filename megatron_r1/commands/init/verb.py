@@ -58,10 +58,10 @@ def run(config: Config, model: str, data: str, out: str | None = None, **choices
     )
     draft = None if choices else supervised_recipe(source)
     options = [text for key, value in choices.items() for text in (f"--{key}", value)]
-    _write(path, source, draft or rl_recipe(source, choices), [model, data, *options])
+    _write_recipe(path, source, draft or rl_recipe(source, choices), [model, data, *options])
 
 
-def _write(
+def _write_recipe(
     path: Path, source: QuestionSource, draft: RecipeDraft, arguments: Sequence[str]
 ) -> None:
     """Write a recipe and print it, then try it out and print what comes next.

@@ -68,7 +68,9 @@ def run(
         )
     minimums = {"size": 1, "groups": 0, "seed": 0}
     sizes = {"size": size, "groups": groups, "seed": seed}
-    numbers = {name: _number(f"--{name}", text, minimums[name]) for name, text in sizes.items()}
+    numbers = {
+        name: _parse_number(f"--{name}", text, minimums[name]) for name, text in sizes.items()
+    }
     advantages = None
     if Path(path).is_dir():
         config, responses = read_run(Path(path))
@@ -84,14 +86,16 @@ def run(
             cause=Cause.EMPTY,
         )
     without_math_verify = verifier == MATH_VERIFY
-    result = asyncio.run(_audit(config, responses, advantages, without_math_verify, **numbers))
+    result = asyncio.run(
+        _audit_responses(config, responses, advantages, without_math_verify, **numbers)
+    )
     print("\n".join(describe(result, path)))
     if json is not None:
         text = json_format.dumps(result.as_json(), indent=1, ensure_ascii=True)
         atomic_write(Path(json), f"{text}\n".encode())
 
 
-async def _audit(
+async def _audit_responses(
     config: Config,
     responses: list[AuditedResponse],
     advantages: Advantages | None,
@@ -122,7 +126,7 @@ def _advantages_of(rl: RLConfig) -> Advantages:
     return lambda rewards: compute_advantages(rewards, rl)
 
 
-def _number(name: str, text: str, minimum: int) -> int:
+def _parse_number(name: str, text: str, minimum: int) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < minimum:
         raise UserError(
             f"{name} {text}: give a whole number, {minimum} or more",
@@ -143,7 +147,7 @@ def describe(result: Audit, path: str) -> list[str]:
         lines.append(f"not audited: {count:,} of {kind}, which has no second method")
     lines += ["", f"{'data source':24} {'wrongly rejected':>38} {'wrongly accepted':>38}"]
     rates = {**result.sources, **({"all": result.overall} if len(result.sources) != 1 else {})}
-    lines += [_row(name, rate) for name, rate in rates.items()]
+    lines += [_format_row(name, rate) for name, rate in rates.items()]
     if (effect := result.effect) is not None:
         change = effect.mean_change
         ends = "" if change.low is None else f" ({change.low:.3f} to {change.high:.3f})"
@@ -164,7 +168,7 @@ def describe(result: Audit, path: str) -> list[str]:
     return lines
 
 
-def _row(name: str, rates: ErrorRates) -> str:
+def _format_row(name: str, rates: ErrorRates) -> str:
     fractions = (
         _format_fraction(fraction) for fraction in (rates.wrongly_rejected, rates.wrongly_accepted)
     )

@@ -82,16 +82,16 @@ def read_responses(path: Path, kind: str | None) -> Iterator[AuditedResponse]:
             offset = 0
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _response(path, number, offset, line, kind)
+                    yield _parse_response(path, number, offset, line, kind)
                 offset += len(line)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", key=OPTION, cause=Cause.UNREADABLE) from None
 
 
-def _response(
+def _parse_response(
     path: Path, number: int, offset: int, line: bytes, kind: str | None
 ) -> AuditedResponse:
-    record = _record(path, number, line)
+    record = _parse_record(path, number, line)
     place = f"{path}:{number}"
     is_ungraded = str(record.get("reason", "")).startswith(UNGRADED)
     kind = record.get("kind", kind)
@@ -122,19 +122,19 @@ def _response(
         group=group,
         reward=0.0 if is_ungraded else float(reward),
         total=None if is_ungraded else float(reward),
-        load=lambda: _content(path, number, offset),
+        load=lambda: _read_content(path, number, offset),
     )
 
 
-def _content(path: Path, number: int, offset: int) -> AnswerContent:
+def _read_content(path: Path, number: int, offset: int) -> AnswerContent:
     with open(path, "rb") as file:
         file.seek(offset)
-        record = _record(path, number, file.readline())
+        record = _parse_record(path, number, file.readline())
     fields = {name: value for name, value in record.items() if name not in OMITTED_FIELDS}
     return AnswerContent(record["response"], record.get("truth"), fields)
 
 
-def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _parse_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     fault = "it is no object"
     try:
         if isinstance(record := json.loads(line), dict):

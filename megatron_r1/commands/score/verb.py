@@ -101,8 +101,8 @@ def run(
             cause=Cause.CONFLICT,
         )
     try:
-        with _source(source) as lines, _target(target) as output:
-            scoring = asyncio.run(_score(config, lines, output))
+        with _open_source(source) as lines, _open_target(target) as output:
+            scoring = asyncio.run(_score_lines(config, lines, output))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes stdout again at exit
         raise RunError("the reader of the output has ended") from None
@@ -119,7 +119,7 @@ def run(
         )
 
 
-async def _score(config: Config, lines: BinaryIO, output: BinaryIO) -> _Scoring:
+async def _score_lines(config: Config, lines: BinaryIO, output: BinaryIO) -> _Scoring:
     """Grade lines as they are read and write them in their order. Only so many lines wait at a time
     that memory stays bounded. Returns the counts."""
     settings = config.rewards
@@ -130,7 +130,7 @@ async def _score(config: Config, lines: BinaryIO, output: BinaryIO) -> _Scoring:
     try:
         async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
             scoring = _Scoring(pool, settings.call_options, config.data.kind)
-            batches = _batches(lines)
+            batches = _line_batches(lines)
             batch: list[bytes | None] | None = []
             while batch is not None:
                 batch = await anext(batches, None)
@@ -146,7 +146,7 @@ async def _score(config: Config, lines: BinaryIO, output: BinaryIO) -> _Scoring:
                     task, size = tasks.popleft()
                     num_bytes -= size
                     record, grade = await task
-                    output.write(_encode(record, grade))
+                    output.write(_encode_graded(record, grade))
                     scoring.add(record.get("kind"), grade)
     finally:
         await asyncio.gather(*(task for task, _ in tasks), return_exceptions=True)
@@ -246,7 +246,7 @@ class _Scoring:
             return Grade.ungraded(error)
 
 
-def _encode(record: dict[str, Any], grade: Grade) -> bytes:
+def _encode_graded(record: dict[str, Any], grade: Grade) -> bytes:
     fields = {name: value for name, value in record.items() if name not in ("reward", "reason")}
     result = {"reward": grade.reward, "reason": grade.reason}
     try:
@@ -257,7 +257,7 @@ def _encode(record: dict[str, Any], grade: Grade) -> bytes:
         return (json.dumps(result) + "\n").encode()
 
 
-async def _batches(lines: BinaryIO) -> AsyncIterator[list[bytes | None]]:
+async def _line_batches(lines: BinaryIO) -> AsyncIterator[list[bytes | None]]:
     """Yield the lines, without their line breaks, of what is read at a time; None stands for a line
     that is too long."""
     line = bytearray()
@@ -279,7 +279,7 @@ async def _batches(lines: BinaryIO) -> AsyncIterator[list[bytes | None]]:
         yield [take_line()]
 
 
-def _source(name: str) -> contextlib.AbstractContextManager[BinaryIO]:
+def _open_source(name: str) -> contextlib.AbstractContextManager[BinaryIO]:
     if name == PIPE:
         return contextlib.nullcontext(sys.stdin.buffer)
     try:
@@ -291,7 +291,7 @@ def _source(name: str) -> contextlib.AbstractContextManager[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _target(name: str) -> Iterator[BinaryIO]:
+def _open_target(name: str) -> Iterator[BinaryIO]:
     if name == PIPE:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()

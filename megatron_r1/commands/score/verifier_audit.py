@@ -126,7 +126,7 @@ async def audit(
         UserError: a size below the number of strata."""
     strata = group_by_stratum(responses)
     drawn_responses = draw_sample(strata, size, seed)
-    groups = _groups(responses)
+    groups = _auditable_groups(responses)
     drawn_groups = random.Random(f"{seed}:groups").sample(groups, min(num_groups, len(groups)))
     to_judge = [*chain.from_iterable(drawn_responses.values())]
     to_judge += [
@@ -148,7 +148,9 @@ async def audit(
             name: error_rates(strata, drawn_responses, second_verdicts, name) for name in sources
         },
         overall=error_rates(strata, drawn_responses, second_verdicts),
-        effect=_effect(len(groups), drawn_groups, second_verdicts, advantages or _z_scores, seed),
+        effect=_advantage_effect(
+            len(groups), drawn_groups, second_verdicts, advantages or _z_scores, seed
+        ),
         judged=[(response, second_verdicts[response.id]) for response in distinct_responses],
     )
 
@@ -200,7 +202,7 @@ def source_of(fields: Mapping[str, Any]) -> str:
     return data_source(fields) or "-"
 
 
-def _groups(responses: Iterable[AuditedResponse]) -> list[list[AuditedResponse]]:
+def _auditable_groups(responses: Iterable[AuditedResponse]) -> list[list[AuditedResponse]]:
     """Return the groups of at least two responses with one that can be audited."""
     groups: dict[str, list[AuditedResponse]] = defaultdict(list)
     for response in responses:
@@ -213,7 +215,7 @@ def _groups(responses: Iterable[AuditedResponse]) -> list[list[AuditedResponse]]
     ]
 
 
-def _effect(
+def _advantage_effect(
     num_groups: int,
     drawn_groups: list[list[AuditedResponse]],
     second_verdicts: Mapping[str, SecondVerdict],
@@ -229,7 +231,10 @@ def _effect(
     for reversed_outcomes in (("wrong",), ("wrong", "undecided")):
         corrected_advantages = advantages(
             [
-                [_corrected(response, second_verdicts, reversed_outcomes) for response in group]
+                [
+                    _corrected_total(response, second_verdicts, reversed_outcomes)
+                    for response in group
+                ]
                 for group in drawn_groups
             ]
         )
@@ -241,7 +246,7 @@ def _effect(
         changes.append(
             [fmean(abs(b - a) if math.isfinite(a) else 0.0 for a, b in pair) for pair in pairs]
         )
-        signs.append(sum(any(_sign(a) != _sign(b) for a, b in pair) for pair in pairs))
+        signs.append(sum(any(_sign_of(a) != _sign_of(b) for a, b in pair) for pair in pairs))
     certain_change, possible_change = (estimate(by_group, seed) for by_group in changes)
     intervals = ((change.low, change.high) for change in (certain_change, possible_change))
     # A single group has no interval.
@@ -255,7 +260,7 @@ def _effect(
     )
 
 
-def _corrected(
+def _corrected_total(
     response: AuditedResponse, second_verdicts: Mapping[str, SecondVerdict], outcomes: Sequence[str]
 ) -> float | None:
     """Return the total with the reward of the other verdict where the second method says one of
@@ -271,7 +276,7 @@ def _z_scores(groups: Rewards) -> list[list[float]]:
     return [group_advantages(rewards) for rewards in groups]
 
 
-def _sign(value: float) -> int:
+def _sign_of(value: float) -> int:
     return (value > 0) - (value < 0)
 
 

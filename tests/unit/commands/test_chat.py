@@ -38,12 +38,12 @@ def test_a_run_is_asked_as_it_sampled_on_one_engine(run_folder):
     model = find_exported(str(run_folder), "RUN")
     assert model == run_folder / "hf"
     given = parse({"rollout": {"max_response_tokens": 7}})
-    settings = chat._settings(given, model)
+    settings = chat._engine_settings(given, model)
     assert settings.data.template == "Q: {question}\nA: "
     rollout = settings.rollout
     assert (rollout.engines, rollout.temperature, rollout.max_response_tokens) == (1, 0.7, 7)
     assert not rollout.colocated
-    other = chat._settings(parse({"data": {"template": "plain"}}), model)
+    other = chat._engine_settings(parse({"data": {"template": "plain"}}), model)
     assert other.data.template == "plain"
 
 
@@ -53,7 +53,7 @@ def test_a_folder_is_asked_within_what_a_cache_holds(tmp_path):
     settings = json.loads(config.read_text())
     for positions, lengths in ((131_072, (4096, 512)), (256, (256, 128))):
         config.write_text(json.dumps(settings | {"max_position_embeddings": positions}))
-        rollout = chat._settings(parse({}), tmp_path / "model").rollout
+        rollout = chat._engine_settings(parse({}), tmp_path / "model").rollout
         assert (rollout.max_model_len, rollout.max_response_tokens) == lengths
 
 
@@ -101,7 +101,7 @@ def test_several_questions_are_asked_at_once(run_folder, monkeypatch, options, q
     async def answer(config, model, given):
         asked.extend(given)
 
-    monkeypatch.setattr(chat, "_answer", answer)
+    monkeypatch.setattr(chat, "_run_chat", answer)
     assert cli.main(["chat", str(run_folder), *options]) == 0
     assert asked == questions
     with refused("--question", Cause.MISSING):

@@ -188,7 +188,7 @@ def test_a_folder_without_mtp_weights_is_checked_without_them(experts, tmp_path,
     assert len(kept) < len(tensors)
     save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
     config = configuration.from_overrides({"model.path": str(folder), "model.mtp": mtp})
-    found = check_model._reference(config, tmp_path / "plain", tmp_path)
+    found = check_model._run_reference(config, tmp_path / "plain", tmp_path)
     assert found.num_tensors == len(kept)
 
 
@@ -254,7 +254,7 @@ def test_the_exit_status_is_0_only_if_all_agree(
         return value
 
     found_before = ReferenceResult(15, 512, True, [[1, 2, 3]], [[-1.0, -2.0]], 0.0)
-    monkeypatch.setattr(check_model, "_reference", lambda *_: found_before)
+    monkeypatch.setattr(check_model, "_run_reference", lambda *_: found_before)
     monkeypatch.setattr(check_model, "compare_with_megatron", lambda *_: answer(megatron))
     monkeypatch.setattr(check_model, "compare_with_vllm", lambda *_: answer(vllm))
     found, output = checked(capsys, folder, "--json", tmp_path / "found.json")
@@ -270,7 +270,7 @@ def test_without_a_tokenizer_token_ids_decide(folder, capsys, monkeypatch, tmp_p
         return 1e-5
 
     found = ReferenceResult(15, None, False, [[1, 2, 3]], [[-1.0, -2.0]], 0.0)
-    monkeypatch.setattr(check_model, "_reference", lambda *_: found)
+    monkeypatch.setattr(check_model, "_run_reference", lambda *_: found)
     monkeypatch.setattr(check_model, "compare_with_megatron", lambda *_: agrees())
     monkeypatch.setattr(check_model, "compare_with_vllm", lambda *_: agrees())
     status, output = checked(capsys, folder, "--json", tmp_path / "found.json")
@@ -332,4 +332,6 @@ def test_a_reference_that_is_killed_is_no_mistake_of_the_user(monkeypatch, tmp_p
     killed = subprocess.CompletedProcess([], -9, None, "Loading weights: 3 of 9\n")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: killed)
     with pytest.raises(RunError, match="m: .*SIGKILL"):
-        check_model._reference(configuration.parse({"model": {"path": "m"}}), tmp_path, tmp_path)
+        check_model._run_reference(
+            configuration.parse({"model": {"path": "m"}}), tmp_path, tmp_path
+        )

@@ -37,7 +37,7 @@ def test_an_episode_is_shown_with_resets_text_calls_and_results():
     parts = ("apple", '<tool_call>{"name": "get"}</tool_call>', "no� key", "508", "1 failed", "0.2")
     places = [shown.index(part) for part in parts]
     assert places == sorted(places) and "Follow the keys." not in shown
-    (counts,) = dry_run._episodes(Rollout([group, group], 1.0, 0.0))
+    (counts,) = dry_run._describe_episodes(Rollout([group, group], 1.0, 0.0))
     assert "2 done" in counts and "2 failed" in counts
 
 
@@ -72,7 +72,7 @@ def test_on_gpus_the_receive_buffer_of_an_engine_is_shown(monkeypatch):
     """As `megatron-r1 plan` has it for the recipe for 2,048 GPUs."""
     monkeypatch.chdir(RECIPE.parents[2])
     monkeypatch.setattr(dry_run.gpu, "is_usable", lambda: True)
-    shown = dry_run._memory(load(RECIPE))
+    shown = dry_run._describe_memory(load(RECIPE))
     assert "24.69 GiB" in shown
     # 671,026,419,200 parameters in bf16: 2 B, gradient 4, master copy 4 and moments 4 or 8.
     moments = load(RECIPE).optimizer.moments

@@ -226,7 +226,7 @@ def test_the_output_appears_whole_or_not_at_all(folder, monkeypatch):
         return b"{}\n"
 
     with monkeypatch.context() as patch:
-        patch.setattr(score, "_encode", fail_later)
+        patch.setattr(score, "_encode_graded", fail_later)
         assert main(["score", "in.jsonl", "out.jsonl"]) == 130
     assert (folder / "out.jsonl").read_text() == "before\n"
     assert [path.name for path in folder.iterdir() if path.suffix == ".tmp"] == []

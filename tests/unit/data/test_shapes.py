@@ -114,7 +114,7 @@ def test_init_writes_a_recipe_that_its_verb_accepts(model, tmp_path, monkeypatch
     async def graded(truths):  # by a worker with sympy, which takes seconds
         return [Grade(1.0, "")] * len(truths)
 
-    monkeypatch.setattr(rl_draft, "_grade", graded)
+    monkeypatch.setattr(rl_draft, "_grade_truths", graded)
     assert cli.main(["init", str(model), str(FOLDER / name), "--out", "mine.yaml"]) == 0
     recipe = configuration.load("mine.yaml")
     output = capsys.readouterr().out

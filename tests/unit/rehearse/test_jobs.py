@@ -8,7 +8,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.cli import RECIPE_VERBS
 from megatron_r1.commands.rehearsal_jobs import rehearsal_jobs
-from megatron_r1.commands.rehearse import IMPLIED_BY_VERB, _identity, check_full_size
+from megatron_r1.commands.rehearse import IMPLIED_BY_VERB, _miniature_identity, check_full_size
 from megatron_r1.rehearse.settings import RehearsalConfig
 
 R1 = Path("examples/deepseek_r1")
@@ -113,7 +113,7 @@ def test_stages_that_are_equal_in_miniature_are_found():
     """The laptop's answers to held-out questions are sampled from models of one shape; other
     rewards are another rehearsal."""
     found = {job.name: job for job in read(LAPTOP / "r1.yaml", LAPTOP_SHAPES)}
-    identities = {name: _identity(job, RehearsalConfig()) for name, job in found.items()}
+    identities = {name: _miniature_identity(job, RehearsalConfig()) for name, job in found.items()}
     assert identities["base_answers"] == identities["sft_answers"]
     assert identities["r1_zero"] != identities["reasoning_rl"]
     assert len(set(identities.values())) < len(found)
@@ -123,7 +123,9 @@ def test_a_stage_of_the_pipeline_is_in_miniature_what_its_own_recipe_is():
     """So that to rehearse each recipe is to rehearse the pipeline."""
     for stage in read(R1 / "pipeline.yaml"):
         (alone,) = read(R1 / f"{stage.name}.yaml")
-        assert _identity(stage, RehearsalConfig()) == _identity(alone, RehearsalConfig()), stage
+        assert _miniature_identity(stage, RehearsalConfig()) == _miniature_identity(
+            alone, RehearsalConfig()
+        ), stage
 
 
 def test_an_environment_that_the_run_would_refuse_is_refused():

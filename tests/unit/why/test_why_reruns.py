@@ -215,8 +215,8 @@ def test_other_reruns_are_refused_with_the_choices(tmp_path, text):
 
 
 def test_several_reruns_have_a_comma_between_them():
-    assert why._kinds("trainer, engine,trainer") == ["trainer", "engine"]
-    assert why._kinds(None) == []
+    assert why._parse_reruns("trainer, engine,trainer") == ["trainer", "engine"]
+    assert why._parse_reruns(None) == []
 
 
 @pytest.mark.parametrize(
