@@ -141,8 +141,8 @@ def show_trainer(recorder: RunRecorder, trainer: TrainerClient) -> None:
 
 
 def _make_trainer_client(config: Config, name: str, recorder: RunRecorder) -> TrainerClient:
-    """Return the client of the ranks, which do not run yet, and print what is to be known of the
-    run before they do.
+    """Return the client of the trainer ranks without starting them. Before, show notes on the
+    warm-up and the model's config.json, and on a CPU the memory that the run takes.
 
     Raises:
         UserError: the run does not fit into memory.
