@@ -105,12 +105,12 @@ def write_report(
         worded=format_estimate,
         image=base64.b64encode(figure.read_bytes()).decode(),
         num_examples=NUM_EXAMPLES,
-        examples=_examples(questions, samples),
+        examples=_choose_examples(questions, samples),
     )
     return atomic_write(path, html)
 
 
-def _examples(
+def _choose_examples(
     questions: Mapping[tuple[str, str], Mapping[str, Any]], samples: Iterable[SampleLine]
 ) -> list[dict[str, Any]]:
     """Return what the page shows of the first samples of each verdict in each benchmark, graded
@@ -118,23 +118,23 @@ def _examples(
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     ungraded: dict[tuple[str, str, int], tuple[list[dict[str, Any]], dict[str, Any]]] = {}
     for sample in samples:
-        group = groups.setdefault((sample["benchmark"], _verdict(sample)), [])
+        group = groups.setdefault((sample["benchmark"], _sample_verdict(sample)), [])
         question = questions.get((sample["benchmark"], sample["id"]))
         key = (sample["benchmark"], sample["id"], sample["index"])
         ungraded.pop(key, None)
         if question is None:
             continue
         if is_ungraded(sample):
-            ungraded[key] = group, _example(question, sample)
+            ungraded[key] = group, _shown_example(question, sample)
         elif len(group) < NUM_EXAMPLES:
-            group.append(_example(question, sample))
+            group.append(_shown_example(question, sample))
     for group, example in ungraded.values():
         if len(group) < NUM_EXAMPLES:
             group.append(example)
     return [example for _, group in sorted(groups.items()) for example in group]
 
 
-def _example(question: Mapping[str, Any], sample: SampleLine) -> dict[str, Any]:
+def _shown_example(question: Mapping[str, Any], sample: SampleLine) -> dict[str, Any]:
     """Return what the page shows of one sample; its text is shortened."""
     source = f"{sample['benchmark']} · {sample['id']} · sample {sample['index']}"
     details = [source, f"reward {sample['reward']:.3g}"]
@@ -143,7 +143,7 @@ def _example(question: Mapping[str, Any], sample: SampleLine) -> dict[str, Any]:
     response = printable(shorten_middle(sample["response"], MAX_CHARACTERS), keep_newlines=True)
     return {
         "question": printable(question["question"][:MAX_CHARACTERS], keep_newlines=True),
-        "verdict": _verdict(sample),
+        "verdict": _sample_verdict(sample),
         "is_correct": sample["reward"] == 1.0,
         "details": details,
         "response": response or "(empty)",
@@ -153,7 +153,7 @@ def _example(question: Mapping[str, Any], sample: SampleLine) -> dict[str, Any]:
     }
 
 
-def _verdict(sample: SampleLine) -> str:
+def _sample_verdict(sample: SampleLine) -> str:
     if sample["truncated"]:
         return "truncated"
     return "right" if sample["reward"] == 1.0 else "wrong"

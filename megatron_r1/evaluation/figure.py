@@ -26,7 +26,7 @@ def write_figure(path: Path, summaries: Sequence[Summary]) -> Path:
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, summary in zip(grid.flat, summaries, strict=False):
-        _panel(axes, summary)
+        _draw_panel(axes, summary)
     for axes in list(grid.flat)[len(summaries) :]:
         axes.set_visible(False)
     with atomic_writer(path) as file:
@@ -34,19 +34,19 @@ def write_figure(path: Path, summaries: Sequence[Summary]) -> Path:
     return path
 
 
-def _panel(axes: Axes, summary: Summary) -> None:
+def _draw_panel(axes: Axes, summary: Summary) -> None:
     axes.set_title(summary.title, fontsize=10)
     if summary.pass_at_k:
-        _curve(axes, "pass@k", summary.pass_at_k, PASS_COLOR)
+        _draw_curve(axes, "pass@k", summary.pass_at_k, PASS_COLOR)
         if len(summary.cons_at_k) > 1:
-            _curve(axes, "cons@k", summary.cons_at_k, VOTE_COLOR)
+            _draw_curve(axes, "cons@k", summary.cons_at_k, VOTE_COLOR)
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(summary.pass_at_k), [str(k) for k in summary.pass_at_k])
         axes.minorticks_off()
         axes.set_xlabel("k, samples per question")
     else:
-        _curve(axes, "win rate", {1: summary.metrics["win_rate"]}, PASS_COLOR)
-        _curve(axes, "at equal length", {2: summary.metrics["lc_win_rate"]}, VOTE_COLOR)
+        _draw_curve(axes, "win rate", {1: summary.metrics["win_rate"]}, PASS_COLOR)
+        _draw_curve(axes, "at equal length", {2: summary.metrics["lc_win_rate"]}, VOTE_COLOR)
         axes.set_xlim(0, 3)
         axes.set_xticks([])
     axes.set_ylim(-0.02, 1.02)
@@ -56,7 +56,7 @@ def _panel(axes: Axes, summary: Summary) -> None:
     axes.legend(fontsize=8, frameon=False)
 
 
-def _curve(axes: Axes, label: str, curve: Mapping[int, Estimate], color: str) -> None:
+def _draw_curve(axes: Axes, label: str, curve: Mapping[int, Estimate], color: str) -> None:
     sizes = list(curve)
     values = [curve[k].value for k in sizes]
     low = np.array([curve[k].low for k in sizes], np.float64)  # None becomes NaN

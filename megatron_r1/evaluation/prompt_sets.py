@@ -87,7 +87,9 @@ def _load_entry(entry: BenchmarkConfig, config: Config) -> PromptSet:
     if entry.name.partition("/")[0] == ENVIRONMENT:
         return _load_rows(entry, config)
     return (
-        _load_questions(entry, config) if entry.name == OWN_QUESTIONS else _load(entry, config.eval)
+        _load_questions(entry, config)
+        if entry.name == OWN_QUESTIONS
+        else _load_prompt_set(entry, config.eval)
     )
 
 
@@ -135,7 +137,7 @@ def _environment_prompts(environment: str, entry: BenchmarkConfig, config: Confi
     return prompts[: entry.limit or config.eval.limit]
 
 
-def _load(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:
+def _load_prompt_set(entry: BenchmarkConfig, config: EvalConfig) -> PromptSet:
     benchmark, part = find_benchmark(entry.name)
     entry_options = dict(entry.options) | ({"suite": part} if part else {})
     options = benchmark.with_defaults(entry.name, entry_options)

@@ -100,7 +100,7 @@ class ResponseLog:
         if self.count(prompts, num_samples) == num_logged:
             return  # the usual case: the file need not be read again
         for line in read_lines(self.path):
-            if _key(line) not in prompts or line["index"] >= num_samples:
+            if _prompt_key(line) not in prompts or line["index"] >= num_samples:
                 yield line
 
     async def close(self) -> None:
@@ -109,7 +109,7 @@ class ResponseLog:
 
     def _remember(self, line: Mapping[str, Any]) -> None:
         try:
-            prompt, index = _key(line), line["index"]
+            prompt, index = _prompt_key(line), line["index"]
             self._indices[prompt] = self._indices.get(prompt, 0) | 1 << index
             self.digests[prompt] = line["digest"]
             failed = is_ungraded(line)
@@ -128,7 +128,7 @@ class ResponseLog:
         )
 
 
-def _key(line: Mapping[str, Any]) -> PromptKey:
+def _prompt_key(line: Mapping[str, Any]) -> PromptKey:
     return line.get("benchmark", ""), line["id"]
 
 

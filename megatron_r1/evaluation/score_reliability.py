@@ -33,7 +33,7 @@ def pair_measures(
     margins = [c - r for c, r in zip(chosen, rejected, strict=True)]
     certain = sigmoid(np.abs(margins)).tolist()
     is_correct = [float(margin > 0) for margin in margins]
-    return _reliability(questions, margins, certain, is_correct)
+    return _estimate_reliability(questions, margins, certain, is_correct)
 
 
 def label_measures(
@@ -52,7 +52,7 @@ def label_measures(
         loss: binary cross entropy.
         calibration_error: that of sigmoid(score) as the probability of a good response."""
     margins = [score if label else -score for score, label in zip(scores, labels, strict=True)]
-    return _reliability(questions, margins, sigmoid(np.asarray(scores)).tolist(), labels)
+    return _estimate_reliability(questions, margins, sigmoid(np.asarray(scores)).tolist(), labels)
 
 
 def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequence[float]) -> float:
@@ -69,7 +69,7 @@ def expected_calibration_error(probabilities: Sequence[float], outcomes: Sequenc
     return sum(gaps) / len(probabilities)
 
 
-def _reliability(
+def _estimate_reliability(
     questions: Sequence[str],
     margins: Sequence[float],
     probabilities: Sequence[float],

@@ -55,13 +55,13 @@ def read_rows(
                 cause=Cause.MISSING,
             )
         patterns = files or hubs[location](options)
-        local = _download(name, location, patterns)
+        local = _download_data_set(name, location, patterns)
     else:
         patterns = files or [p for hub_patterns in hubs.values() for p in hub_patterns(options)]
     yield from _read_folder(name, local, patterns)
 
 
-def _download(name: str, hub: str, patterns: Sequence[str]) -> Path:
+def _download_data_set(name: str, hub: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:

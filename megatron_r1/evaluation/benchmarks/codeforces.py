@@ -64,7 +64,7 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
         is_batch = not columns["interaction_format"] and columns["input_mode"] in (None, "stdio")
         has_tests = columns["official_tests_complete"] and columns["official_tests"]
         if is_batch and has_tests and lowest <= (columns["rating"] or 0) <= highest:
-            yield _question(location, columns, language)
+            yield _problem_question(location, columns, language)
 
 
 def files(options: Options) -> list[str]:
@@ -73,7 +73,7 @@ def files(options: Options) -> list[str]:
     return [f"{folder}/test-*.parquet"]
 
 
-def _question(location: str, row: dict[str, Any], language: str) -> Question:
+def _problem_question(location: str, row: dict[str, Any], language: str) -> Question:
     """Return a problem as Codeforces shows it, with its tests as the truth."""
     description = require_text(location, row, "description").strip()
     sections = [f"# {row['title']}", description]

@@ -67,7 +67,7 @@ def decode_tests(packed_tests: str, location: str) -> list[dict[str, Any]]:
         tests = (
             json.loads(packed_tests)
             if packed_tests.lstrip()[:1] in ("[", "{")
-            else _unpack(packed_tests)
+            else _unpack_tests(packed_tests)
         )
         if isinstance(tests, str):
             tests = json.loads(tests)
@@ -95,7 +95,7 @@ def decode_tests(packed_tests: str, location: str) -> list[dict[str, Any]]:
     return tests
 
 
-def _unpack(packed_tests: str) -> Any:
+def _unpack_tests(packed_tests: str) -> Any:
     inflater = zlib.decompressobj()
     content = inflater.decompress(base64.b64decode(packed_tests, validate=True), MAX_BYTES)
     if inflater.unconsumed_tail:
@@ -136,13 +136,13 @@ FUNCTION_INSTRUCTION = (
 
 def questions(rows: Rows, options: Options) -> Iterator[Question]:
     """Yield the problems of contests within the dates, of the difficulty asked for."""
-    first = _day("from", options["from"] or date.min)
-    last = _day("to", options["to"] or date.max)
+    first = _parse_day("from", options["from"] or date.min)
+    last = _parse_day("to", options["to"] or date.max)
     for location, row in rows:
         columns = pick_columns(location, row, [COLUMN_NAMES])
-        day = _day(f"{location}: contest_date", columns["contest_date"])
+        day = _parse_day(f"{location}: contest_date", columns["contest_date"])
         if first <= day <= last and options["difficulty"] in (None, columns["difficulty"]):
-            yield _question(location, columns)
+            yield _problem_question(location, columns)
 
 
 def files(options: Options) -> list[str]:
@@ -162,7 +162,7 @@ def files(options: Options) -> list[str]:
     return ["test.jsonl", *names][: RELEASES.index(release) + 1]
 
 
-def _question(location: str, row: dict[str, Any]) -> Question:
+def _problem_question(location: str, row: dict[str, Any]) -> Question:
     tests = decode_tests(row["public_test_cases"], location)
     tests += decode_tests(row["private_test_cases"], location)
     if not tests:
@@ -214,7 +214,7 @@ def _function_tests(
     return {"function": name, "tests": cases}
 
 
-def _day(name: str, value: Any) -> date:
+def _parse_day(name: str, value: Any) -> date:
     if isinstance(value, date) and not isinstance(value, datetime):
         return value
     try:

@@ -115,7 +115,7 @@ def _mmlu_questions(rows: Rows, options: Options) -> Iterator[Question]:
                 cause=Cause.MALFORMED,
             )
         question = require_text(location, columns, "question").strip()
-        letter = _letter(location, columns["answer"], len(choices))
+        letter = _answer_letter(location, columns["answer"], len(choices))
         yield Question("", _text_with_choices(question, choices), "math", letter)
     if unknown := sorted(subjects - known_subjects):
         raise UserError(
@@ -144,7 +144,7 @@ def _text_with_choices(question: str, choices: Sequence[str]) -> str:
     return "\n".join([question, "", *lines])
 
 
-def _letter(location: str, answer: Any, num_choices: int) -> str:
+def _answer_letter(location: str, answer: Any, num_choices: int) -> str:
     """Return the letter of an answer: the data set has 0 to 3, exports of it the letter."""
     letters = list(CHOICE_LETTERS[:num_choices])
     if isinstance(answer, str) and answer.strip().upper() in letters:
