@@ -107,7 +107,10 @@ class StageProcess:
             target = sys.stderr.buffer if on_terminal else sys.stdout.buffer
             line_prefix = b"" if on_terminal else prefix.encode()
             self._reader = threading.Thread(
-                target=_copy, args=(pipe, log, target, line_prefix), name="output", daemon=True
+                target=_copy_output,
+                args=(pipe, log, target, line_prefix),
+                name="output",
+                daemon=True,
             )
             self._reader.start()
 
@@ -158,7 +161,7 @@ def describe_status(status: int) -> str:
     return f"exit status {status}"
 
 
-def _copy(source: BinaryIO, log: Path, target: BinaryIO, prefix: bytes) -> None:
+def _copy_output(source: BinaryIO, log: Path, target: BinaryIO, prefix: bytes) -> None:
     """Copy lines to the log and to the terminal; a terminal that is gone must not stop the work.
 
     Args:

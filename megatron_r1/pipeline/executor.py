@@ -75,7 +75,7 @@ class Executor:
         """Print that a stage has failed while the stages `running` go on."""
         names = ", ".join(map(self._name, running))
         going_on = f"\nno other stage begins; still running: {names} (Ctrl-C stops that)"
-        _print(f"{error}{going_on if running else ''}")
+        _print_with_time(f"{error}{going_on if running else ''}")
 
     def _run_stage(self, task: SeedStage) -> None:
         """Run a stage whose upstream is done, unless it is done itself."""
@@ -95,13 +95,13 @@ class Executor:
                     key=f"stages.{name}",
                     cause=Cause.CHANGED,
                 )
-            _print(f"{title}: what it was is now in {_move_aside(plan.folder_of(name))}")
+            _print_with_time(f"{title}: what it was is now in {_move_aside(plan.folder_of(name))}")
         continues = manifest.read(plan.folder_of(name), manifest.BEGUN_FILE) is not None
         action = "continues" if continues else "begins"
-        _print(f"{title} ({stage.config.verb}) {action}; log {plan.log_of(name)}")
+        _print_with_time(f"{title} ({stage.config.verb}) {action}; log {plan.log_of(name)}")
         prefix = f"{title}: " if self._config.jobs > 1 else ""
         try:
-            Runner(plan, self._signals, _print, prefix).run(
+            Runner(plan, self._signals, _print_with_time, prefix).run(
                 stage, upstream, _referenced_outputs(plan, name)
             )
         except RunError as failure:
@@ -111,7 +111,7 @@ class Executor:
         statuses[name] = stage_status(plan, stage, upstream_statuses)
         result = headline(read_results(plan.folder_of(name)))
         duration = format_duration(statuses[name].seconds or 0.0)
-        _print(
+        _print_with_time(
             f"{title} is {statuses[name].state} after {duration}{f': {result}' if result else ''}"
         )
 
@@ -182,5 +182,5 @@ def _referenced_outputs(plan: PipelinePlan, name: str) -> set[str]:
     return {ref.partition(".")[2] for ref in names if ref.startswith(f"{name}.")}
 
 
-def _print(text: str) -> None:
+def _print_with_time(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)

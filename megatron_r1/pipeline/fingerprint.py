@@ -105,7 +105,7 @@ def input_digests(
         digests[f"after {name}"] = digest_of_outputs(output_digests(plan.folder_of(name)))
     for place, text in plan.named_files(stage):
         digests[f"{place} {text}"] = digest(Path(plan.resolve_here(text)))
-    for function, syntax in _functions(stage).items():
+    for function, syntax in _function_syntax(stage).items():
         digests[f"function {function}"] = digest_of_value(syntax)
     return digests
 
@@ -144,7 +144,7 @@ def digest(path: Path) -> str:
     changes nearly every weight."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if not _is_hidden(entry))
-        return _joined((name, digest(path / name)) for name in names)
+        return _digest_pairs((name, digest(path / name)) for name in names)
     if not path.exists():
         return MISSING
     size = path.stat().st_size
@@ -159,7 +159,7 @@ def digest(path: Path) -> str:
 
 def digest_of_outputs(digests: dict[str, str]) -> str:
     """Return one digest of a stage's outputs, name → digest; their order does not matter."""
-    return _joined(sorted(digests.items()))
+    return _digest_pairs(sorted(digests.items()))
 
 
 def digest_of_value(value: Any) -> str:
@@ -168,7 +168,7 @@ def digest_of_value(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
 
 
-def _joined(pairs: Iterable[tuple[str, str]]) -> str:
+def _digest_pairs(pairs: Iterable[tuple[str, str]]) -> str:
     digest = hashlib.sha256()
     for name, part in pairs:
         digest.update(f"{name}\0{part}\0".encode())
@@ -179,7 +179,7 @@ def _is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name == "__pycache__"
 
 
-def _functions(stage: PipelineStage) -> dict[str, str]:
+def _function_syntax(stage: PipelineStage) -> dict[str, str]:
     """Return the syntax of the modules of all user functions that the stage names: its own, and
     those that rewrite, judge, filter or reward."""
     if stage.is_function:

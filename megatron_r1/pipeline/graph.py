@@ -56,12 +56,12 @@ class Graph:
         mistakes: list[UserError] = []
         for name, stage in stages.items():
             try:
-                self.upstream[name] = _upstream(stage, stages)
+                self.upstream[name] = _upstream_stages(stage, stages)
             except UserError as error:
                 mistakes.append(error)
         if mistakes:
             raise _join_mistakes(mistakes)
-        self.order = _ordered(self.upstream)
+        self.order = _sort_stages(self.upstream)
 
     def needs(self, stage: str) -> set[str]:
         """Return all stages that must be done before `stage`."""
@@ -80,7 +80,7 @@ class Graph:
         return depths
 
 
-def _upstream(stage: PipelineStage, stages: Mapping[str, PipelineStage]) -> tuple[str, ...]:
+def _upstream_stages(stage: PipelineStage, stages: Mapping[str, PipelineStage]) -> tuple[str, ...]:
     """Return the stages that `stage` needs directly, in the order of its references."""
     upstream: dict[str, None] = {}
     for key_path, reference in stage.references:
@@ -154,7 +154,7 @@ def unknown_stage(name: str, stages: Collection[str]) -> str:
     return f"no stage is called {name}{suggestion}"
 
 
-def _ordered(upstream: Mapping[str, tuple[str, ...]]) -> list[str]:
+def _sort_stages(upstream: Mapping[str, tuple[str, ...]]) -> list[str]:
     """Sort topologically; of stages that could be next, the first in the recipe is."""
     sorter = TopologicalSorter(upstream)
     try:

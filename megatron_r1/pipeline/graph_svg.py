@@ -66,14 +66,14 @@ def graph_svg(
         boxes: stage → its box.
         upstream: stage → the stages that it needs.
         depths: layer of each stage, 0 at the top; a stage is below all stages that it needs."""
-    layers, paths = _layers(upstream, depths)
+    layers, paths = _lay_out_layers(upstream, depths)
     _reduce_crossings(layers, paths)
-    centres = _centres(layers)
+    centres = _node_centres(layers)
     return render_page(
         "pipeline/templates/graph.svg.jinja",
         width=max(x + node.width / 2 for node, (x, _) in centres.items()) + MARGIN,
         height=MARGIN * 2 + len(layers) * (BOX_HEIGHT + LAYER_GAP) - LAYER_GAP,
-        edges=[_edge([centres[node] for node in path]) for path in paths],
+        edges=[_edge_path([centres[node] for node in path]) for path in paths],
         boxes=[
             (box, BOX_INKS[box.state], *centres[GraphNode(name)]) for name, box in boxes.items()
         ],
@@ -83,7 +83,7 @@ def graph_svg(
     )
 
 
-def _layers(
+def _lay_out_layers(
     upstream: Mapping[str, Sequence[str]], depths: Mapping[str, int]
 ) -> tuple[list[list[GraphNode]], Paths]:
     """Return the nodes by layer, and the paths of all edges."""
@@ -121,7 +121,7 @@ def _reduce_crossings(layers: list[list[GraphNode]], paths: Paths) -> None:
             layer.sort(key=target.__getitem__)
 
 
-def _centres(layers: Sequence[Sequence[GraphNode]]) -> dict[GraphNode, tuple[float, float]]:
+def _node_centres(layers: Sequence[Sequence[GraphNode]]) -> dict[GraphNode, tuple[float, float]]:
     widths = [sum(n.width for n in layer) + GAP * (len(layer) - 1) for layer in layers]
     centres = {}
     for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
@@ -133,7 +133,7 @@ def _centres(layers: Sequence[Sequence[GraphNode]]) -> dict[GraphNode, tuple[flo
     return centres
 
 
-def _edge(points: Sequence[tuple[float, float]]) -> tuple[str, tuple[float, float]]:
+def _edge_path(points: Sequence[tuple[float, float]]) -> tuple[str, tuple[float, float]]:
     """Return the path of an edge and its end: from the bottom of the first node to the top of the
     last, straight through the layers between."""
     half_height = BOX_HEIGHT / 2

@@ -68,12 +68,12 @@ def begin(
         "attempts": [*attempts, {"began": time.time(), "seconds": None, "pid": os.getpid()}],
         "failed": None,
     }
-    _write(folder / BEGUN_FILE, record)
+    _write_record(folder / BEGUN_FILE, record)
 
 
 def keep_ports(folder: Path, ports: dict[str, int]) -> None:
     """Record the ports of served models, which an attempt that continues uses again."""
-    _write(folder / BEGUN_FILE, {**(read(folder, BEGUN_FILE) or {}), "ports": ports})
+    _write_record(folder / BEGUN_FILE, {**(read(folder, BEGUN_FILE) or {}), "ports": ports})
 
 
 def end_attempt(folder: Path, failed: str | None) -> None:
@@ -85,7 +85,7 @@ def end_attempt(folder: Path, failed: str | None) -> None:
     record = read(folder, BEGUN_FILE) or {}
     last_attempt = record["attempts"][-1]
     last_attempt["seconds"] = time.time() - last_attempt["began"]
-    _write(folder / BEGUN_FILE, {**record, "failed": failed})
+    _write_record(folder / BEGUN_FILE, {**record, "failed": failed})
 
 
 def finish(
@@ -123,12 +123,12 @@ def finish(
         "versions": versions(),
         "git": _git_commit(),
         "host": socket.gethostname(),
-        "started": _date(attempts[0]["began"]),
-        "finished": _date(time.time()),
+        "started": _format_date(attempts[0]["began"]),
+        "finished": _format_date(time.time()),
         "attempts": attempts,
         "seconds": round(sum(attempt["seconds"] for attempt in attempts), 3),
     }
-    _write(folder / STAGE_FILE, record)
+    _write_record(folder / STAGE_FILE, record)
     (folder / BEGUN_FILE).unlink()
     fsync(folder)
 
@@ -145,20 +145,20 @@ def _git_commit() -> dict[str, Any] | None:
     """Return the commit of the working directory and whether files differ from it; None outside
     git."""
     try:
-        commit = _git("rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(_git("status", "--porcelain", "-uno"))}
+        commit = _run_git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_run_git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _git(*arguments: str) -> str:
+def _run_git(*arguments: str) -> str:
     command, devnull = ["git", *arguments], subprocess.DEVNULL
     return subprocess.check_output(command, stderr=devnull, text=True, timeout=30).strip()
 
 
-def _date(seconds: float) -> str:
+def _format_date(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
+def _write_record(path: Path, record: dict[str, Any]) -> None:
     atomic_write(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -80,7 +80,7 @@ def write_report(
     runs = [run for stage in report["stages"].values() for run in stage["by_seed"].values()]
     stages_done = f"{sum(run['state'] == StageState.DONE for run in runs)} of {len(runs)}"
     time_spent = format_duration(sum(run["seconds"] or 0.0 for run in runs))
-    shared_values = {"title": printable(report["title"]), "table": _table(report)}
+    shared_values = {"title": printable(report["title"]), "table": _result_table(report)}
     markdown = render_page(
         "pipeline/templates/report.md.jinja",
         **(
@@ -100,7 +100,7 @@ def write_report(
             "time": time_spent,
             "written": report["written"],
         },
-        drawing=_drawing(report, graph),
+        drawing=_draw_graph(report, graph),
         plots=_rl_plots(plans, graph),
         num_seeds=len(plans),
         seed=plans[0].seed,
@@ -156,7 +156,7 @@ def collect_report(
             "verb": stage.config.verb,
             "upstream": list(graph.upstream[name]),
             "evaluates": row_of[name],
-            "figures": _spreads(results[name]),
+            "figures": _result_spreads(results[name]),
             "by_seed": {
                 str(plan.seed): {
                     "state": str(by_name[name].state),
@@ -187,7 +187,7 @@ def evaluated_stage(stage: PipelineStage, graph: Graph) -> str:
     return heads[0] if heads and heads[0] in graph.upstream else ""
 
 
-def _spreads(by_seed: Sequence[Mapping[str, StageResult]]) -> dict[str, dict[str, Any]]:
+def _result_spreads(by_seed: Sequence[Mapping[str, StageResult]]) -> dict[str, dict[str, Any]]:
     spreads = {}
     for name in {name: None for results in by_seed for name in results}:
         spread = Spread.from_values([results[name].value for results in by_seed if name in results])
@@ -195,7 +195,7 @@ def _spreads(by_seed: Sequence[Mapping[str, StageResult]]) -> dict[str, dict[str
     return spreads
 
 
-def _drawing(report: Mapping[str, Any], graph: Graph) -> str:
+def _draw_graph(report: Mapping[str, Any], graph: Graph) -> str:
     boxes = {}
     for name, stage in report["stages"].items():
         runs = stage["by_seed"].values()
@@ -208,7 +208,7 @@ def _drawing(report: Mapping[str, Any], graph: Graph) -> str:
     return graph_svg(boxes, graph.upstream, graph.depths())
 
 
-def _table(report: Mapping[str, Any]) -> dict[str, Any]:
+def _result_table(report: Mapping[str, Any]) -> dict[str, Any]:
     """Build the table from the content of report.json. Return a row per stage with results, its
     title first, and a column per result. spread: what the intervals are."""
     reported_stages = [s for s in report["stages"].values() if s["figures"] and not s["evaluates"]]
@@ -218,14 +218,14 @@ def _table(report: Mapping[str, Any]) -> dict[str, Any]:
     if len(report["seeds"]) > 1:
         spread_note = "Means over seeds ± their standard deviation."
     rows = [
-        [Cell(printable(s["title"])), *(_cell(s, name) for name in columns)]
+        [Cell(printable(s["title"])), *(_result_cell(s, name) for name in columns)]
         for s in reported_stages
     ]
     heads = [printable(LABELS.get(name, name)) for name in columns]
     return {"heads": heads, "rows": rows, "spread": spread_note}
 
 
-def _cell(stage: Mapping[str, Any], name: str) -> Cell:
+def _result_cell(stage: Mapping[str, Any], name: str) -> Cell:
     if name not in stage["figures"]:
         return Cell("–")
     by_seed = {
@@ -245,20 +245,20 @@ def _cell(stage: Mapping[str, Any], name: str) -> Cell:
 def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:
     """Return a plot per quantity, with a curve per RL stage over its own steps: the mean of the
     seeds. Held-out points have their 95% interval, or the range of several seeds."""
-    runs_by_stage = _read(plans, graph, "metrics.jsonl")
+    runs_by_stage = _read_stage_lines(plans, graph, "metrics.jsonl")
     stages = [
         name
         for name, runs in runs_by_stage.items()
         if any("reward/mean" in r[-1] for r in runs if r)
     ]
-    heldout = _read(plans, graph, "evaluations.jsonl")
+    heldout = _read_stage_lines(plans, graph, "evaluations.jsonl")
     plots = []
     for key, heldout_key, label, meaning, is_fraction in PLOTTED_QUANTITIES:
         curves = []
         for index, name in enumerate(stages):
             ink = CURVE_INKS[index % len(CURVE_INKS)]
             if by_step := _values_by_step(runs_by_stage[name], key):
-                curves.append(Curve(plans[0].stages[name].title, *_means(by_step), ink))
+                curves.append(Curve(plans[0].stages[name].title, *_step_means(by_step), ink))
             curves += heldout_points(heldout[name], heldout_key, ink)
         if curves:
             svg = curve_plot(
@@ -289,10 +289,12 @@ def heldout_points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
     else:
         low, high = (np.array([end(v) for v in by_step.values()]) for end in (min, max))
     # matplotlib leaves labels that begin with _ out of its legend.
-    return [Curve("_held-out", *_means(by_step), ink, "o", low, high)]
+    return [Curve("_held-out", *_step_means(by_step), ink, "o", low, high)]
 
 
-def _read(plans: Sequence[PipelinePlan], graph: Graph, file: str) -> dict[str, list[Lines]]:
+def _read_stage_lines(
+    plans: Sequence[PipelinePlan], graph: Graph, file: str
+) -> dict[str, list[Lines]]:
     return {
         name: [list(read_lines(plan.folder_of(name) / file)) for plan in plans]
         for name in graph.order
@@ -309,5 +311,5 @@ def _values_by_step(runs: Sequence[Lines], key: str) -> dict[int, list[float]]:
     return dict(sorted(by_step.items()))
 
 
-def _means(by_step: Mapping[int, Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+def _step_means(by_step: Mapping[int, Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([*by_step], dtype=float), np.array([fmean(v) for v in by_step.values()])

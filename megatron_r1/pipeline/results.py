@@ -179,7 +179,7 @@ def _figure_results(path: Path) -> dict[str, StageResult]:
         return {}
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): _figure(name, value) for name, value in figures.items()}
+        return {str(name): _parse_figure(name, value) for name, value in figures.items()}
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path}: must hold {{name: number or {{value, low, high}}}}: {error}",
@@ -188,7 +188,7 @@ def _figure_results(path: Path) -> dict[str, StageResult]:
         ) from None
 
 
-def _figure(name: str, figure: Any) -> StageResult:
+def _parse_figure(name: str, figure: Any) -> StageResult:
     """Return the result of an entry of figures.json.
 
     Raises:

@@ -197,7 +197,9 @@ class PipelinePlan:
             is_path = "/" in path or Path(path).suffix or names_a_file(key_path)
             if key_path == "run.folder" or not is_path or REFERENCE_PATTERN.search(path):
                 continue
-            if _exists(path) and not self.folder.resolve().is_relative_to(Path(path).resolve()):
+            if _is_existing_path(path) and not self.folder.resolve().is_relative_to(
+                Path(path).resolve()
+            ):
                 file_settings.append((key_path, text))
         return file_settings
 
@@ -229,7 +231,7 @@ def merge_settings(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict
     return settings
 
 
-def _exists(text: str) -> bool:
+def _is_existing_path(text: str) -> bool:
     try:
         return "\n" not in text and Path(text).exists()
     except OSError:  # too long for a name

@@ -109,7 +109,7 @@ def stage_status(
             )
         return StageStatus(StageState.PENDING)
     if begun_record and (stage.is_function or not manifest.has_outputs(folder)):
-        return _unfinished(begun_record, is_running)  # nothing is lost by beginning again
+        return _unfinished_status(begun_record, is_running)  # nothing is lost by beginning again
     reasons = [
         f"{name} is {status.state}"
         for name, status in upstream.items()
@@ -130,7 +130,7 @@ def stage_status(
     return (
         StageStatus(StageState.DONE, [], record)
         if finished_record
-        else _unfinished(record, is_running)
+        else _unfinished_status(record, is_running)
     )
 
 
@@ -174,7 +174,7 @@ def stale_text(plan: PipelinePlan, stale: Mapping[str, StageStatus]) -> str:
     return "\n".join(lines)
 
 
-def _unfinished(begun_record: Mapping[str, Any], is_running: bool) -> StageStatus:
+def _unfinished_status(begun_record: Mapping[str, Any], is_running: bool) -> StageStatus:
     if begun_record["failed"]:
         return StageStatus(StageState.FAILED, [begun_record["failed"]], begun_record)
     is_over = begun_record["attempts"][-1]["seconds"] is not None

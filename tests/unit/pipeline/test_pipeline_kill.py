@@ -184,6 +184,6 @@ def test_a_stage_whose_folder_another_process_holds_is_waited_for(world, monkeyp
             assert world.calls == ["corpus"]
             holder.communicate("\n")
 
-    monkeypatch.setattr(executor, "_print", show)
+    monkeypatch.setattr(executor, "_print_with_time", show)
     assert world.run(*QUICK) == 0
     assert holder.returncode == 0
