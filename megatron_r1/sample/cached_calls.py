@@ -106,16 +106,16 @@ class ResultCache:
                     self._end = offset + len(line)
 
     def __contains__(self, key: Key) -> bool:
-        return _digest(key) in self._offsets
+        return _key_digest(key) in self._offsets
 
     def __getitem__(self, key: Key) -> Any:
         with self.path.open("rb") as file:
-            file.seek(self._offsets[_digest(key)])
+            file.seek(self._offsets[_key_digest(key)])
             return json.loads(file.readline())["value"]
 
     def __setitem__(self, key: Key, value: Any) -> None:
         """Store a value, durable when this returns."""
-        digest = _digest(key)
+        digest = _key_digest(key)
         append_lines(self.path, [{"key": digest, "value": value}])
         self._offsets[digest], self._end = self._end, self.path.stat().st_size
 
@@ -126,6 +126,6 @@ class ResultCache:
         return self[key]
 
 
-def _digest(key: Key) -> str:
+def _key_digest(key: Key) -> str:
     text = json.dumps(key, ensure_ascii=True, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

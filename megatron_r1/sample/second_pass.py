@@ -95,13 +95,15 @@ async def write_outputs(
         async for lines, result in results:
             for line, decision in zip(lines, result.decisions, strict=True):
                 count(line, decision)
-                samples.write(_encode(line | {"decision": decision.code, "why": decision.why}))
+                samples.write(
+                    _encode_record(line | {"decision": decision.code, "why": decision.why})
+                )
             if kept_file is not None:
-                kept_file.writelines(map(_encode, result.rows))
+                kept_file.writelines(map(_encode_record, result.rows))
         for line in log.read_others(keys, prompt_set.num_samples):
-            samples.write(_encode(line | {"decision": NOT_ASKED_DECISION, "why": ""}))
+            samples.write(_encode_record(line | {"decision": NOT_ASKED_DECISION, "why": ""}))
 
 
-def _encode(record: Mapping[str, Any]) -> bytes:
+def _encode_record(record: Mapping[str, Any]) -> bytes:
     text = json.dumps(to_strict_json(record), ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8", errors="replace")

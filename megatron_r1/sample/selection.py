@@ -162,7 +162,7 @@ class Selection:
                 return Decision("wrong", response.reason)
             if (
                 keep.min_reward is not None
-                and compare_rewards(_reward(response), keep.min_reward) < 0
+                and compare_rewards(_graded_reward(response), keep.min_reward) < 0
             ):
                 return Decision("low_reward", f"reward {response.reward:.3g}: {response.reason}")
         return await self._filters(prompt, response)
@@ -177,7 +177,11 @@ class Selection:
             case "shortest":
                 ordered.sort(key=lambda response: response.length)
             case "best":
-                ordered.sort(key=cmp_to_key(lambda a, b: compare_rewards(_reward(b), _reward(a))))
+                ordered.sort(
+                    key=cmp_to_key(
+                        lambda a, b: compare_rewards(_graded_reward(b), _graded_reward(a))
+                    )
+                )
         return ordered
 
     def _question_drop(self, responses: Sequence[TextResponse]) -> Decision | None:
@@ -200,6 +204,6 @@ def _pass_rate(responses: Sequence[TextResponse], min_accuracy: float) -> float 
     return sum(r.rewards[ACCURACY] >= min_accuracy for r in graded) / len(graded)
 
 
-def _reward(response: TextResponse) -> float:
+def _graded_reward(response: TextResponse) -> float:
     assert response.reward is not None, f"response {response.index} is not graded"
     return response.reward

@@ -29,7 +29,7 @@ from megatron_r1.sample.second_pass import PromptResult
 from megatron_r1.sample.selection import KEPT, NOT_CHOSEN, Decision, Selection
 
 
-def _summary(response: TextResponse) -> str | None:
+def _response_summary(response: TextResponse) -> str | None:
     """Return what follows the thought, without R1-Zero's tags around the answer."""
     summary = response.part("summary") or ""
     return summary.replace(ANSWER, "").replace(END_ANSWER, "").strip() or None
@@ -37,7 +37,7 @@ def _summary(response: TextResponse) -> str | None:
 
 EXAMPLE_TEXTS: dict[str, Callable[[TextResponse], str | None]] = {
     "thought": lambda response: response.thought,
-    "summary": _summary,
+    "summary": _response_summary,
     "answer": lambda r: extract(r.text, thought_opened=r.thought_opened, reads_last_line=True).text,
     "response": lambda response: response.full_text,
 }
