@@ -219,7 +219,7 @@ class Continuation:
     ) -> str:
         try:
             return self._tokenizer.apply_chat_template(
-                [self._without_control(_renderable(message)) for message in messages],
+                [self._without_control(_template_form(message)) for message in messages],
                 tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -273,13 +273,13 @@ def _is_same(recorded: Message, requested: Message) -> bool:
     """Whether a request's message stands for one of the tree's."""
     if recorded == requested:
         return True
-    rendered_recorded, rendered_requested = _renderable(recorded), _renderable(requested)
+    rendered_recorded, rendered_requested = _template_form(recorded), _template_form(requested)
     if rendered_recorded["role"] != "assistant" or rendered_requested["role"] != "assistant":
         return rendered_recorded == rendered_requested
     thought = rendered_requested.get("reasoning_content")
     return (
         rendered_recorded["content"].strip() == rendered_requested["content"].strip()
-        and _calls(rendered_recorded) == _calls(rendered_requested)
+        and _called_functions(rendered_recorded) == _called_functions(rendered_requested)
         and (
             not thought
             or thought.strip() == (rendered_recorded.get("reasoning_content") or "").strip()
@@ -287,12 +287,12 @@ def _is_same(recorded: Message, requested: Message) -> bool:
     )
 
 
-def _calls(message: Message) -> list[tuple[str, Any]]:
+def _called_functions(message: Message) -> list[tuple[str, Any]]:
     functions = [call["function"] for call in message.get("tool_calls") or ()]
     return [(function["name"], function["arguments"]) for function in functions]
 
 
-def _renderable(message: Message) -> dict[str, Any]:
+def _template_form(message: Message) -> dict[str, Any]:
     """Return a message as templates expect it: content as text, a call's arguments as an object."""
     rendered_message = {key: value for key, value in message.items() if value is not None}
     content = rendered_message.get("content", "")

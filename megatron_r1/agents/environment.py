@@ -249,7 +249,7 @@ def describe(environment: type) -> EnvironmentDescription:
     }
     misspelt_names = {method: names[0] for method, names in matches.items() if names}
     return EnvironmentDescription(
-        tools, "get_reward" in public_methods, _parameters(environment), misspelt_names
+        tools, "get_reward" in public_methods, _constructor_parameters(environment), misspelt_names
     )
 
 
@@ -285,7 +285,7 @@ def check_parameters(
         )
 
 
-def _parameters(environment: type) -> dict[str, bool] | None:
+def _constructor_parameters(environment: type) -> dict[str, bool] | None:
     try:
         parameters = inspect.signature(environment).parameters.values()
     except ValueError:  # a class of a built-in type
@@ -347,7 +347,7 @@ def _tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
     for undeclared_name in parameters["properties"].keys() - names:  # a documented *args
         del parameters["properties"][undeclared_name]
     parameters["required"] = [name for name in parameters.get("required", ()) if name in names]
-    _complete(parameters, _argument_adapters(bound))
+    _complete_schema(parameters, _argument_adapters(bound))
     return schema
 
 
@@ -364,7 +364,7 @@ def _plain_schema(method: Callable[..., Any]) -> dict[str, Any]:
     }
 
 
-def _complete(schema: dict[str, Any], adapters: Mapping[str, TypeAdapter[Any]]) -> None:
+def _complete_schema(schema: dict[str, Any], adapters: Mapping[str, TypeAdapter[Any]]) -> None:
     """Add pydantic's schema of each argument whose type transformers does not know: it describes
     enumerations, dataclasses and dates as plain objects."""
     properties = schema["properties"]

@@ -253,7 +253,7 @@ class EnvironmentProcess:
         limit = min(seconds, self._seconds)
         reply = await self._send("call", [name, arguments], limit)
         if reply.get("is_fault"):
-            raise _fault(reply)
+            raise _failure_from_reply(reply)
         is_error = "error" in reply
         text = f"error: {reply['error']}" if is_error else reply["value"]
         return CallResult(text, is_error, reply["done"], reply["seconds"])
@@ -261,7 +261,7 @@ class EnvironmentProcess:
     async def _checked(self, method: str, argument: object) -> Any:
         reply = await self._send(method, [argument], self._seconds)
         if "error" in reply:
-            raise _fault(reply)
+            raise _failure_from_reply(reply)
         return reply["value"]
 
     async def _send(
@@ -284,5 +284,5 @@ class EnvironmentProcess:
             raise EnvironmentFailed(fault) from None
 
 
-def _fault(reply: Mapping[str, Any]) -> EnvironmentFailed:
+def _failure_from_reply(reply: Mapping[str, Any]) -> EnvironmentFailed:
     return EnvironmentFailed(reply["fault"], reply.get("remedy", ""), is_of_method=True)

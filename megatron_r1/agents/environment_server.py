@@ -87,7 +87,7 @@ def serve(target: str, path: str, options: Mapping[str, Any]) -> None:
     listener.bind(path)
     listener.listen(1024)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, _end_process_group)
     print("\nready", flush=True)
     os.dup2(2, 1)  # the pipe is not read any more, and environments may print
     while True:
@@ -111,7 +111,7 @@ def _begin_process() -> None:
         sys.modules["numpy.random"].seed()
 
 
-def _end(*_: object) -> None:
+def _end_process_group(*_: object) -> None:
     """End after the last episode, and kill the processes that episodes have left."""
     with contextlib.suppress(ChildProcessError):
         while True:
@@ -131,7 +131,7 @@ class _Episode:
         self._environment: Any = None
         self._running = ""
         """The method that is running, for errors."""
-        signal.signal(signal.SIGALRM, _interrupt)
+        signal.signal(signal.SIGALRM, _interrupt_call)
 
     def serve(self) -> None:
         """Reply to calls until the connection ends; then close the environment."""
@@ -217,7 +217,7 @@ class _Episode:
             raise TypeError(f"the arguments of {name} must be a JSON object")
         method = getattr(self._environment, name)
         positional, keywords = call_arguments(method, convert_arguments(method, arguments))
-        return _text(self._result(method(*positional, **keywords)))
+        return _result_text(self._result(method(*positional, **keywords)))
 
     def reward(self, answer: str) -> float:
         if hasattr(self._environment, "final_answer"):
@@ -247,19 +247,19 @@ def _describe_error(error: BaseException) -> str:
         return type(error).__name__
 
 
-def _text(value: Any) -> str:
+def _result_text(value: Any) -> str:
     """Return a result as text: JSON, with dataclasses, sets, dates and numpy's arrays as pydantic
     and numpy write them, else its `str`."""
     if value is None or isinstance(value, str):
         return (value or "")[:MAX_TEXT]
     try:
-        text = json.dumps(value, ensure_ascii=False, default=_plain)
+        text = json.dumps(value, ensure_ascii=False, default=_to_jsonable)
     except (TypeError, ValueError):  # keys that are no text, or a cycle
         text = str(value)
     return text[:MAX_TEXT]
 
 
-def _plain(value: Any) -> Any:
+def _to_jsonable(value: Any) -> Any:
     return to_jsonable_python(value, fallback=_list_or_text)
 
 
@@ -267,7 +267,7 @@ def _list_or_text(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def _interrupt(*_: object) -> None:
+def _interrupt_call(*_: object) -> None:
     raise CallInterrupt
 
 

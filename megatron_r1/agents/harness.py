@@ -158,7 +158,7 @@ class CommandHarness:
                 out, err, _ = await asyncio.gather(
                     _last_bytes(process.stdout),
                     _last_bytes(process.stderr),
-                    _write(process.stdin, json.dumps(row).encode()),
+                    _write_input(process.stdin, json.dumps(row).encode()),
                 )
                 await process.wait()
             finally:
@@ -178,7 +178,7 @@ async def _last_bytes(stream: asyncio.StreamReader) -> bytes:
     return last_output
 
 
-async def _write(stream: asyncio.StreamWriter, content: bytes) -> None:
+async def _write_input(stream: asyncio.StreamWriter, content: bytes) -> None:
     """Write a program's whole input; it need not read it."""
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         stream.write(content)
@@ -290,7 +290,7 @@ class HarnessPlayer:
             if await self._finished_in_time(agent, session, started_at):
                 outcome = await agent
                 if isinstance(outcome, AgentOutcome):
-                    _compare(outcome, session)
+                    _compare_sequences(outcome, session)
                     outcome = outcome.reward
                 reward = _as_reward(outcome, prompt)
                 is_finished = True
@@ -304,7 +304,7 @@ class HarnessPlayer:
             session.end("harness_error", f"{type(error).__name__}: {error}{refusal_note}")
         finally:
             await self.gateway.end(session)
-            await _end(agent)
+            await _end_agent(agent)
         if session.failures:
             session.end("engine_error", "")
         if not session.num_turns and session.status in (None, *REWARDED_STATUSES):
@@ -353,7 +353,7 @@ class HarnessPlayer:
         return EpisodeResult(episode, session.last_text, reward)
 
 
-def _compare(outcome: AgentOutcome, session: GatewaySession) -> None:
+def _compare_sequences(outcome: AgentOutcome, session: GatewaySession) -> None:
     """End the episode as protocol_error where the agent's record has other tokens than the tree."""
     if outcome.sequences is None:
         return
@@ -386,7 +386,7 @@ def _as_reward(value: Any, prompt: Prompt) -> float | None:
     return float(value)
 
 
-async def _end(agent: asyncio.Future[Any]) -> None:
+async def _end_agent(agent: asyncio.Future[Any]) -> None:
     """Cancel an agent and wait for a moment until it has ended."""
     agent.cancel()
     await asyncio.wait({agent}, timeout=ENDING_SECONDS)

@@ -95,15 +95,15 @@ def find_dropped_text(
     kept_text = f"{reasoning or ''} {content or ''}"
     if not calls and (tag := _TOOL_TAG.search(text)) and tag[0] not in kept_text:
         return f"{tag[0]} begins no call that can be read"
-    if not calls and _letters(text) == _letters(kept_text):
+    if not calls and _strip_tags_and_spaces(text) == _strip_tags_and_spaces(kept_text):
         return ""
     tool_names = [call["function"]["name"] for call in calls]
-    values = [_value(call["function"]["arguments"]) for call in calls]
-    leaves = [leaf for value in values for leaf in _leaves(value)]
+    values = [_decode_arguments(call["function"]["arguments"]) for call in calls]
+    leaves = [leaf for value in values for leaf in _keys_and_leaf_values(value)]
     has_numbers = any(isinstance(leaf, (int, float)) for leaf in leaves)
-    dropped_words = Counter(_words(_without_tags(text)))
+    dropped_words = Counter(_split_into_words(_without_tags(text)))
     dropped_words -= Counter(
-        _words(_without_tags(" ".join([kept_text, *tool_names, *map(str, leaves)])))
+        _split_into_words(_without_tags(" ".join([kept_text, *tool_names, *map(str, leaves)])))
     )
     for word in dropped_words:
         if word.lower() not in _MARKUP and not (has_numbers and _is_number(word)):
@@ -111,14 +111,14 @@ def find_dropped_text(
     return ""
 
 
-def _value(arguments: Any) -> Any:
+def _decode_arguments(arguments: Any) -> Any:
     try:
         return json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
         return arguments
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _keys_and_leaf_values(value: Any) -> Iterator[Any]:
     """Yield the keys and the values that hold no others."""
     pending_values = [value]
     while pending_values:
@@ -139,12 +139,12 @@ def _without_tags(text: str) -> str:
     return _TAG.sub(lambda match: f" {match[1] or ''} ", text)
 
 
-def _letters(text: str) -> str:
+def _strip_tags_and_spaces(text: str) -> str:
     """Return the text without tags and spaces: a special token that is dropped joins two words."""
     return "".join(_without_tags(text).split())
 
 
-def _words(text: str) -> list[str]:
+def _split_into_words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text)
 
 
@@ -259,8 +259,10 @@ class TurnParser:
 
         from megatron_r1.data.tokenizer import load_tokenizer
 
-        _require("tool", options.tool_parser, ToolParserManager.list_registered())
-        _require("reasoning", options.reasoning_parser, ReasoningParserManager.list_registered())
+        _require_parser("tool", options.tool_parser, ToolParserManager.list_registered())
+        _require_parser(
+            "reasoning", options.reasoning_parser, ReasoningParserManager.list_registered()
+        )
         self._request = ChatCompletionRequest
         self._tokenizer = load_tokenizer(options.tokenizer, "model.path")
         self._parser = ParserManager.get_parser(
@@ -291,7 +293,7 @@ class TurnParser:
         return ParseReply("parsed", reasoning=reasoning, content=content, tool_calls=tool_calls)
 
 
-def _require(kind: str, name: str, names: list[str]) -> None:
+def _require_parser(kind: str, name: str, names: list[str]) -> None:
     if name and name not in names:
         raise UserError(
             f"agents.{kind}_parser: vLLM has no {kind} parser {name!r}{did_you_mean(name, names)}",

@@ -214,14 +214,17 @@ def tree_turns(tree: TokenTree, decode: Callable[[Sequence[int]], str]) -> list[
             continue
         turns += [
             Turn(
-                message["role"], _text(message), count if index == last_index else 0, trained=False
+                message["role"],
+                _message_text(message),
+                count if index == last_index else 0,
+                trained=False,
             )
             for index, message in enumerate(node.messages)
         ]
     return turns
 
 
-def _text(message: Message) -> str:
+def _message_text(message: Message) -> str:
     content = message.get("content") or ""
     if calls := message.get("tool_calls"):
         return f"{content}{json.dumps(calls)}"

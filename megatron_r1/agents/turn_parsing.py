@@ -183,7 +183,7 @@ class HermesParser:
 
 
 class MalformedCall(ValueError):
-    """The text behind a tag begins as a call and is none."""
+    """The text after a `<tool_call>` tag begins like a call, but cannot be read as one."""
 
 
 def parse_hermes(text: str) -> ParsedTurn:
@@ -198,7 +198,7 @@ def parse_hermes(text: str) -> ParsedTurn:
     calls: list[dict[str, Any]] = []
     pieces, start = [], 0
     try:
-        for begin, end, call in _calls(answer):
+        for begin, end, call in _find_calls(answer):
             pieces.append(answer[start:begin])
             calls.append(call)
             start = end
@@ -223,7 +223,7 @@ def _split_thought(text: str) -> tuple[str | None, str]:
     return None, text
 
 
-def _calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def _find_calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Yield (first character, end, call) of each.
 
     Raises:
@@ -237,7 +237,7 @@ def _calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
             continue  # prose about the tag
         try:
             body, end = _DECODER.raw_decode(text, first)
-            call = _call(body)
+            call = _read_call(body)
         except (ValueError, RecursionError) as error:
             raise MalformedCall(
                 f"the {OPEN_TAG} at character {begin} is malformed: {error}"
@@ -250,7 +250,7 @@ def _calls(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         yield begin, position, call
 
 
-def _call(body: dict[str, Any]) -> dict[str, Any]:
+def _read_call(body: dict[str, Any]) -> dict[str, Any]:
     """Return a call in OpenAI's form.
 
     Raises:
@@ -271,7 +271,9 @@ def _call(body: dict[str, Any]) -> dict[str, Any]:
         arguments = _DECODER.decode(arguments)
     if not isinstance(arguments, dict):
         raise ValueError(f"its arguments are no object but {arguments!r:.80}")
-    return tool_call(_encodable(name), _encodable(json.dumps(arguments, ensure_ascii=False)))
+    return tool_call(
+        _encodable_text(name), _encodable_text(json.dumps(arguments, ensure_ascii=False))
+    )
 
 
 def _end_of_json(text: str, position: int) -> int | None:
@@ -289,14 +291,14 @@ def _skip_space(text: str, position: int) -> int:
     return position
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("a key is there twice")
     return content
 
 
-def _finite(number: str) -> float:
+def _finite_number(number: str) -> float:
     """Return a JSON number.
 
     Raises:
@@ -309,11 +311,14 @@ def _finite(number: str) -> float:
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite, strict=True
+    object_pairs_hook=_object_with_unique_keys,
+    parse_float=_finite_number,
+    parse_constant=_finite_number,
+    strict=True,
 )
 
 
-def _encodable(text: str) -> str:
+def _encodable_text(text: str) -> str:
     """Return the text with "?" for half surrogate pairs, which a model can escape in JSON."""
     return text.encode("utf-8", "replace").decode()
 

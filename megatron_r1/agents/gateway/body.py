@@ -34,7 +34,7 @@ class Body:
             value: the object.
             path: the path of this object in the request, for errors."""
         if not isinstance(value, Mapping):
-            raise RequestError(f"must be an object, got {_shorten(value)}", path or None)
+            raise RequestError(f"must be an object, got {_short_repr(value)}", path or None)
         self._fields_left = {name: entry for name, entry in value.items() if entry is not None}
         self._path = path
 
@@ -62,7 +62,7 @@ class Body:
         allowed_kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         if not isinstance(value, kinds) or (is_bool and bool not in allowed_kinds):
             names = " or ".join(kind.__name__ for kind in allowed_kinds)
-            raise RequestError(f"must be {names}, got {_shorten(value)}", self.path(name))
+            raise RequestError(f"must be {names}, got {_short_repr(value)}", self.path(name))
         return value
 
     def take_objects(self, name: str, default: Any = NO_DEFAULT) -> list[Body]:
@@ -98,8 +98,10 @@ class Body:
         """
         value = self._fields_left.pop(name, default)
         if value not in values:
-            texts = " or ".join(map(_shorten, values))
-            raise RequestError(f"{_shorten(value)} is not supported; use {texts}", self.path(name))
+            texts = " or ".join(map(_short_repr, values))
+            raise RequestError(
+                f"{_short_repr(value)} is not supported; use {texts}", self.path(name)
+            )
         return value
 
     def take_fixed(self, **values: Any) -> None:
@@ -127,7 +129,7 @@ class Body:
         """Raise RequestError for a field that was not taken."""
         for name, value in self._fields_left.items():
             raise RequestError(
-                f"this gateway does not support it (got {_shorten(value)}); leave it out",
+                f"this gateway does not support it (got {_short_repr(value)}); leave it out",
                 self.path(name),
             )
 
@@ -146,11 +148,11 @@ def content_text(value: Any, path: str, kinds: tuple[str, ...] = ("text",)) -> s
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):
-        raise RequestError(f"must be a text or a list of parts, got {_shorten(value)}", path)
-    return "".join(_part(part, f"{path}.{index}", kinds) for index, part in enumerate(value))
+        raise RequestError(f"must be a text or a list of parts, got {_short_repr(value)}", path)
+    return "".join(_part_text(part, f"{path}.{index}", kinds) for index, part in enumerate(value))
 
 
-def _part(value: Any, path: str, kinds: tuple[str, ...]) -> str:
+def _part_text(value: Any, path: str, kinds: tuple[str, ...]) -> str:
     body = Body(value, path)
     kind = body.take("type", str)
     if kind not in kinds:
@@ -172,10 +174,10 @@ def stop_strings(value: Any, path: str) -> tuple[str, ...]:
     """
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
-        raise RequestError(f"must be a text or a list of texts, got {_shorten(value)}", path)
+        raise RequestError(f"must be a text or a list of texts, got {_short_repr(value)}", path)
     return tuple(strings)
 
 
-def _shorten(value: object) -> str:
+def _short_repr(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -42,9 +42,9 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
         RequestError: for a body that cannot be served."""
     body.ignore(*IGNORED_FIELDS)
     model = body.take("model", str, "")
-    messages = [_message(message) for message in body.take_objects("messages")]
+    messages = [_read_message(message) for message in body.take_objects("messages")]
     require_turn(messages, "messages")
-    tools = [_tool(tool) for tool in body.take_objects("tools", [])]
+    tools = [_read_tool(tool) for tool in body.take_objects("tools", [])]
     options = body.options(NEUTRAL_VALUES)
     choice = body.take("tool_choice", (str, dict), "auto")
     if choice == "none":
@@ -99,7 +99,10 @@ def format_reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
         "logprobs": None,
         "finish_reason": _finish_reason(turn),
     }
-    return _head(turn, "chat.completion") | {"choices": [choice], "usage": _usage(turn)}
+    return _completion_head(turn, "chat.completion") | {
+        "choices": [choice],
+        "usage": _token_usage(turn),
+    }
 
 
 def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
@@ -115,13 +118,15 @@ def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
         deltas.append({"tool_calls": calls})
     if PARSE_ERROR in turn.message:
         deltas.append({PARSE_ERROR: turn.message[PARSE_ERROR]})
-    head = _head(turn, "chat.completion.chunk")
+    head = _completion_head(turn, "chat.completion.chunk")
     for delta in deltas:
-        yield _event(head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+        yield _encode_event(
+            head | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+        )
     last_choice = {"index": 0, "delta": {}, "finish_reason": _finish_reason(turn)}
-    yield _event(head | {"choices": [last_choice]})
+    yield _encode_event(head | {"choices": [last_choice]})
     if request.include_usage:  # OpenAI sends it in a last chunk, whose choices are empty
-        yield _event(head | {"choices": [], "usage": _usage(turn)})
+        yield _encode_event(head | {"choices": [], "usage": _token_usage(turn)})
     yield END_EVENT
 
 
@@ -133,7 +138,7 @@ def format_error(refused: RequestError) -> dict[str, Any]:
 
 def format_error_event(refused: RequestError) -> bytes:
     """Return an error that ends a stream which has begun."""
-    return _event(format_error(refused)) + END_EVENT
+    return _encode_event(format_error(refused)) + END_EVENT
 
 
 def as_arguments(value: Any, path: str) -> str:
@@ -151,7 +156,7 @@ def as_arguments(value: Any, path: str) -> str:
     return value or "{}"
 
 
-def _message(body: Body) -> Message:
+def _read_message(body: Body) -> Message:
     role = body.take_choice("role", ("system", "developer", "user", "assistant", "tool"), None)
     body.ignore("name", "refusal", "annotations", "cache_control", "provider_specific_fields", "id")
     body.ignore(PARSE_ERROR)
@@ -169,12 +174,12 @@ def _message(body: Body) -> Message:
         if thought is not None:
             message["reasoning_content"] = thought
         if calls := body.take_objects("tool_calls", []):
-            message["tool_calls"] = [_call(call) for call in calls]
+            message["tool_calls"] = [_read_call(call) for call in calls]
     body.finish()
     return message
 
 
-def _call(body: Body) -> dict[str, Any]:
+def _read_call(body: Body) -> dict[str, Any]:
     body.ignore("index", "provider_specific_fields")  # `index` stays in a call joined from a stream
     body.take_fixed(type="function")
     function = Body(body.take("function", dict), body.path("function"))
@@ -187,7 +192,7 @@ def _call(body: Body) -> dict[str, Any]:
     return call
 
 
-def _tool(body: Body) -> dict[str, Any]:
+def _read_tool(body: Body) -> dict[str, Any]:
     body.take_choice("type", ("function",), None)
     body.ignore("cache_control")
     function = Body(body.take("function", dict), body.path("function"))
@@ -220,7 +225,7 @@ def _finish_reason(turn: TurnReply) -> str:
     return "tool_calls" if turn.tool_calls else "stop"
 
 
-def _usage(turn: TurnReply) -> dict[str, Any]:
+def _token_usage(turn: TurnReply) -> dict[str, Any]:
     return {
         "prompt_tokens": turn.num_prompt_tokens,
         "completion_tokens": turn.num_tokens,
@@ -229,10 +234,10 @@ def _usage(turn: TurnReply) -> dict[str, Any]:
     }
 
 
-def _head(turn: TurnReply, kind: str) -> dict[str, Any]:
+def _completion_head(turn: TurnReply, kind: str) -> dict[str, Any]:
     identity = {"id": f"chatcmpl-{turn.id}", "object": kind}
     return identity | {"created": turn.created, "model": turn.model}
 
 
-def _event(value: dict[str, Any]) -> bytes:
+def _encode_event(value: dict[str, Any]) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"

@@ -46,12 +46,12 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
         RequestError: for a body that cannot be served."""
     body.ignore(*IGNORED_FIELDS)
     model = body.take("model", str, "")
-    system = _system(body.take("system", (str, list), None))
+    system = _system_messages(body.take("system", (str, list), None))
     sent_messages = [
-        message for entry in body.take_objects("messages") for message in _messages(entry)
+        message for entry in body.take_objects("messages") for message in _read_messages(entry)
     ]
     chat.require_turn(sent_messages, "messages")
-    tools = [_tool(tool) for tool in body.take_objects("tools", [])]
+    tools = [_read_tool(tool) for tool in body.take_objects("tools", [])]
     options = body.options(NEUTRAL_VALUES)
     choice = Body(body.take("tool_choice", dict, {"type": "auto"}), "tool_choice")
     is_single = choice.take("disable_parallel_tool_use", bool, False)
@@ -75,18 +75,26 @@ def parse_request(body: Body, stored: object) -> TurnRequest:
 
 def format_reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return a turn as the body of Anthropic's message, its thought and calls as blocks."""
-    return _head(turn) | {"content": _blocks(turn), **_stop(turn), "usage": _usage(turn)}
+    return _message_head(turn) | {
+        "content": _reply_blocks(turn),
+        **_stop_fields(turn),
+        "usage": _token_usage(turn),
+    }
 
 
 def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     """Yield the reply as server-sent events."""
     not_stopped = {"stop_reason": None, "stop_sequence": None}
-    usage = _usage(turn)
-    message = _head(turn) | {"content": [], **not_stopped, "usage": usage | {"output_tokens": 0}}
+    usage = _token_usage(turn)
+    message = _message_head(turn) | {
+        "content": [],
+        **not_stopped,
+        "usage": usage | {"output_tokens": 0},
+    }
     yield event({"type": "message_start", "message": message})
-    for index, block in enumerate(_blocks(turn)):
+    for index, block in enumerate(_reply_blocks(turn)):
         yield from map(event, _block_events(index, block))
-    yield event({"type": "message_delta", "delta": _stop(turn), "usage": usage})
+    yield event({"type": "message_delta", "delta": _stop_fields(turn), "usage": usage})
     yield event({"type": "message_stop"})
 
 
@@ -100,7 +108,7 @@ def format_error_event(refused: RequestError) -> bytes:
     return event(format_error(refused))
 
 
-def _system(value: str | list[Any] | None) -> list[Message]:
+def _system_messages(value: str | list[Any] | None) -> list[Message]:
     if isinstance(value, list):
         value = [part for part in value if not _is_attribution(part)]
     text = content_text(value, "system")
@@ -111,7 +119,7 @@ def _is_attribution(part: Any) -> bool:
     return isinstance(part, dict) and str(part.get("text", "")).startswith(ATTRIBUTION)
 
 
-def _messages(body: Body) -> list[Message]:
+def _read_messages(body: Body) -> list[Message]:
     """Return one message of Anthropic's form as messages: a user's may hold tool results."""
     role = body.take_choice("role", ("user", "assistant", "system"), None)
     content = body.take("content", (str, list))
@@ -120,12 +128,12 @@ def _messages(body: Body) -> list[Message]:
     if isinstance(content, str):
         return [{"role": role, "content": content}]
     if role == "system":
-        return _system(content)
+        return _system_messages(content)
     blocks = [Body(block, f"{path}.{index}") for index, block in enumerate(content)]
-    return [_assistant(blocks)] if role == "assistant" else _user(blocks)
+    return [_read_assistant_blocks(blocks)] if role == "assistant" else _read_user_blocks(blocks)
 
 
-def _user(blocks: list[Body]) -> list[Message]:
+def _read_user_blocks(blocks: list[Body]) -> list[Message]:
     results: list[Message] = []
     texts: list[str] = []
     for block in blocks:
@@ -144,7 +152,7 @@ def _user(blocks: list[Body]) -> list[Message]:
     return results + typed_messages
 
 
-def _assistant(blocks: list[Body]) -> Message:
+def _read_assistant_blocks(blocks: list[Body]) -> Message:
     message: Message = {"role": "assistant", "content": ""}
     for block in blocks:
         block.ignore("cache_control", "citations", "caller", "toolset_name")
@@ -167,16 +175,17 @@ def _assistant(blocks: list[Body]) -> Message:
     return message
 
 
-def _tool(body: Body) -> dict[str, Any]:
+def _read_tool(body: Body) -> dict[str, Any]:
     body.take_fixed(type="custom")
     body.ignore("allowed_callers", "defer_loading", "eager_input_streaming", "input_examples")
     return chat.function_tool(body, "input_schema")
 
 
-def _blocks(turn: TurnReply) -> list[dict[str, Any]]:
+def _reply_blocks(turn: TurnReply) -> list[dict[str, Any]]:
     blocks: list[dict[str, Any]] = []
     if turn.reasoning is not None:
-        # The protocol's thinking has a signature, which clients send back; `_assistant` ignores it.
+        # The protocol's thinking has a signature, which clients send back;
+        # `_read_assistant_blocks` ignores it.
         blocks.append({"type": "thinking", "thinking": turn.reasoning, "signature": turn.id})
     if turn.message["content"]:
         blocks.append({"type": "text", "text": turn.message["content"]})
@@ -206,7 +215,7 @@ def _block_events(index: int, block: dict[str, Any]) -> Iterator[dict[str, Any]]
     yield {"type": "content_block_stop", "index": index}
 
 
-def _stop(turn: TurnReply) -> dict[str, Any]:
+def _stop_fields(turn: TurnReply) -> dict[str, Any]:
     if turn.is_truncated:
         reason = "max_tokens"
     elif turn.stop_string is not None:
@@ -216,7 +225,7 @@ def _stop(turn: TurnReply) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": turn.stop_string}
 
 
-def _usage(turn: TurnReply) -> dict[str, Any]:
+def _token_usage(turn: TurnReply) -> dict[str, Any]:
     return {
         "input_tokens": turn.num_prompt_tokens,
         "output_tokens": turn.num_tokens,
@@ -225,5 +234,5 @@ def _usage(turn: TurnReply) -> dict[str, Any]:
     }
 
 
-def _head(turn: TurnReply) -> dict[str, Any]:
+def _message_head(turn: TurnReply) -> dict[str, Any]:
     return {"id": f"msg_{turn.id}", "type": "message", "role": "assistant", "model": turn.model}

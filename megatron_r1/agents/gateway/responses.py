@@ -35,11 +35,11 @@ def parse_request(body: Body, stored: Mapping[str, list[Message]]) -> TurnReques
                 f"there is no response {previous_id}", "previous_response_id", status=404
             )
         history = stored[previous_id]
-    sent_messages = history + _messages(body.take("input", (str, list), []))
+    sent_messages = history + _read_input(body.take("input", (str, list), []))
     chat.require_turn(sent_messages, "input")
     instructions = body.take("instructions", str, None)
     system = [] if instructions is None else [{"role": "system", "content": instructions}]
-    tools = [_tool(tool) for tool in body.take_objects("tools", [])]
+    tools = [_read_tool(tool) for tool in body.take_objects("tools", [])]
     options = body.options(NEUTRAL_VALUES)
     text = Body(body.take("text", dict, {}), "text")
     options |= {f"text.{name}": value for name, value in text.options({"verbosity": None}).items()}
@@ -67,17 +67,17 @@ def parse_request(body: Body, stored: Mapping[str, list[Message]]) -> TurnReques
 
 def format_reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     """Return a turn as the body of OpenAI's response, its reasoning and calls as output items."""
-    return _head(turn, request) | {
-        "status": _status(turn),
+    return _response_head(turn, request) | {
+        "status": _turn_status(turn),
         "incomplete_details": {"reason": "max_output_tokens"} if turn.is_truncated else None,
-        "output": _output(turn),
-        "usage": _usage(turn),
+        "output": _output_items(turn),
+        "usage": _token_usage(turn),
     }
 
 
 def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     """Yield the reply as server-sent events."""
-    for number, entry in enumerate(_events(turn, request)):
+    for number, entry in enumerate(_response_events(turn, request)):
         yield event(entry | {"sequence_number": number})
 
 
@@ -91,23 +91,23 @@ def format_error_event(refused: RequestError) -> bytes:
     return event(entry | {"param": refused.field, "sequence_number": 0})
 
 
-def _messages(value: Any) -> list[Message]:
+def _read_input(value: Any) -> list[Message]:
     """Return the messages of `input`. Consecutive items of the assistant are one message: the
     protocol sends a turn's thought, text and calls as an item each, chat templates take one."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     messages: list[Message] = []
     for index, item in enumerate(value):
-        message = _item(Body(item, f"input.{index}"))
+        message = _read_item(Body(item, f"input.{index}"))
         last_message = messages[-1] if messages else None
         if message["role"] == "assistant" and last_message and last_message["role"] == "assistant":
-            _join(last_message, message)
+            _join_messages(last_message, message)
         else:
             messages.append(message)
     return messages
 
 
-def _join(last: Message, message: Message) -> None:
+def _join_messages(last: Message, message: Message) -> None:
     last["content"] += message["content"]
     if "reasoning_content" in message:
         thought = last.get("reasoning_content", "") + message["reasoning_content"]
@@ -116,7 +116,7 @@ def _join(last: Message, message: Message) -> None:
         last["tool_calls"] = last.get("tool_calls", []) + message["tool_calls"]
 
 
-def _item(body: Body) -> Message:
+def _read_item(body: Body) -> Message:
     # A message may leave its type out: the protocol's short form is role and content.
     kind = body.take_choice(
         "type", ("message", "function_call", "function_call_output", "reasoning"), "message"
@@ -152,17 +152,17 @@ def _item(body: Body) -> Message:
     return message
 
 
-def _tool(body: Body) -> dict[str, Any]:
+def _read_tool(body: Body) -> dict[str, Any]:
     body.take_choice("type", ("function",), None)
     return chat.function_tool(body, "parameters")
 
 
-def _status(turn: TurnReply) -> str:
+def _turn_status(turn: TurnReply) -> str:
     return "incomplete" if turn.is_truncated else "completed"
 
 
-def _output(turn: TurnReply) -> list[dict[str, Any]]:
-    status = _status(turn)
+def _output_items(turn: TurnReply) -> list[dict[str, Any]]:
+    status = _turn_status(turn)
     items: list[dict[str, Any]] = []
     if turn.reasoning is not None:
         content = [{"type": "reasoning_text", "text": turn.reasoning}]
@@ -178,15 +178,15 @@ def _output(turn: TurnReply) -> list[dict[str, Any]]:
     return items
 
 
-def _events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
-    unfinished_response = _head(turn, request) | {
+def _response_events(turn: TurnReply, request: TurnRequest) -> Iterator[dict[str, Any]]:
+    unfinished_response = _response_head(turn, request) | {
         "status": "in_progress",
         "output": [],
         "usage": None,
     }
     yield {"type": "response.created", "response": unfinished_response}
     yield {"type": "response.in_progress", "response": unfinished_response}
-    for index, item in enumerate(_output(turn)):
+    for index, item in enumerate(_output_items(turn)):
         location = {"output_index": index, "item_id": item["id"]}
         empty_fields: dict[str, Any] = (
             {"arguments": ""} if item["type"] == "function_call" else {"content": []}
@@ -214,7 +214,7 @@ def _part_events(location: dict[str, Any], part: dict[str, Any]) -> Iterator[dic
     yield location | {"type": "response.content_part.done", "part": part}
 
 
-def _head(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
+def _response_head(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     return {
         "id": f"resp_{turn.id}",
         "object": "response",
@@ -230,7 +230,7 @@ def _head(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
     }
 
 
-def _usage(turn: TurnReply) -> dict[str, Any]:
+def _token_usage(turn: TurnReply) -> dict[str, Any]:
     return {
         "input_tokens": turn.num_prompt_tokens,
         "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},

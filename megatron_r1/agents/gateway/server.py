@@ -150,12 +150,12 @@ class Gateway:
     def open(self, limits: SessionLimits, sampling: TurnSampling) -> GatewaySession:
         """Return a new session; requests with its secret are served until `end`."""
         session = GatewaySession(limits, sampling)
-        self._sessions[_digest(session.secret)] = session
+        self._sessions[_secret_digest(session.secret)] = session
         return session
 
     async def end(self, session: GatewaySession) -> None:
         """End a session: its secret is unknown from now on, its turns in flight are aborted."""
-        self._sessions.pop(_digest(session.secret), None)
+        self._sessions.pop(_secret_digest(session.secret), None)
         await session.close()
 
     async def close(self) -> None:
@@ -192,7 +192,7 @@ class Gateway:
                     session.end("protocol_error", f"{type(error).__name__}: {error}")
             if session is not None:
                 session.notes[f"refused: {refusal}"[:200]] += 1
-            return _json(wire_format.format_error(refusal), refusal.status)
+            return _json_response(wire_format.format_error(refusal), refusal.status)
 
         return endpoint
 
@@ -204,7 +204,7 @@ class Gateway:
         """
         bearer = headers.get("Authorization", "").removeprefix("Bearer ").strip()
         for secret in (bearer, *(headers.get(name, "") for name in KEY_HEADERS)):
-            session = self._sessions.get(_digest(secret))
+            session = self._sessions.get(_secret_digest(secret))
             if session is not None:
                 return session
         raise RequestError(
@@ -218,8 +218,8 @@ class Gateway:
     async def _turn(
         self, wire_format: WireFormat, session: GatewaySession, http_request: web.Request
     ) -> web.StreamResponse:
-        body = await _body(http_request, session)
-        request = wire_format.parse_request(_parsed(body), session.stored)
+        body = await _read_body(http_request, session)
+        request = wire_format.parse_request(_parse_body(body), session.stored)
         self._replace_options(session, request)
         prompt = self._next_prompt(session, request)
         key = hashlib.sha256(http_request.path.encode() + body).digest()
@@ -232,10 +232,10 @@ class Gateway:
             task.add_done_callback(partial(session.on_turn_done, key))
         try:
             if not request.stream:
-                return _json(
+                return _json_response(
                     wire_format.format_reply(session.add(await asyncio.shield(task)), request)
                 )
-            return await _stream(wire_format, session, task, request, http_request)
+            return await _stream_turn(wire_format, session, task, request, http_request)
         except (asyncio.CancelledError, ConnectionError):
             session.undelivered[key] = task
             raise
@@ -325,11 +325,11 @@ class Gateway:
         self, wire_format: WireFormat, session: GatewaySession, http_request: web.Request
     ) -> web.StreamResponse:
         request = wire_format.parse_request(
-            _parsed(await _body(http_request, session)), session.stored
+            _parse_body(await _read_body(http_request, session)), session.stored
         )
         prompt = self._next_prompt(session, request)
         num_tokens = len(session.tree.token_ids(prompt.parent)) + len(prompt.token_ids)
-        return _json({"input_tokens": num_tokens})
+        return _json_response({"input_tokens": num_tokens})
 
     async def _list_models(
         self, wire_format: WireFormat, session: GatewaySession, http_request: web.Request
@@ -339,7 +339,7 @@ class Gateway:
         model |= {"max_model_len": session.sampling.max_model_len}  # as vLLM
         date = "1970-01-01T00:00:00Z"
         model |= {"type": "model", "display_name": SERVED_MODEL, "created_at": date}  # Anthropic
-        return _json({"object": "list", "data": [model], "has_more": False})
+        return _json_response({"object": "list", "data": [model], "has_more": False})
 
     async def _refuse_path(
         self, wire_format: WireFormat, session: GatewaySession, http_request: web.Request
@@ -351,7 +351,7 @@ class Gateway:
         )
 
 
-async def _stream(
+async def _stream_turn(
     wire_format: WireFormat,
     session: GatewaySession,
     task: asyncio.Task[SampledTurn],
@@ -381,7 +381,7 @@ async def _stream(
     return stream
 
 
-async def _body(http_request: web.Request, session: GatewaySession) -> bytes:
+async def _read_body(http_request: web.Request, session: GatewaySession) -> bytes:
     """Return a request's body.
 
     Raises:
@@ -400,19 +400,19 @@ async def _body(http_request: web.Request, session: GatewaySession) -> bytes:
     return body
 
 
-def _parsed(body: bytes) -> Body:
+def _parse_body(body: bytes) -> Body:
     try:
         return Body(msgspec.json.decode(body))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}") from None
 
 
-def _json(value: Mapping[str, Any], status: int = 200) -> web.Response:
+def _json_response(value: Mapping[str, Any], status: int = 200) -> web.Response:
     return web.Response(
         body=msgspec.json.encode(value), status=status, content_type="application/json"
     )
 
 
-def _digest(secret: str) -> bytes:
+def _secret_digest(secret: str) -> bytes:
     """Return the key of a session's look-up: a look-up of the secret itself could be timed."""
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()

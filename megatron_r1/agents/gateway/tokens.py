@@ -68,7 +68,7 @@ def format_reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
         "token_ids": response.token_ids.tolist(),
         "logprobs": {"content": content},
         "finish_reason": response.finish_reason,
-        "weight_versions": _spans(response.policy_versions),
+        "weight_versions": _version_spans(response.policy_versions),
     }
     return {"request_id": turn.id, "choices": [choice], "prompt_logprobs": None}
 
@@ -82,7 +82,7 @@ format_error, format_error_event = chat.format_error, chat.format_error_event
 KEEP_ALIVE = chat.KEEP_ALIVE
 
 
-def _spans(versions: Iterable[int]) -> list[dict[str, Any]]:
+def _version_spans(versions: Iterable[int]) -> list[dict[str, Any]]:
     spans: list[dict[str, Any]] = []
     for index, version in enumerate(versions):
         if spans and spans[-1]["version"] == str(version):

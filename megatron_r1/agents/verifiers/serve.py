@@ -62,19 +62,19 @@ async def serve(options: dict[str, Any], output: TextIO) -> None:
             if job["cancel"] in running_tasks:
                 running_tasks[job["cancel"]].cancel()
             continue
-        task = asyncio.create_task(_run(client, job, output))
+        task = asyncio.create_task(_run_job(client, job, output))
         running_tasks[job["id"]] = task
-        task.add_done_callback(partial(_forget, running_tasks, job["id"]))
+        task.add_done_callback(partial(_forget_job, running_tasks, job["id"]))
     asyncio.get_running_loop().remove_reader(server.sentinel)
     parent_end.close()
     server.terminate()
 
 
-def _forget(running: dict[str, Any], job_id: str, task: object) -> None:
+def _forget_job(running: dict[str, Any], job_id: str, task: object) -> None:
     running.pop(job_id, None)
 
 
-async def _run(client: Any, job: dict[str, Any], output: TextIO) -> None:
+async def _run_job(client: Any, job: dict[str, Any], output: TextIO) -> None:
     from verifiers.v1.configs.client import EvalClientConfig, TrainClientConfig
     from verifiers.v1.types import SamplingConfig
 
@@ -90,13 +90,13 @@ async def _run(client: Any, job: dict[str, Any], output: TextIO) -> None:
             else EvalClientConfig(**endpoint)
         )
         episode = await client.run(config, "policy", SamplingConfig(), job["task"])
-        reply |= _outcome(episode)
+        reply |= _episode_outcome(episode)
     except Exception as error:  # noqa: BLE001 - the controller decides what it means
         reply["errors"].append(f"{type(error).__name__}: {error}")
     print(json.dumps(reply), file=output, flush=True)
 
 
-def _outcome(episode: Any) -> dict[str, Any]:
+def _episode_outcome(episode: Any) -> dict[str, Any]:
     """Return an episode's reward, tokens and errors. `ok` tells a failed trace, whose reward is 0,
     from one that earned 0."""
     traces = episode.traces
