@@ -52,7 +52,7 @@ def read_chat(value: Any) -> list[Message] | None:
         value = decode_literal(value)
     if not is_chat(value):
         return None
-    return [_message(number, message) for number, message in enumerate(value, start=1)]
+    return [_read_message(number, message) for number, message in enumerate(value, start=1)]
 
 
 TURN = re.compile(
@@ -121,7 +121,7 @@ def read_tools(value: Any) -> list[Any] | None:
     value = without_nulls(decode_literal(value))
     if not isinstance(value, list) or not value:
         return None
-    return [_tool(decode_literal(tool)) for tool in value]
+    return [_read_tool(decode_literal(tool)) for tool in value]
 
 
 def without_nulls(value: Any) -> Any:
@@ -154,7 +154,7 @@ def tool_calls(value: Any) -> list[Message]:
     return calls
 
 
-def _message(number: int, message: Mapping[str, Any]) -> Message:
+def _read_message(number: int, message: Mapping[str, Any]) -> Message:
     message_fields = without_nulls(message)
     role_name = next((message_fields[key] for key in ROLE_KEYS if key in message_fields), None)
     role = ROLE_BY_NAME.get(role_name.strip().casefold()) if isinstance(role_name, str) else None
@@ -162,7 +162,7 @@ def _message(number: int, message: Mapping[str, Any]) -> Message:
         raise ValueError(
             f"message {number} has role {role_name!r} (known: {', '.join(ROLE_BY_NAME)})"
         )
-    content = _text(
+    content = _content_text(
         next((message_fields[key] for key in CONTENT_KEYS if key in message_fields), ""), number
     )
     chat_message: Message = {"role": role, "content": content}
@@ -179,10 +179,10 @@ def _message(number: int, message: Mapping[str, Any]) -> Message:
     return chat_message
 
 
-def _text(content: Any, number: int) -> str:
+def _content_text(content: Any, number: int) -> str:
     """Return the text of a message, also of one in parts."""
     if isinstance(content, list):
-        parts = [p if isinstance(p, str) else _part(p, number) for p in content]
+        parts = [p if isinstance(p, str) else _part_text(p, number) for p in content]
         return "".join(parts)
     if isinstance(content, Mapping):
         return json.dumps(content, ensure_ascii=False)  # a tool's result
@@ -191,14 +191,14 @@ def _text(content: Any, number: int) -> str:
     return content
 
 
-def _part(part: Any, number: int) -> str:
+def _part_text(part: Any, number: int) -> str:
     if isinstance(part, Mapping) and isinstance(part.get("text"), str):
         return part["text"]
     kind = part.get("type") if isinstance(part, Mapping) else part
     raise ValueError(f"message {number} has a part that is no text: {kind!r}")
 
 
-def _tool(tool: Any) -> Any:
+def _read_tool(tool: Any) -> Any:
     """Return a tool's description in OpenAI's form. xlam's is {"name", "description",
     "parameters": {argument: {"type": "str, optional", "description"}}}."""
     if not isinstance(tool, Mapping) or "name" not in tool:

@@ -129,12 +129,12 @@ def guess_columns(
     reasons = {}
     _require_columns(source, flat_rows, {"question": question, "truth": truth})
     if question is None:
-        question, reasons["question"] = _find(
+        question, reasons["question"] = _find_column(
             source, QUESTION_NAMES, flat_rows, _is_question, truth
         )
     if question is None:
         raise _no_question(source, flat_rows)
-    if "question" in reasons and (context := _context(flat_rows, question)):
+    if "question" in reasons and (context := _context_column(flat_rows, question)):
         question, reasons["question"] = f"{context}+{question}", "with the text that it is about"
     kinds = _kinds_of_rows(flat_rows) if kind is None else set()
     needs_truth = not kinds or not kinds.issubset(WITHOUT_TRUTH)
@@ -143,7 +143,9 @@ def guess_columns(
         reasons["truth"] = "by their names"
     if truth is None and needs_truth:
         question_column = question.rpartition("+")[2]
-        truth, reasons["truth"] = _find(source, TRUTH_NAMES, flat_rows, _is_truth, question_column)
+        truth, reasons["truth"] = _find_column(
+            source, TRUTH_NAMES, flat_rows, _is_truth, question_column
+        )
     if truth is None and needs_truth:
         raise UserError(
             f"{source}: no column looks like the answer to {question!r}; name it: --truth COLUMN. "
@@ -210,15 +212,15 @@ def columns_by_name(
         ):
             columns["truth"] = truth
     question = columns.get("question", "question" if has_question else "")
-    if "question" not in mapped and question and (context := _context(flat_rows, question)):
+    if "question" not in mapped and question and (context := _context_column(flat_rows, question)):
         columns["question"] = f"{context}+{question}"
     return columns
 
 
-def _context(rows: Sequence[Row], question: str) -> str | None:
+def _context_column(rows: Sequence[Row], question: str) -> str | None:
     """Return the column of a text that every question is about, and that is not part of it."""
     for name in dict.fromkeys(name for row in rows for name in row):
-        if _plain(name) in CONTEXT_NAMES and name != question and "." not in question:
+        if _normalize_name(name) in CONTEXT_NAMES and name != question and "." not in question:
             pairs = [(row.get(name), row.get(question)) for row in rows]
             if all(
                 isinstance(about, str) and isinstance(text, str) and about not in text
@@ -247,7 +249,7 @@ def _usual_column(
         _fitting_columns(rows, fits, taken_column),
         empty_columns if fits is _is_truth else [],
     ):
-        by_name = {_plain(column): column for column in reversed(columns)}
+        by_name = {_normalize_name(column): column for column in reversed(columns)}
         if column_name := next((by_name[usual] for usual in names if usual in by_name), None):
             return column_name
     return None
@@ -263,7 +265,7 @@ def _fitting_columns(
         present_values = [
             v for v in values if not (is_missing(v) if fits is _is_truth else v is None)
         ]
-        is_system = fits is _is_question and "system" in _plain(name)
+        is_system = fits is _is_question and "system" in _normalize_name(name)
         if name == taken_column or not present_values or is_system:
             continue
         if all(fits(value) and not _is_single_entry(value) for value in present_values):
@@ -293,7 +295,7 @@ def _flatten_row(row: Row) -> dict[str, Any]:
     return {**row, **entries}
 
 
-def _find(
+def _find_column(
     source: str,
     names: Sequence[str],
     rows: Sequence[Row],
@@ -315,12 +317,12 @@ def _find(
     fitting_columns = _fitting_columns(rows, fits, taken_column)
     for usual_name in names:
         for column in fitting_columns:
-            if _plain(column) == usual_name:
+            if _normalize_name(column) == usual_name:
                 return column, "by its name"
-    fitting_columns = [name for name in fitting_columns if not _counts(name, rows)]
+    fitting_columns = [name for name in fitting_columns if not _has_row_numbers(name, rows)]
     for usual_name in names:
         for column in fitting_columns:
-            if usual_name in re.split("[_.]", _plain(column)):
+            if usual_name in re.split("[_.]", _normalize_name(column)):
                 return column, f"its name has {usual_name!r} in it"
     if blank_reason := _why_no_value(names, rows, fits):
         raise UserError(
@@ -342,7 +344,7 @@ def _why_no_value(names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any
     """Return why a column with a usual name has no value: "row 6: 'answer' is 7; …", or ""."""
     for usual_name in names:
         for column in rows[0]:
-            if _plain(column) == usual_name:
+            if _normalize_name(column) == usual_name:
                 for number, row in enumerate(rows, start=1):
                     if not fits(value := row.get(column)):
                         shown_value = f"{column!r} is {shorten(repr(value))}"
@@ -373,7 +375,7 @@ def _is_truth(value: Any) -> bool:
     return isinstance(value, int | dict | list)
 
 
-def _counts(name: str, rows: Sequence[Row]) -> bool:
+def _has_row_numbers(name: str, rows: Sequence[Row]) -> bool:
     """Return whether a column numbers the rows."""
     start = str(rows[0].get(name))
     if len(rows) < 3 or not start.isdigit():
@@ -405,7 +407,7 @@ def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str | None, str]:
     return kind, REWARD_KINDS[kind].truth_meaning.format(truth)
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return re.sub(r"[^\w.]+", "_", name.strip().casefold())
 
 

@@ -90,35 +90,35 @@ def read_data_set(path: str, key: str) -> Iterator[LocatedRow]:
         readme_text = (
             readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
         )
-        files, split_name = _choose(path, names, readme_text, config, split, key)
+        files, split_name = _choose_files(path, names, readme_text, config, split, key)
         sources = [(folder / file, str(folder / file)) for file in files]
     elif not path.startswith(HUB):
         raise UserError(f"{path}: no such file or folder", key=key, cause=Cause.NOT_FOUND)
     else:
         names, readme_text = _list_hub(path, name, key)
-        files, split_name = _choose(path, names, readme_text, config, split, key)
-        download_folder = _download(path, name, files, key)
+        files, split_name = _choose_files(path, names, readme_text, config, split, key)
+        download_folder = _download_files(path, name, files, key)
         sources = [(download_folder / file, f"{HUB}{name}/{file}") for file in files]
-    yield from _sliced(_rows(sources, key), sources, split_name, key)
+    yield from _slice_rows(_located_rows(sources, key), sources, split_name, key)
 
 
-def _rows(sources: Sequence[tuple[Path, str]], key: str) -> Iterator[LocatedRow]:
+def _located_rows(sources: Sequence[tuple[Path, str]], key: str) -> Iterator[LocatedRow]:
     for file, name in sources:
         for location, row in read_rows(file, key):
             yield f"{name}{location.removeprefix(str(file))}", row
 
 
-def _sliced(
+def _slice_rows(
     rows: Iterator[LocatedRow], sources: Sequence[tuple[Path, str]], split_name: SplitName, key: str
 ) -> Iterator[LocatedRow]:
     start, stop = split_name.start, split_name.stop
     if split_name.is_percent:
-        count = sum(1 for _ in _rows(sources, key))
+        count = sum(1 for _ in _located_rows(sources, key))
         start, stop = (None if n is None else round(count * n / 100) for n in (start, stop))
     return itertools.islice(rows, start, stop)
 
 
-def _choose(
+def _choose_files(
     path: str,
     names: Sequence[str],
     readme: str,
@@ -136,7 +136,7 @@ def _choose(
         split: the split to read, which may be a part of one; None: train or the only one.
         key: the setting that names the data set, for errors."""
     data = [name for name in names if _is_data(name)]
-    configs = _described(readme, data) or _named(data)
+    configs = _splits_from_readme(readme, data) or _splits_from_names(data)
     if not configs:
         raise UserError(
             f"{path}: it has no data files (.jsonl, .json, .csv, .tsv or .parquet)",
@@ -208,7 +208,7 @@ def _is_data(name: str) -> bool:
     return not hidden and path.name not in NO_DATA and data_suffix(Path(name)) is not None
 
 
-def _described(readme: str, names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+def _splits_from_readme(readme: str, names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Return configuration → split → files, as the head of a README lists them; {} without."""
     if not readme.startswith("---"):
         return {}
@@ -226,7 +226,9 @@ def _described(readme: str, names: Sequence[str]) -> dict[str, dict[str, list[st
             data_file = part if isinstance(part, dict) else {"split": "train", "path": part}
             patterns = data_file.get("path")
             patterns = patterns if isinstance(patterns, list) else [patterns]
-            matching_names = [n for n in names if any(_matches(n, p) for p in patterns if p)]
+            matching_names = [
+                n for n in names if any(_matches_pattern(n, p) for p in patterns if p)
+            ]
             if matching_names:
                 splits.setdefault(str(data_file.get("split", "train")), []).extend(matching_names)
         if splits:
@@ -234,14 +236,14 @@ def _described(readme: str, names: Sequence[str]) -> dict[str, dict[str, list[st
     return splits_by_config
 
 
-def _matches(name: str, pattern: str) -> bool:
+def _matches_pattern(name: str, pattern: str) -> bool:
     pattern = pattern.removeprefix("./")
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(
         name, pattern.replace("**/", "")
     )
 
 
-def _named(names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+def _splits_from_names(names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Return configuration → split → files, as the names of the files show them."""
     configs: dict[str, dict[str, list[str]]] = {}
     for name in names:
@@ -274,18 +276,18 @@ def _list_hub(path: str, name: str, key: str) -> tuple[list[str], str]:
     return names, Path(readme).read_text(encoding="utf-8", errors="replace")
 
 
-def _download(path: str, name: str, files: Sequence[str], key: str) -> Path:
+def _download_files(path: str, name: str, files: Sequence[str], key: str) -> Path:
     import huggingface_hub
 
     with _hub_errors(path, name, key):
         return Path(
             huggingface_hub.snapshot_download(
-                name, repo_type="dataset", allow_patterns=[_quoted(file) for file in files]
+                name, repo_type="dataset", allow_patterns=[_quote_glob(file) for file in files]
             )
         )
 
 
-def _quoted(name: str) -> str:
+def _quote_glob(name: str) -> str:
     return re.sub(r"([\[*?])", r"[\1]", name)
 
 

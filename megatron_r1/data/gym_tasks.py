@@ -29,7 +29,7 @@ def generate_items(
     dataset = _make_dataset(task, {**parameters, "seed": seed, "size": num_items})
     for index in range(num_items):
         with contextlib.redirect_stdout(io.StringIO()):  # some tasks print while they search
-            item = _plain(dataset[index])
+            item = _to_json_types(dataset[index])
         yield item
 
 
@@ -85,19 +85,19 @@ def _make_dataset(task: str, settings: dict[str, Any]) -> Any:
         ) from error
 
 
-def _plain(value: Any) -> Any:
+def _to_json_types(value: Any) -> Any:
     """Return `value` in JSON types: items of some tasks hold tuples, sets and numpy scalars."""
     if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {_to_json_types(key): _to_json_types(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json_types(item) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted((_plain(item) for item in value), key=repr)
+        return sorted((_to_json_types(item) for item in value), key=repr)
     if value is None or isinstance(value, bool):
         return value
     for plain_type in (str, int, float):
         if isinstance(value, plain_type):
             return plain_type(value)
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return _to_json_types(value.tolist())
     return str(value)

@@ -77,7 +77,7 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
         responses = tuple(require_text(location, row, name) for name in names)
         labels: tuple[float, ...] = (1.0, 0.0)
         if kind == "pointwise":
-            labels = (_label(location, row),)
+            labels = (_read_label(location, row),)
         elif responses[0] == responses[1]:
             raise UserError(
                 f"{location}: 'chosen' and 'rejected' are the same text",
@@ -100,7 +100,7 @@ def _chat_texts(location: str, row: CanonicalRow, names: Sequence[str]) -> Canon
     prompt_value = next(
         (row[name] for name in (*QUESTION_COLUMNS, "conversations") if row.get(name)), None
     )
-    question_chat, chats = _chat(prompt_value), [_chat(row.get(name)) for name in names]
+    question_chat, chats = _as_chat(prompt_value), [_as_chat(row.get(name)) for name in names]
     if question_chat is None and not any(chats):
         return row
     if question_chat is None and isinstance(prompt_value, str):
@@ -132,7 +132,7 @@ def _chat_texts(location: str, row: CanonicalRow, names: Sequence[str]) -> Canon
     }
 
 
-def _chat(value: Any) -> list[Message] | None:
+def _as_chat(value: Any) -> list[Message] | None:
     """Return the messages of a chat, a transcript or a single message; None for other values."""
     if isinstance(value, Mapping) and is_chat([value]):
         value = [value]
@@ -146,7 +146,7 @@ def _is_label(label: Any) -> bool:
     return isinstance(label, int | float) and label in (0, 1)  # booleans are integers
 
 
-def _label(location: str, row: CanonicalRow) -> float:
+def _read_label(location: str, row: CanonicalRow) -> float:
     label: Any = row.get("label")
     if _is_label(label):
         return float(label)

@@ -147,10 +147,12 @@ def load_prompts(
         num_attempts = _num_attempts(num_train, num_heldout)
         prompts = _from_task(task, dict(parameters or {}), seed, num_attempts, kind)
     fraction = heldout_fraction if heldout_path is None else 0.0
-    split = _split(prompts, heldout, fraction, num_train, num_heldout, kind, reports)
+    split = _split_prompts(prompts, heldout, fraction, num_train, num_heldout, kind, reports)
     _require_any(split)
-    _require("train", split.train, num_train, "num_train", task or path)
-    _require("held-out", split.heldout, num_heldout, "num_heldout", heldout_path or task or path)
+    _require_prompts("train", split.train, num_train, "num_train", task or path)
+    _require_prompts(
+        "held-out", split.heldout, num_heldout, "num_heldout", heldout_path or task or path
+    )
     return split
 
 
@@ -204,7 +206,7 @@ def _check_arguments(
         )
 
 
-def _split(
+def _split_prompts(
     prompts: Iterable[Prompt],
     heldout: list[Prompt],
     fraction: float,
@@ -332,7 +334,9 @@ def _require_any(split: PromptSplit) -> None:
             )
 
 
-def _require(side: str, prompts: list[Prompt], count: int | None, key: str, source: object) -> None:
+def _require_prompts(
+    side: str, prompts: list[Prompt], count: int | None, key: str, source: object
+) -> None:
     if not prompts and count is None and side == "train":
         raise UserError(
             f"{source}: it holds no questions to train on; give more, or lower "

@@ -173,7 +173,7 @@ Parts = tuple[str, str, list[Message], int, list[Any] | None]
 """The fields of an example."""
 
 
-def _texts(row: CanonicalRow) -> Parts | None:
+def _read_text_pair(row: CanonicalRow) -> Parts | None:
     """Read {prompt, response} and {prompt, completion} as text."""
     response = row.get("response") or row.get("completion")
     if not isinstance(row.get("prompt"), str) or not isinstance(response, str):
@@ -183,7 +183,7 @@ def _texts(row: CanonicalRow) -> Parts | None:
     return row["prompt"], response, [], 0, None
 
 
-def _prompt_and_completion(row: CanonicalRow) -> Parts | None:
+def _read_prompt_and_completion(row: CanonicalRow) -> Parts | None:
     """Read {prompt or input, completion} as lists of messages; a text next to a list is one
     message."""
     prompt = row["prompt"] if row.get("prompt") is not None else row.get("input")
@@ -197,19 +197,19 @@ def _prompt_and_completion(row: CanonicalRow) -> Parts | None:
         completion_messages = [{"role": "assistant", "content": completion}]
     if not prompt_messages or not completion_messages:
         return None
-    return _conversation([*prompt_messages, *completion_messages], len(prompt_messages), row)
+    return _conversation_parts([*prompt_messages, *completion_messages], len(prompt_messages), row)
 
 
-def _chat(row: CanonicalRow) -> Parts | None:
+def _read_conversation(row: CanonicalRow) -> Parts | None:
     """Read a conversation, of the first column of `CHATS` that has one."""
     for name in CHATS:
         messages = read_chat(row.get(name)) or read_transcript(row.get(name))
         if messages:
-            return _conversation(messages, 0, row)
+            return _conversation_parts(messages, 0, row)
     return None
 
 
-def _alpaca(row: CanonicalRow) -> Parts | None:
+def _read_alpaca(row: CanonicalRow) -> Parts | None:
     instruction, output = row.get("instruction"), row.get("output") or row.get("response")
     if not isinstance(instruction, str) or not isinstance(output, str) or not output.strip():
         return None
@@ -218,14 +218,14 @@ def _alpaca(row: CanonicalRow) -> Parts | None:
     return _question_parts(instruction + suffix, output, row)
 
 
-def _calls(row: CanonicalRow) -> Parts | None:
+def _read_calls(row: CanonicalRow) -> Parts | None:
     if not isinstance(row.get("query"), str) or not row.get("tools") or not row.get("answers"):
         return None
     answer = {"role": "assistant", "content": "", "tool_calls": tool_calls(row["answers"])}
-    return _conversation([{"role": "user", "content": row["query"]}, answer], 0, row)
+    return _conversation_parts([{"role": "user", "content": row["query"]}, answer], 0, row)
 
 
-def _question_and_response(row: CanonicalRow) -> Parts | None:
+def _read_question_and_response(row: CanonicalRow) -> Parts | None:
     question = next((row[n] for n in QUESTION_COLUMNS if isinstance(row.get(n), str)), None)
     response = next((row[n] for n in RESPONSE_COLUMNS if isinstance(row.get(n), str)), None)
     if not question or not response or ("prompt" in row and "response" in row):
@@ -235,7 +235,7 @@ def _question_and_response(row: CanonicalRow) -> Parts | None:
     return _question_parts(question, response, row)
 
 
-def _text(row: CanonicalRow) -> Parts | None:
+def _read_text(row: CanonicalRow) -> Parts | None:
     text = row.get("text")
     if not isinstance(text, str) or not text.strip() or "prompt" in row:
         return None
@@ -250,10 +250,12 @@ def has_loss(message: Message) -> bool:
 
 def _question_parts(question: str, response: str, row: CanonicalRow) -> Parts:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
-    return _conversation(turns, 0, row)
+    return _conversation_parts(turns, 0, row)
 
 
-def _conversation(messages: list[Message], first_loss_message: int, row: CanonicalRow) -> Parts:
+def _conversation_parts(
+    messages: list[Message], first_loss_message: int, row: CanonicalRow
+) -> Parts:
     """Return the example of a conversation, with the row's system prompt where the messages have
     none.
 
@@ -282,12 +284,12 @@ ALWAYS_LEARNED = (
 )
 """Forms whose rows are examples, whatever else they have."""
 ROW_FORMS: tuple[tuple[str, Callable[[CanonicalRow], Parts | None]], ...] = (
-    ("prompt and response as text", _texts),
-    ("prompt and completion as messages", _prompt_and_completion),
-    ("messages", _chat),
-    ("query, answers and tools", _calls),
-    ("instruction, input and output", _alpaca),
-    ("question and response", _question_and_response),
-    ("text", _text),
+    ("prompt and response as text", _read_text_pair),
+    ("prompt and completion as messages", _read_prompt_and_completion),
+    ("messages", _read_conversation),
+    ("query, answers and tools", _read_calls),
+    ("instruction, input and output", _read_alpaca),
+    ("question and response", _read_question_and_response),
+    ("text", _read_text),
 )
 """(what the form is called, how it is read)"""

@@ -71,7 +71,7 @@ def _too_long(location: str, key: str) -> UserError:
     )
 
 
-def _lines(file: IO[AnyStr], path: Path, key: str) -> Iterator[AnyStr]:
+def _read_lines(file: IO[AnyStr], path: Path, key: str) -> Iterator[AnyStr]:
     """Yield the lines of an open file; UserError for one that has more than MAX_ROW_BYTES, which is
     not read to its end."""
     for number in count(1):
@@ -106,7 +106,7 @@ def describe_json_error(error: Exception) -> str:
 
 def _read_jsonl(path: Path, key: str) -> Iterator[LocatedRow]:
     with _open(path) as lines:
-        for number, line in enumerate(_lines(lines, path, key), start=1):
+        for number, line in enumerate(_read_lines(lines, path, key), start=1):
             line = line.strip()
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8).strip()
@@ -173,8 +173,8 @@ def _read_json(path: Path, key: str) -> Iterator[LocatedRow]:
     """Yield the rows of a list, of an object's list under one of `LIST_KEYS`, of a table of pandas,
     or of lines of objects. Many data sets name such lines .json."""
     with _open(path) as file:
-        first = next(_lines(file, path, key)).removeprefix(codecs.BOM_UTF8)
-        second_line = next(filter(bytes.strip, _lines(file, path, key)), b"")
+        first = next(_read_lines(file, path, key)).removeprefix(codecs.BOM_UTF8)
+        second_line = next(filter(bytes.strip, _read_lines(file, path, key)), b"")
     if _is_object(first) and second_line.lstrip().startswith(b"{"):
         yield from _read_jsonl(path, key)
     else:
@@ -208,7 +208,7 @@ def _read_list(path: Path, key: str) -> Iterator[LocatedRow]:
         ) from error
     if isinstance(content, dict):
         lists = [content[k] for k in LIST_KEYS if isinstance(content.get(k), list)]
-        rows = _only_list(content) or _table(content) or ([content] if content else None)
+        rows = _only_list(content) or _pandas_rows(content) or ([content] if content else None)
         content = lists[0] if lists else rows
     if is_chat(content):
         content = [content]
@@ -230,7 +230,7 @@ def _only_list(content: dict[str, Any]) -> list[dict[str, Any]] | None:
     return containers[0] if is_rows and not any(is_chat(value) for value in containers) else None
 
 
-def _table(content: dict[str, Any]) -> list[dict[str, Any]] | None:
+def _pandas_rows(content: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Return the rows of a table as pandas writes it, None for any other object. It is
     {column: {"0": value, …}, …} or {"0": {column: value, …}, …}, whose rows may have any names:
     {"q7": {column: value, …}, …}."""
@@ -254,9 +254,9 @@ def _read_csv(path: Path, key: str) -> Iterator[LocatedRow]:
     csv.field_size_limit(MAX_ROW_BYTES)
     try:
         with _open(path) as raw_file, io.TextIOWrapper(raw_file, "utf-8-sig", newline="") as file:
-            delimiter = max(",;\t|", key=next(_lines(file, path, key)).count)
+            delimiter = max(",;\t|", key=next(_read_lines(file, path, key)).count)
             file.seek(0)
-            reader = csv.DictReader(_lines(file, path, key), delimiter=delimiter)
+            reader = csv.DictReader(_read_lines(file, path, key), delimiter=delimiter)
             names = list(reader.fieldnames or ())
             if repeated_name := next((n for n in names if n.strip() and names.count(n) > 1), None):
                 raise UserError(

@@ -56,7 +56,7 @@ def load_tokenizer(folder: str, key: str) -> Any:
             cause=Cause.NOT_FOUND,
         )
     try:
-        return _load(path)
+        return _load_from_folder(path)
     except Exception as error:  # transformers and tokenizers raise anything for damaged files
         raise UserError(
             f"{key}: no usable tokenizer in {folder}: {error}; fetch its files again",
@@ -65,7 +65,7 @@ def load_tokenizer(folder: str, key: str) -> Any:
         ) from error
 
 
-def _load(folder: Path) -> Any:
+def _load_from_folder(folder: Path) -> Any:
     """Load as AutoTokenizer does, but without importing it where its choice is known: the import
     loads torch and transformers' generation, which takes seconds."""
     if all((folder / name).is_file() for name in (CONFIG, TOKENIZER_CONFIG, TOKENIZER)):
@@ -173,13 +173,13 @@ def end_tokens(
         eos = next((number for number, text in added_tokens.items() if text == name), None)
     by_text = {text: number for number, text in added_tokens.items()}
     file_by_id: dict[int, str] = {} if eos is None else {eos: TOKENIZER_CONFIG}
-    for number in _ids(_read_if_there(path / END_TOKEN_FILES), path / END_TOKEN_FILES, key):
+    for number in _end_ids(_read_if_there(path / END_TOKEN_FILES), path / END_TOKEN_FILES, key):
         file_by_id.setdefault(number, END_TOKEN_FILES)
     config = _read_if_there(path / CONFIG)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             is_list = isinstance(part.get("eos_token_id"), list)
-            for number in _ids(part, path / CONFIG, key):
+            for number in _end_ids(part, path / CONFIG, key):
                 if is_list or number in added_tokens:
                     file_by_id.setdefault(number, CONFIG)
     end_texts = [text for text in TURN_ENDS if text in by_text]
@@ -205,7 +205,7 @@ def _read_if_there(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _ids(content: Mapping[str, Any], path: Path, key: str) -> list[int]:
+def _end_ids(content: Mapping[str, Any], path: Path, key: str) -> list[int]:
     token_ids = content.get("eos_token_id")
     numbers = token_ids if isinstance(token_ids, list) else [] if token_ids is None else [token_ids]
     for number in numbers:
