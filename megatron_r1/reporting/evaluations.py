@@ -61,18 +61,18 @@ def merge_evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
         results.append(
             Evaluation(
                 step,
-                _score(line, "eval/pass@1"),
-                _score(line, votes),
+                _read_score(line, "eval/pass@1"),
+                _read_score(line, votes),
                 int(votes.split("@")[1]) if votes else None,
                 finite_metric(line, "eval/response_length"),
-                _score(line, "eval/accuracy"),
+                _read_score(line, "eval/accuracy"),
                 int(count) if (count := finite_metric(line, "eval/questions")) else None,
             )
         )
     return results
 
 
-def _score(line: Mapping[str, Any], key: str) -> Score | None:
+def _read_score(line: Mapping[str, Any], key: str) -> Score | None:
     value = finite_metric(line, key)
     if value is None:
         return None

@@ -114,7 +114,7 @@ class LiveView:
         self._state.seconds_per_step = fmean(self._step_times)
         self._remember(metrics)
         if samples and timestamp >= self._samples_until:
-            self._state.samples = _choose(samples)
+            self._state.samples = _choose_samples(samples)
             self._samples_until = timestamp + SAMPLE_HOLD_SECONDS
         # A log of a long run gets about fifty lines of steps.
         state = self._state
@@ -240,7 +240,7 @@ def _is_terminal(stream: TextIO) -> bool:
     return not Console(file=stream).is_dumb_terminal
 
 
-def _choose(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _choose_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return up to four samples of different questions: a right one, a wrong one, and others."""
     selection: list[dict[str, Any]] = []
     questions: set[str] = set()

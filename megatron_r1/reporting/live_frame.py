@@ -152,12 +152,19 @@ def frame(state: LiveState, console: Console, timestamp: float) -> Group:
     width = min(console.size.width - 1, MAX_WIDTH)
     height = min(console.size.height - 1, MAX_HEIGHT)
     is_roomy = height >= 32
-    lines = [_title(state), _progress(state, width, timestamp), _phase(state, timestamp), Text()]
-    lines += _curves(state, width, rows=6 if is_roomy else 2)
-    lines += [Text(), *_numbers(state, width), Text(), *_time_split(state, width)]
+    lines = [
+        _title_line(state),
+        _progress_line(state, width, timestamp),
+        _phase_line(state, timestamp),
+        Text(),
+    ]
+    lines += _curve_lines(state, width, rows=6 if is_roomy else 2)
+    lines += [Text(), *_metric_lines(state, width), Text(), *_time_split(state, width)]
     lines += [Text()] if is_roomy else []
     lines += [_held_out(state, width), Text()]
-    lines += _samples(state, console, width, height - len(lines), max_samples=4 if is_roomy else 2)
+    lines += _sample_lines(
+        state, console, width, height - len(lines), max_samples=4 if is_roomy else 2
+    )
     if not state.outcome_text:
         lines += [Text()] * (height - len(lines))
     for line in lines:
@@ -166,14 +173,14 @@ def frame(state: LiveState, console: Console, timestamp: float) -> Group:
     return Group(*lines[:height])
 
 
-def _title(state: LiveState) -> Text:
+def _title_line(state: LiveState) -> Text:
     line = Text(printable(state.title), style="bold")
     for fact in state.facts:
         line.append(f" · {printable(fact)}", style="not bold bright_black")
     return line
 
 
-def _progress(state: LiveState, width: int, timestamp: float) -> Text:
+def _progress_line(state: LiveState, width: int, timestamp: float) -> Text:
     elapsed_seconds = (state.ended_at or timestamp) - state.started_at
     seconds_left = state.seconds_left()
     head = f"step {state.step}/{state.total_steps}  "
@@ -190,7 +197,7 @@ def _progress(state: LiveState, width: int, timestamp: float) -> Text:
     )
 
 
-def _phase(state: LiveState, timestamp: float) -> Text:
+def _phase_line(state: LiveState, timestamp: float) -> Text:
     if state.outcome_text:
         is_finished = state.outcome_text.startswith("finished")
         return Text(
@@ -207,7 +214,7 @@ def _phase(state: LiveState, timestamp: float) -> Text:
     return line
 
 
-def _curves(state: LiveState, width: int, rows: int) -> list[Text]:
+def _curve_lines(state: LiveState, width: int, rows: int) -> list[Text]:
     gap = 4
     chart_width = (width - gap) // 2
     lines = [Text() for _ in range(rows + 1)]
@@ -232,7 +239,7 @@ def _curves(state: LiveState, width: int, rows: int) -> list[Text]:
     return lines
 
 
-def _numbers(state: LiveState, width: int) -> list[Text]:
+def _metric_lines(state: LiveState, width: int) -> list[Text]:
     labels, values = Text(style="bright_black"), Text(style="bold")
     room = width
     for metric in map(KNOWN_METRICS.__getitem__, SHOWN_METRICS):
@@ -281,7 +288,7 @@ def _held_out(state: LiveState, width: int) -> Text:
         pass_rate = finite_metric(metrics, "eval/accuracy") if pass_rate is None else pass_rate
         if pass_rate is not None:
             points.append((f"step {step} ", format_percent(pass_rate)))
-    tail = _majority(state.evaluations[max(state.evaluations)])
+    tail = _describe_majority(state.evaluations[max(state.evaluations)])
     room = width - len(line) - len(tail)
     sizes = [len(step) + len(value) + 2 for step, value in points]
     kept_points = list(range(len(points)))
@@ -295,7 +302,7 @@ def _held_out(state: LiveState, width: int) -> Text:
     return line.append(tail, style="not bold bright_black")
 
 
-def _majority(metrics: dict[str, Any]) -> str:
+def _describe_majority(metrics: dict[str, Any]) -> str:
     for key in metrics:
         value = finite_metric(metrics, key)
         votes = key.removeprefix("eval/cons@")
@@ -304,7 +311,7 @@ def _majority(metrics: dict[str, Any]) -> str:
     return ""
 
 
-def _samples(
+def _sample_lines(
     state: LiveState, console: Console, width: int, height: int, max_samples: int
 ) -> list[Text]:
     """Return questions and responses; long ones are cut to the beginning and the last line, which
@@ -323,7 +330,7 @@ def _samples(
             (f"  {length:.0f} tokens" if length else "", "bright_black"),
         )
         lines.append(question)
-        wrapped = list(_response(sample, style).wrap(console, width - 2))
+        wrapped = list(_response_text(sample, style).wrap(console, width - 2))
         if len(wrapped) > room - 1:
             wrapped = wrapped[: room - 2] + [Text("… ", "bright_black") + wrapped[-1]]
         lines += [Text("  ") + line for line in wrapped[: max(0, room - 1)]]
@@ -332,7 +339,7 @@ def _samples(
     return lines
 
 
-def _response(sample: dict[str, Any], style: str) -> Text:
+def _response_text(sample: dict[str, Any], style: str) -> Text:
     response = str(sample.get("response", ""))
     if len(response) > 4000:
         response = response[:3000] + " … " + response[-600:]

@@ -12,11 +12,11 @@ def render_page(template: str, **values: Any) -> str:
     """Return the HTML of a template, such as "reporting/templates/run.html.jinja".
 
     Values are escaped unless the template marks them as safe."""
-    return _environment().get_template(template).render(values)
+    return _template_environment().get_template(template).render(values)
 
 
 @cache
-def _environment() -> Environment:
+def _template_environment() -> Environment:
     """Return Jinja with the templates of all packages, by their path within `megatron_r1`."""
     environment = Environment(
         loader=PackageLoader("megatron_r1", "."),

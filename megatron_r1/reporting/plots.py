@@ -97,9 +97,9 @@ def curve_plot(
         has_log_scale: whether the values' axis is logarithmic.
         from_zero: the values' axis begins at 0."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(size)
+        figure, axes = _figure_with_axes(size)
         for curve in curves:
-            _draw(axes, curve)
+            _draw_curve(axes, curve)
         if has_log_scale and any((curve.values > 0).any() for curve in curves):
             axes.set_yscale("log")
             axes.minorticks_off()
@@ -110,10 +110,10 @@ def curve_plot(
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g}%"))
             _bound_percent(axes, curves)
         elif not has_log_scale:
-            axes.yaxis.set_major_formatter(FuncFormatter(_short))
+            axes.yaxis.set_major_formatter(FuncFormatter(_format_tick))
         if len(curves) > 1:
             axes.legend(loc="best")
-        return _svg(figure, name)
+        return _figure_svg(figure, name)
 
 
 def stacked_plot(
@@ -130,7 +130,7 @@ def stacked_plot(
         parts: the name of an ink → [points], its values.
         size: width and height in inches."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(size)
+        figure, axes = _figure_with_axes(size)
         points = [downsample(steps, np.nan_to_num(values)) for values in parts.values()]
         positions = points[0][0]
         heights = [values for _, values in points]
@@ -149,7 +149,7 @@ def stacked_plot(
         axes.set_ylim(0, min(1.05 * total.max(), 2.5 * np.median(total)) or 1)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.3g} s"))
         axes.legend(loc="upper left", bbox_to_anchor=(0, 1.2), ncols=len(parts))
-        return _svg(figure, name)
+        return _figure_svg(figure, name)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -174,7 +174,7 @@ def downsample(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.nd
     return np.array([s for s, _ in means]), np.array([v for _, v in means])
 
 
-def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
+def _figure_with_axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
@@ -186,7 +186,7 @@ def _axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _draw(axes: Axes, curve: Curve) -> None:
+def _draw_curve(axes: Axes, curve: Curve) -> None:
     color = INKS[curve.ink]
     if curve.marker:
         face = color if curve.marker == "o" else INKS["page"]
@@ -216,7 +216,7 @@ def _draw(axes: Axes, curve: Curve) -> None:
     axes.plot(steps, smooth(raw_values), color=color, label=curve.label)
 
 
-def _short(value: float, _: int) -> str:
+def _format_tick(value: float, _: int) -> str:
     if 0 < abs(value) < 0.001:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}"
@@ -233,7 +233,7 @@ def _bound_percent(axes: Axes, curves: Sequence[Curve]) -> None:
         axes.set_ylim(0, max(high, 1e-4))
 
 
-def _svg(figure: Figure, name: str) -> str:
+def _figure_svg(figure: Figure, name: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()

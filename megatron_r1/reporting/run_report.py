@@ -111,13 +111,13 @@ def write_report(
         run_facts={**(facts or {}), **_measured_facts(folder, metrics)},
         outcome=headline(folder),
         advice=[(line["step"], printable(line["text"])) for line in folder.read_advice()],
-        tiles=_tiles(metrics, heldout),
+        tiles=_headline_tiles(metrics, heldout),
         curves=_two_curves(metrics, heldout) if metrics else [],
-        temperatures=_temperatures(settings) if heldout else None,
+        temperatures=_differing_temperatures(settings) if heldout else None,
         small=_small_plots([shown_metrics(line, weights) for line in metrics]),
         time_split=_time_split(metrics),
         samples=choose_samples(folder.read_samples) if metrics else None,
-        settings=_settings(settings),
+        settings=_settings_by_section(settings),
         next_commands=next_commands,
     )
     return atomic_write(folder.report_path, html)
@@ -133,7 +133,7 @@ def headline(folder: RunFolder) -> str:
     return sentence
 
 
-def _temperatures(settings: Mapping[str, Any]) -> tuple[float, float] | None:
+def _differing_temperatures(settings: Mapping[str, Any]) -> tuple[float, float] | None:
     """Return the temperatures of training and held-out samples, None where they do not differ."""
     sections = (settings.get(name) or {} for name in ("rollout", "eval"))
     training, heldout = (finite_metric(section, "temperature") for section in sections)
@@ -154,7 +154,9 @@ def _measured_facts(folder: RunFolder, metrics: MetricLines) -> dict[str, str]:
     return facts
 
 
-def _tiles(metrics: MetricLines, heldout: Sequence[Evaluation]) -> list[tuple[str, str, str]]:
+def _headline_tiles(
+    metrics: MetricLines, heldout: Sequence[Evaluation]
+) -> list[tuple[str, str, str]]:
     """Return the (name, value, note) of each number at the top of the page."""
     tiles = []
     num_votes = max((e.num_votes or 0 for e in heldout), default=0)
@@ -169,7 +171,9 @@ def _tiles(metrics: MetricLines, heldout: Sequence[Evaluation]) -> list[tuple[st
             tiles.append(
                 (
                     name,
-                    _arrow(format_percent(scores[0].value), format_percent(scores[-1].value)),
+                    _join_with_arrow(
+                        format_percent(scores[0].value), format_percent(scores[-1].value)
+                    ),
                     note,
                 )
             )
@@ -177,9 +181,13 @@ def _tiles(metrics: MetricLines, heldout: Sequence[Evaluation]) -> list[tuple[st
     ends = (lengths[0], lengths[-1]) if lengths else first_and_last(metrics, "response_length/mean")
     if ends:
         source = "held-out, mean" if lengths else "training samples, mean"
-        tiles.append(("response length", _arrow(*map(format_number, ends)), f"tokens, {source}"))
+        tiles.append(
+            ("response length", _join_with_arrow(*map(format_number, ends)), f"tokens, {source}")
+        )
     elif losses := first_and_last(metrics, "loss"):
-        tiles.append(("loss", _arrow(*map(format_number, losses)), "first and last tenth"))
+        tiles.append(
+            ("loss", _join_with_arrow(*map(format_number, losses)), "first and last tenth")
+        )
     if gaps := finite_values(metrics, "logprob_diff/mean"):
         largest_gaps = finite_values(metrics, "logprob_diff/max")
         note = f"largest {format_number(max(largest_gaps))}" if largest_gaps else ""
@@ -193,7 +201,7 @@ def _tiles(metrics: MetricLines, heldout: Sequence[Evaluation]) -> list[tuple[st
     return tiles
 
 
-def _arrow(first: str, last: str) -> str:
+def _join_with_arrow(first: str, last: str) -> str:
     return first if first == last else f"{first} → {last}"
 
 
@@ -203,13 +211,13 @@ def _two_curves(metrics: MetricLines, evaluations: Sequence[Evaluation]) -> list
     pass_rates = [(e.step, e.pass_at_1) for e in evaluations if e.pass_at_1]
     majorities = [(e.step, e.majority) for e in evaluations if e.majority]
     votes = max((e.num_votes or 0 for e in evaluations), default=0)
-    accuracy += _points("held-out, pass@1", pass_rates, "ink", "o")
+    accuracy += _score_curves("held-out, pass@1", pass_rates, "ink", "o")
     accuracies = [(e.step, e.accuracy) for e in evaluations if e.accuracy]
-    accuracy += _points("held-out", accuracies, "ink", "o")
-    accuracy += _points(f"held-out, majority of {votes}", majorities, "ink", "D")
+    accuracy += _score_curves("held-out", accuracies, "ink", "o")
+    accuracy += _score_curves(f"held-out, majority of {votes}", majorities, "ink", "D")
     length = _training_curve(metrics, "response_length/mean", "training samples", "second")
     lengths = [(e.step, Score(e.length)) for e in evaluations if e.length is not None]
-    length += _points("held-out", lengths, "ink", "o")
+    length += _score_curves("held-out", lengths, "ink", "o")
     figures = []
     if accuracy:
         plot = curve_plot("accuracy", accuracy, HERO_SIZE, as_percent=True)
@@ -263,7 +271,7 @@ def _time_split(metrics: MetricLines) -> list[Plot]:
     other_seconds = np.maximum(step_seconds - phase_seconds, 0.0)
     if other_seconds.sum() > 0.005 * phase_seconds.sum():
         parts["other"] = other_seconds
-    plot = stacked_plot("time", _steps(timed_steps), parts)
+    plot = stacked_plot("time", _step_numbers(timed_steps), parts)
     mean = float((phase_seconds + other_seconds).mean())
     return [Plot("Where the time goes", "seconds per step", plot, f"{mean:.3g} s on average")]
 
@@ -273,10 +281,12 @@ def _training_curve(metrics: MetricLines, key: str, label: str, ink: str) -> lis
     values = np.array([finite_metric(m, key) for m in lines], dtype=float)  # None becomes NaN
     if not len(values) or np.isnan(values).all():
         return []
-    return [Curve(label, _steps(lines), values, ink, is_noisy=key != "learning_rate")]
+    return [Curve(label, _step_numbers(lines), values, ink, is_noisy=key != "learning_rate")]
 
 
-def _points(label: str, scores: Sequence[tuple[int, Score]], ink: str, marker: str) -> list[Curve]:
+def _score_curves(
+    label: str, scores: Sequence[tuple[int, Score]], ink: str, marker: str
+) -> list[Curve]:
     if not scores:
         return []
     rows = [(step, score.value, score.low, score.high) for step, score in scores]
@@ -284,11 +294,11 @@ def _points(label: str, scores: Sequence[tuple[int, Score]], ink: str, marker: s
     return [Curve(label, steps, values, ink, marker, low, high)]
 
 
-def _steps(metrics: MetricLines) -> np.ndarray:
+def _step_numbers(metrics: MetricLines) -> np.ndarray:
     return np.array([finite_metric(m, "step") or 0.0 for m in metrics])
 
 
-def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _settings_by_section(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return (section, [(key, value)]) of the run's settings; keys without a section come first."""
     sections = {str(name): value for name, value in config.items() if isinstance(value, Mapping)}
     plain_settings = {
@@ -296,14 +306,14 @@ def _settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]
     }
     tables = {"": plain_settings, **sections} if plain_settings else sections
     return [
-        (name, [(str(key), _setting(value)) for key, value in section.items()])
+        (name, [(str(key), _format_setting(value)) for key, value in section.items()])
         for name, section in tables.items()
     ]
 
 
-def _setting(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_setting(item)}" for key, item in value.items()) or "–"
+        return ", ".join(f"{key}: {_format_setting(item)}" for key, item in value.items()) or "–"
     if isinstance(value, list):
-        return ", ".join(_setting(item) for item in value) or "–"
+        return ", ".join(_format_setting(item) for item in value) or "–"
     return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -105,9 +105,9 @@ def choose_samples(read_samples: Callable[[], Iterator[SampleLine]]) -> SamplesS
         intro = f"The first {NUM_QUESTIONS} samples recorded at each moment."
     by_moment = [
         (
-            _moment(by_step, step),
+            _describe_step(by_step, step),
             [
-                _card(group[0])
+                _sample_card(group[0])
                 for group in [*_samples_by_question(samples).values()][:NUM_QUESTIONS]
             ],
         )
@@ -127,9 +127,12 @@ def _same_questions(
     ]
     return [
         (
-            _card(first_group[question][0]),
+            _sample_card(first_group[question][0]),
             [
-                (_moment(by_step, step, questions[question]), _card(questions[question][0]))
+                (
+                    _describe_step(by_step, step, questions[question]),
+                    _sample_card(questions[question][0]),
+                )
                 for step, questions in questions_by_step.items()
             ],
         )
@@ -144,7 +147,9 @@ def _samples_by_question(samples: Iterable[SampleLine]) -> dict[str, list[Sample
     return samples_by_question
 
 
-def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[SampleLine] = ()) -> str:
+def _describe_step(
+    by_step: Mapping[int, Any], step: int, answers: Sequence[SampleLine] = ()
+) -> str:
     name = ROLE_NAMES[len(by_step)][list(by_step).index(step)]
     text = f"{name}, step {step}" if name else f"step {step}"
     if len(answers) > 1:
@@ -152,7 +157,7 @@ def _moment(by_step: Mapping[int, Any], step: int, answers: Sequence[SampleLine]
     return text
 
 
-def _card(sample: SampleLine) -> Card:
+def _sample_card(sample: SampleLine) -> Card:
     truth = sample.get("truth")
     reward = finite_metric(sample, "reward")
     length = finite_metric(sample, "length")
@@ -166,13 +171,13 @@ def _card(sample: SampleLine) -> Card:
         truth=None if truth is None else printable(truth_answer(truth))[:200],
         is_correct=is_correct(sample),
         details=[detail for detail in details if detail],
-        response=list(_segments(str(sample.get("response", "")))),
+        response=list(_colored_segments(str(sample.get("response", "")))),
         reason=printable(sample.get("reason") or ""),
         turns=conversation(sample),
     )
 
 
-def _segments(text: str) -> Iterator[tuple[str, str]]:
+def _colored_segments(text: str) -> Iterator[tuple[str, str]]:
     """Yield the chain of thought plain, its tags faint, the answer in the color of the verdict."""
     text = printable(shorten_middle(text, MAX_CHARACTERS).strip(), keep_newlines=True)
     if not text:

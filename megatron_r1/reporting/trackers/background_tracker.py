@@ -80,7 +80,7 @@ class BackgroundTracker:
         while pending_lines:
             key, line = pending_lines[0]
             if line[STEP_METRIC] > self._last_steps.get(key, -1):
-                self._tracker.send(line[STEP_METRIC], _numbers(key, line))
+                self._tracker.send(line[STEP_METRIC], _finite_numbers(key, line))
                 self._last_steps[key] = line[STEP_METRIC]
             pending_lines.popleft()
         self._has_failed = False
@@ -96,7 +96,7 @@ class BackgroundTracker:
         self._has_failed = True
 
 
-def _numbers(key: str, line: Mapping[str, Any]) -> dict[str, float]:
+def _finite_numbers(key: str, line: Mapping[str, Any]) -> dict[str, float]:
     """Return the finite numbers of a line of metrics or of an evaluation, its step as `key`."""
     values = {name: float(line[name]) for name in line if finite_metric(line, name) is not None}
     return {name: value for name, value in values.items() if name != "step"} | {
