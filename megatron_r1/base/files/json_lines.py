@@ -55,7 +55,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     with open(path, "rb") as file:
         for number, (_, line) in enumerate(complete_lines(file), start=1):
-            yield _parse(path, number, line)
+            yield _parse_line(path, number, line)
 
 
 def complete_lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
@@ -90,7 +90,7 @@ def filter_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     kept_lines = [
         line
         for number, line in enumerate(lines, start=1)
-        if line.endswith(b"\n") and keep(_parse(path, number, line))
+        if line.endswith(b"\n") and keep(_parse_line(path, number, line))
     ]
     if len(kept_lines) < len(lines):
         atomic_write(path, b"".join(kept_lines))
@@ -139,7 +139,7 @@ def _strict_value(value: Any, name: str, nonfinite: dict[str, str]) -> Any:
     )
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError:

@@ -115,7 +115,7 @@ class ForkServerProcess:
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
                 pass_fds=[server_end.fileno()],
-                **_options({**environment, "TMPDIR": self._scratch.name}),
+                **_server_options({**environment, "TMPDIR": self._scratch.name}),
             )
 
     @property
@@ -193,7 +193,7 @@ def start(
             raise OSError("nothing is forked here")
     except OSError:
         return children.start([sys.executable, "-m", module, *arguments], log, environment)
-    request = Request(list(arguments), {**os.environ, **environment}, os.getcwd(), _umask())
+    request = Request(list(arguments), {**os.environ, **environment}, os.getcwd(), _current_umask())
     with open(log, "ab") as output, contextlib.suppress(ConnectionError):  # `poll` finds the end
         socket.send_fds(connection, [msgspec.msgpack.encode(request)], [output.fileno()])
     return ForkedProcess(connection, importer, log)
@@ -207,7 +207,7 @@ def close() -> None:
     _importers.clear()
 
 
-def _options(environment: Mapping[str, str]) -> dict[str, Any]:
+def _server_options(environment: Mapping[str, str]) -> dict[str, Any]:
     # Of NumPy's threads, which would make a fork unsafe, there is none.
     return children.popen_options({"OPENBLAS_NUM_THREADS": "1", **environment})
 
@@ -227,7 +227,7 @@ def _connect(path: Path) -> socket.socket:
     return connection
 
 
-def _umask() -> int:
+def _current_umask() -> int:
     """Return this process's umask. `os.umask` would set it, for all threads."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)

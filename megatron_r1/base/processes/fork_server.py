@@ -189,7 +189,7 @@ class ForkServer:
         self._children.add(child)
         self._selector.register(child.end, selectors.EVENT_READ, child)
         self._selector.register(connection, selectors.EVENT_READ, child)
-        _send(child, ForkReply(pid))
+        _send_reply(child, ForkReply(pid))
         return None
 
     def _may_fork(self, environment: Mapping[str, str]) -> bool:
@@ -234,7 +234,9 @@ class ForkServer:
             child.end = -1
             assert end is not None, "it waits"
             has_exited = end.si_code == os.CLD_EXITED
-            _send(child, ForkReply(child.pid, end.si_status if has_exited else -end.si_status))
+            _send_reply(
+                child, ForkReply(child.pid, end.si_status if has_exited else -end.si_status)
+            )
         else:
             self._selector.unregister(child.connection)
             child.connection.close()
@@ -245,7 +247,7 @@ class ForkServer:
             os.waitpid(child.pid, 0)
 
 
-def _send(child: ForkedChild, reply: ForkReply) -> None:
+def _send_reply(child: ForkedChild, reply: ForkReply) -> None:
     if child.is_wanted:
         with contextlib.suppress(ConnectionError):  # that it is closed is seen next
             child.connection.send(msgspec.msgpack.encode(reply))
