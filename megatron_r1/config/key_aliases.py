@@ -8,7 +8,7 @@ SHOWN_NAMES = 4
 
 
 class KeyAlias(NamedTuple):
-    """A thing by its names elsewhere.
+    """A setting, or a method that settings choose, under the names that other libraries give it.
 
     Attributes:
         names: as TRL, verl, OpenRLHF, slime, prime-rl and papers write it, without a section or
@@ -257,12 +257,14 @@ def find_aliases(text: str, *, exact: bool = False) -> list[KeyAlias]:
 
     `exact` leaves out the latter. Case, dashes, underscores and a path of sections before the name
     do not count."""
-    for plain_text in (_plain(text), _plain(text.rpartition(".")[2])):
-        if rows := [alias for alias in ALIASES if plain_text in map(_plain, alias.names)]:
+    for plain_text in (_normalize_name(text), _normalize_name(text.rpartition(".")[2])):
+        if rows := [alias for alias in ALIASES if plain_text in map(_normalize_name, alias.names)]:
             return rows
-    if exact or not (words := _plain(text)):
+    if exact or not (words := _normalize_name(text)):
         return []
-    return [a for a in ALIASES if any(f" {words} " in f" {_plain(name)} " for name in a.names)]
+    return [
+        a for a in ALIASES if any(f" {words} " in f" {_normalize_name(name)} " for name in a.names)
+    ]
 
 
 def describe_aliases(rows: Sequence[KeyAlias]) -> str:
@@ -275,5 +277,5 @@ def describe_aliases(rows: Sequence[KeyAlias]) -> str:
     return "\n".join(lines)
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return " ".join(re.sub(r"[-_.\s]+", " ", name).casefold().split())

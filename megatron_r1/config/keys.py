@@ -47,9 +47,9 @@ def describe_keys(models: Sequence[type[BaseModel]], names: Sequence[str] = ()) 
     Raises:
         UserError: any other name."""
     fields = {key: home for model in models for key, home in dotted_keys(model)}
-    meanings = {home: _docstrings(home) for home in set(fields.values())}
+    meanings = {home: _field_docstrings(home) for home in set(fields.values())}
     lines = {
-        key: _line(key, home.model_fields[leaf], meanings[home].get(leaf, ""))
+        key: _describe_key(key, home.model_fields[leaf], meanings[home].get(leaf, ""))
         for key, home in fields.items()
         for leaf in [key.rpartition(".")[2]]
     }
@@ -66,7 +66,7 @@ def describe_keys(models: Sequence[type[BaseModel]], names: Sequence[str] = ()) 
             aliases = find_aliases(name)
             rows += [row for row in aliases if row not in rows]
             matching_keys = [key for row in aliases for key in lines if key in row.keys]
-        selection.update(matching_keys or _search(name, lines))
+        selection.update(matching_keys or _search_keys(name, lines))
         if not selection:
             known_keys = {key.rpartition(".")[0] for key in fields} | fields.keys()
             suggestion = did_you_mean(name, known_keys, "{}")
@@ -82,7 +82,7 @@ def describe_keys(models: Sequence[type[BaseModel]], names: Sequence[str] = ()) 
     )
 
 
-def _search(name: str, lines: Mapping[str, str]) -> list[str]:
+def _search_keys(name: str, lines: Mapping[str, str]) -> list[str]:
     """Return the keys in whose name or meaning a word, or all words of a text, stand."""
     words = re.split(r"[\s_-]+", name.casefold())
     return [
@@ -101,7 +101,7 @@ def boolean_keys(model: type[BaseModel]) -> set[str]:
     }
 
 
-def _docstrings(model: type[BaseModel]) -> dict[str, str]:
+def _field_docstrings(model: type[BaseModel]) -> dict[str, str]:
     """Return field -> the docstring below it, of `model` and of its bases.
 
     The source is parsed only when docstrings are printed: with pydantic's use_attribute_docstrings
@@ -132,7 +132,7 @@ def nested_models(annotation: Any, entry: str = "") -> Iterator[tuple[type[BaseM
             yield from nested_models(part, entry + ENTRY.get(get_origin(annotation), ""))
 
 
-def _line(key: str, field: FieldInfo, docstring: str) -> str:
+def _describe_key(key: str, field: FieldInfo, docstring: str) -> str:
     default = field.get_default(call_default_factory=True)
     text = (
         "(required)" if default is PydanticUndefined else format_value(to_jsonable_python(default))

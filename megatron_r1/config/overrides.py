@@ -69,7 +69,7 @@ def parse_overrides(
                 key=f"--{key}",
                 cause=Cause.UNKNOWN,
             )
-        overrides[key] = _value(value)
+        overrides[key] = _parse_override(value)
     return overrides
 
 
@@ -97,7 +97,7 @@ def take_section(overrides: Mapping[str, Any], settings: type[T]) -> tuple[T, di
         raise recipe_error(failure, settings, known_keys) from None
 
 
-def _value(text: str) -> Any:
+def _parse_override(text: str) -> Any:
     try:
         value = parse_value(text) if text else ""
     except yaml.YAMLError:

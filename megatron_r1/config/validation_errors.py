@@ -93,7 +93,7 @@ def recipe_error(
     Args:
         failure: pydantic's.
         root: the model that was validated.
-        known_keys: as in `_explain`.
+        known_keys: as in `_explain_failure`.
         origin: where the settings are from, in front of the message.
     """
     first = failure.errors()[0]
@@ -107,10 +107,10 @@ def recipe_error(
             key = f"{key}.{error.key}".removesuffix(".")
         cause = error.cause
     message = f"{origin}: " if origin else ""
-    return UserError(message + _explain(failure, root, known_keys), key=key, cause=cause)
+    return UserError(message + _explain_failure(failure, root, known_keys), key=key, cause=cause)
 
 
-def _explain(
+def _explain_failure(
     failure: ValidationError, root: type[BaseModel], known_keys: Iterable[str] = ()
 ) -> str:
     """Return all errors of a validation.
@@ -130,7 +130,7 @@ def _describe_mistake(
     if error["type"] == "extra_forbidden" and key in REMOVED_KEYS:
         return f"{key} was removed (it is {error.get('input')!r}): {REMOVED_KEYS[key].remedy}"
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key}{_hint(location, root, known_keys)}"
+        return f"unknown key {key}{_unknown_key_hint(location, root, known_keys)}"
     if error["type"] == "missing":
         return f"{key} must be set"
     if error["type"] == "value_error":
@@ -148,7 +148,9 @@ def _describe_mistake(
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}{remedy}"
 
 
-def _hint(location: tuple[str | int, ...], root: type[BaseModel], known_keys: Iterable[str]) -> str:
+def _unknown_key_hint(
+    location: tuple[str | int, ...], root: type[BaseModel], known_keys: Iterable[str]
+) -> str:
     """Return what an unknown key may mean: it is misspelt, or stands in the wrong section."""
     *parents, leaf = map(str, location)
     keys = _keys_at(location[:-1], root)

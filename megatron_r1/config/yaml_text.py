@@ -40,7 +40,7 @@ def read_sections(
             cause=Cause.NOT_FOUND,
         )
     try:
-        tree = _parse(prepare(path.read_text(encoding="utf-8")), path.name) or {}
+        tree = _parse_yaml(prepare(path.read_text(encoding="utf-8")), path.name) or {}
     except yaml.YAMLError as error:
         raise UserError(
             f"{source} {path}: not YAML: {error}", key=source, cause=Cause.MALFORMED
@@ -103,10 +103,10 @@ def parse_value(text: str) -> Any:
     Raises:
         yaml.YAMLError: the text is not YAML.
     """
-    return _parse(text, "the value")
+    return _parse_yaml(text, "the value")
 
 
-def _parse(text: str, name: str) -> Any:
+def _parse_yaml(text: str, name: str) -> Any:
     """Return the value of a YAML text.
 
     Args:
