@@ -77,18 +77,18 @@ def examine(
         recomputation.show_departures(comparisons)
 
     for family, name, check in RECORD_CHECKS:
-        add(_comparisons(family, name, partial(check, step)))
+        add(_run_check(family, name, partial(check, step)))
     with threads_for(recomputation.models):
         for family, name, recompute in WEIGHT_CHECKS:
             recomputation.searches_causes = not report.departs_before("loss")
-            add(_comparisons(family, name, partial(recompute, step, recomputation)))
+            add(_run_check(family, name, partial(recompute, step, recomputation)))
         reruns.refine(report, step, recomputation, kinds, notify)
         report.curves = engine_logprobs.departures(recomputation)
     report.suspicions = suspicions(step) if report.first_departure is None else []
     return report
 
 
-def _comparisons(family: str, name: str, check: Callable[[], list[Comparison]]) -> list[Comparison]:
+def _run_check(family: str, name: str, check: Callable[[], list[Comparison]]) -> list[Comparison]:
     """Return what a check finds, or why it could not be made."""
     try:
         return check()

@@ -37,14 +37,14 @@ def write(report: Report, step: RecordedStep) -> Path:
         if first is None
         else f"First departure: {first}.",
         suspicions=report.suspicions,
-        rows=[_row(comparison) for comparison in report.comparisons],
-        plots=_plots(report),
-        responses=[_response(step, index) for index in _worst_responses(report, step)],
+        rows=[_comparison_cells(comparison) for comparison in report.comparisons],
+        plots=_position_plots(report),
+        responses=[_describe_response(step, index) for index in _worst_responses(report, step)],
     )
     return atomic_write(step.folder.path / "why.html", html)
 
 
-def _row(comparison: Comparison) -> dict[str, str]:
+def _comparison_cells(comparison: Comparison) -> dict[str, str]:
     """Return the cells of a check."""
     is_left_out = comparison.status == NOT_CHECKED
     text = comparison.reason if comparison.differs or is_left_out else comparison.description
@@ -68,7 +68,7 @@ def _row(comparison: Comparison) -> dict[str, str]:
     }
 
 
-def _plots(report: Report) -> list[Plot]:
+def _position_plots(report: Report) -> list[Plot]:
     """Plot departures over position, where there are two points at least."""
     return [
         Plot(
@@ -114,7 +114,7 @@ def _worst_responses(report: Report, step: RecordedStep) -> list[ResponseIndex]:
     return sorted(comparison.affected_responses, key=size, reverse=True)[:MAX_SHOWN_RESPONSES]
 
 
-def _response(step: RecordedStep, index: ResponseIndex) -> dict[str, Any]:
+def _describe_response(step: RecordedStep, index: ResponseIndex) -> dict[str, Any]:
     graded = step.responses[index]
     group = step.groups[index[0]]
     prompt = step.tokenizer.hf_tokenizer.decode(group.prompt_ids, skip_special_tokens=False)

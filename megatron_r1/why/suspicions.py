@@ -56,7 +56,7 @@ def _check_truncation(step: RecordedStep) -> str:
     )
 
 
-def _ends(step: RecordedStep, key: str) -> tuple[float, float] | None:
+def _first_and_last_means(step: RecordedStep, key: str) -> tuple[float, float] | None:
     """Return the mean of a metric over the first and the last steps up to this one."""
     lines = [line for line in step.folder.read_metrics() if line["step"] <= step.step]
     values = [value for line in lines if (value := finite_metric(line, key)) is not None]
@@ -65,7 +65,7 @@ def _ends(step: RecordedStep, key: str) -> tuple[float, float] | None:
 
 
 def _check_entropy(step: RecordedStep) -> str:
-    ends = _ends(step, "entropy")
+    ends = _first_and_last_means(step, "entropy")
     if ends is None or ends[1] >= MIN_ENTROPY_FRACTION * ends[0]:
         return ""
     return (
@@ -82,7 +82,7 @@ def _check_learning_rate(step: RecordedStep) -> str:
             f"the learning rate is still warming up, {rate:.3g} of "
             f"{step.config.optimizer.learning_rate:.3g}: optimizer.warmup_updates: {warmup}"
         )
-    rewards, kl = _ends(step, "reward/mean"), finite_metric(step.metrics_row, "kl")
+    rewards, kl = _first_and_last_means(step, "reward/mean"), finite_metric(step.metrics_row, "kl")
     if rewards is None or step.step < 10 or rewards[1] > rewards[0]:
         return ""
     if kl is not None and step.config.rl.kl_beta and kl < SMALL_KL:

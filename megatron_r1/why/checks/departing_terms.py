@@ -53,15 +53,17 @@ def check_terms(step: RecordedStep, recomputation: Recomputation) -> Comparison:
     reason, remedy = term_departure(step, recomputation)
     worst = max(
         departing_coefficients or known_coefficients,
-        key=lambda coefficient: _distance(coefficient) / _limit(coefficient, dtype),
+        key=lambda coefficient: (
+            _coefficient_distance(coefficient) / _coefficient_tolerance(coefficient, dtype)
+        ),
     )
     return Comparison(
         FAMILY,
         NAME,
         DEPARTS if departing_coefficients else EQUAL,
         f"norm of each term's gradient and its coefficient in Adam's first moments: {text}",
-        _distance(worst),
-        _limit(worst, dtype),
+        _coefficient_distance(worst),
+        _coefficient_tolerance(worst, dtype),
         TOLERANCE_SOURCES[dtype],
         f"{reason} ({text})" if departing_coefficients else "",
         remedy=remedy,
@@ -83,14 +85,14 @@ def term_departure(step: RecordedStep, recomputation: Recomputation) -> tuple[st
     )
     if not departing_coefficients:
         return "", ""
-    return _reason(departing_coefficients), _remedy(fit, departing_coefficients)
+    return _describe_terms(departing_coefficients), _suggest_remedy(fit, departing_coefficients)
 
 
-def _distance(coefficient: Coefficient) -> float:
+def _coefficient_distance(coefficient: Coefficient) -> float:
     return abs(coefficient.value - coefficient.term.expected_coefficient)
 
 
-def _limit(coefficient: Coefficient, dtype: str) -> float:
+def _coefficient_tolerance(coefficient: Coefficient, dtype: str) -> float:
     return max(COEFFICIENT_TOLERANCE[dtype], coefficient.uncertainty)
 
 
@@ -126,7 +128,7 @@ def _unchecked_gradients(step: RecordedStep, recomputation: Recomputation) -> li
     return texts
 
 
-def _reason(departing_coefficients: Sequence[Coefficient]) -> str:
+def _describe_terms(departing_coefficients: Sequence[Coefficient]) -> str:
     parts = []
     for coefficient in departing_coefficients:
         value = _rounded_text(coefficient.value, 2)
@@ -139,7 +141,7 @@ def _reason(departing_coefficients: Sequence[Coefficient]) -> str:
     return ", ".join(parts)
 
 
-def _remedy(fit: TermFit, departing_coefficients: Sequence[Coefficient]) -> str:
+def _suggest_remedy(fit: TermFit, departing_coefficients: Sequence[Coefficient]) -> str:
     """Return what to change: where all terms have one factor, what they have in common."""
     known_coefficients = [
         coefficient

@@ -39,7 +39,7 @@ def check_draws(step: RecordedStep, family: str) -> Comparison:
     if not groups:
         return not_checked(family, name, "no group has several responses of one turn")
     copies = [*_improbable_copies(groups), *_whole_groups(groups)]
-    logprobs = [_logprob(step.groups[indices[0][0]], indices[0][1]) for indices in copies]
+    logprobs = [_response_logprob(step.groups[indices[0][0]], indices[0][1]) for indices in copies]
     return fraction_comparison(
         family,
         name,
@@ -65,7 +65,7 @@ def _improbable_copies(groups: dict[int, Group]) -> list[list[ResponseIndex]]:
     copies: dict[tuple[int, bytes], list[ResponseIndex]] = {}
     for number, group in groups.items():
         for index, graded in enumerate(group.responses):
-            if _logprob(group, index) < limit:
+            if _response_logprob(group, index) < limit:
                 tokens = graded.response.token_ids.tobytes()
                 copies.setdefault((number, tokens), []).append((number, index))
     return [indices for indices in copies.values() if len(indices) > 1]
@@ -90,7 +90,7 @@ def log_ratio_of_one_draw(group: Group) -> float:
     It is log((1 + p^(1 - n)) / 2) for n times a response of probability p, else log(1 / 2)."""
     log_ratio = -math.inf
     if _is_one_response(group):
-        log_ratio = (1 - len(group.responses)) * _logprob(group, 0)
+        log_ratio = (1 - len(group.responses)) * _response_logprob(group, 0)
     return float(np.logaddexp(0.0, log_ratio)) - math.log(2)
 
 
@@ -98,6 +98,6 @@ def _is_one_response(group: Group) -> bool:
     return len({graded.response.token_ids.tobytes() for graded in group.responses}) == 1
 
 
-def _logprob(group: Group, index: int) -> float:
+def _response_logprob(group: Group, index: int) -> float:
     """Return the log-probability of a response's tokens, as its engine sampled them."""
     return math.fsum(group.responses[index].response.logprobs)

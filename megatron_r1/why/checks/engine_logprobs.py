@@ -71,33 +71,38 @@ def check_logprobs(step: RecordedStep, recomputation: Recomputation) -> list[Com
         return [not_checked(FAMILY, NAME, "no checkpoint of the tokens' versions is kept")]
     subject = (
         f"those of {len(differences):,} tokens of {len(gaps.gaps):,} sequences with "
-        f"transformers' under the weights of their version{_encoding(step)}; mean |Δ| by engine: "
+        f"transformers' under the weights of their version{_describe_encoding(step)}; mean |Δ| by "
+        "engine: "
         + ", ".join(
             f"{engine} {format_number(mean)}" for engine, mean in gaps.engine_means().items()
         )
         + f"; KL {format_number(kl_of_difference(-differences))}"
     )
-    cause = _explanation(gaps)
+    cause = _find_explanation(gaps)
     if cause is None and gaps.distance <= gaps.tolerance and not gaps.departing_engine():
         return [
-            Comparison(FAMILY, NAME, EQUAL, subject, gaps.distance, gaps.tolerance, _source(step))
+            Comparison(
+                FAMILY, NAME, EQUAL, subject, gaps.distance, gaps.tolerance, _tolerance_source(step)
+            )
         ]
-    return [_departure(gaps, subject, cause)]
+    return [_departing_comparison(gaps, subject, cause)]
 
 
-def _encoding(step: RecordedStep) -> str:
+def _describe_encoding(step: RecordedStep) -> str:
     """Return how the push encodes weights, as text."""
     if not step.run_config.push.fp8:
         return ""
     return ", quantized as the push quantizes them, with activations in float32"
 
 
-def _source(step: RecordedStep) -> str:
+def _tolerance_source(step: RecordedStep) -> str:
     """Return where the tolerance comes from."""
     return FP8_TOLERANCE_SOURCE if step.run_config.push.fp8 else TOLERANCE_SOURCE
 
 
-def _departure(gaps: EngineGaps, subject: str, cause: ExplainedDeparture | None) -> Comparison:
+def _departing_comparison(
+    gaps: EngineGaps, subject: str, cause: ExplainedDeparture | None
+) -> Comparison:
     """Return the comparison that departs, with its cause where that is known."""
     cause = cause or ExplainedDeparture(
         f"mean |Δ| is {format_number(gaps.distance)}: the engine computes another function of "
@@ -117,7 +122,7 @@ def _departure(gaps: EngineGaps, subject: str, cause: ExplainedDeparture | None)
         subject,
         gaps.distance,
         gaps.tolerance,
-        _source(gaps.step),
+        _tolerance_source(gaps.step),
         with_untried(cause.reason, gaps.untried_causes),
         list(departures),
         num_tokens,
@@ -127,7 +132,7 @@ def _departure(gaps: EngineGaps, subject: str, cause: ExplainedDeparture | None)
     )
 
 
-def _explanation(gaps: EngineGaps) -> ExplainedDeparture | None:
+def _find_explanation(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Return what explains the distance; None where nothing does."""
     is_small = gaps.distance <= gaps.tolerance / 16 and not gaps.departing_engine()
     from megatron_r1.why.policy.policy_models import NotInMemory

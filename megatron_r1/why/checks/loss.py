@@ -89,10 +89,11 @@ def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Compari
         return _with_terms(comparisons, step, recomputation)
     substitution, updates = best_explanation
     text = (
-        f"{substitution.name} explains it: loss {_format(updates.metrics['loss'])}, recorded "
-        f"{_format(step.metrics_row.get('loss'))}, by the settings {_format(base.metrics['loss'])}"
+        f"{substitution.name} explains it: loss {_format_value(updates.metrics['loss'])}, recorded "
+        f"{_format_value(step.metrics_row.get('loss'))}, by the settings "
+        f"{_format_value(base.metrics['loss'])}"
     )
-    size = abs(updates.metrics["loss"] - base.metrics["loss"]) / _scale(step)
+    size = abs(updates.metrics["loss"] - base.metrics["loss"]) / _advantage_scale(step)
     text += f"; {format_percent(size)} of the loss by weight of advantages"
     departing_comparison = next(
         (comparison for comparison in comparisons if comparison.differs), None
@@ -181,19 +182,21 @@ def _with_terms(
     ]
 
 
-def _scale(step: RecordedStep) -> float:
+def _advantage_scale(step: RecordedStep) -> float:
     """Return the mean |advantage| of the responses that are trained on, at least 1e-6."""
     sizes = [abs(a) for group in step.advantages for a in group if not math.isnan(a)]
     return max(1e-6, sum(sizes) / max(1, len(sizes)))
 
 
-def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float:
+def _metric_tolerance(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float:
     """Return the largest distance of a metric from its recomputed value, one of `metrics`."""
     dtype, rl = step.run_config.model.dtype, step.config.rl
     if name == "loss":  # of advantages that are all 0, KL and entropy alone
         weights = {"kl": abs(rl.kl_beta), "entropy": abs(rl.entropy_coef)}
-        rounding = sum(weight * _limit(step, term, metrics) for term, weight in weights.items())
-        return max(LOSS_ROUNDING[dtype] * _scale(step), rounding)
+        rounding = sum(
+            weight * _metric_tolerance(step, term, metrics) for term, weight in weights.items()
+        )
+        return max(LOSS_ROUNDING[dtype] * _advantage_scale(step), rounding)
     relative = RELATIVE_TOLERANCES[dtype].get(name, DEFAULT_RELATIVE_TOLERANCE[dtype]) * abs(
         metrics[name]
     )
@@ -202,22 +205,24 @@ def _limit(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float
 
 def _compare_metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> Comparison:
     recomputed_value, logged_value = updates.metrics[name], finite_metric(step.metrics_row, name)
-    limit = _limit(step, name, updates.metrics)
+    limit = _metric_tolerance(step, name, updates.metrics)
     distance = math.inf if logged_value is None else abs(logged_value - recomputed_value)
     reason = (
-        f"{name} is {_format(logged_value)} in metrics.jsonl, {_format(recomputed_value)} "
-        "recomputed"
+        f"{name} is {_format_value(logged_value)} in metrics.jsonl, "
+        f"{_format_value(recomputed_value)} recomputed"
     )
     remedy = "the loss: rl.algorithm and its settings, or the trainer"
     if logged_value is None:
-        reason = f"{name} is not a number in metrics.jsonl, {_format(recomputed_value)} recomputed"
+        reason = (
+            f"{name} is not a number in metrics.jsonl, {_format_value(recomputed_value)} recomputed"
+        )
         remedy = "what makes NaN in the trainer: the loss, model.dtype, model.fusions, fp8"
     return Comparison(
         LOSS,
         name,
         EQUAL if distance <= limit else DEPARTS,
-        f"{_format(logged_value)} of metrics.jsonl with {_format(recomputed_value)} recomputed, "
-        f"over {step.config.rl.minibatches} updates",
+        f"{_format_value(logged_value)} of metrics.jsonl with {_format_value(recomputed_value)} "
+        f"recomputed, over {step.config.rl.minibatches} updates",
         distance,
         limit,
         TOLERANCE_SOURCES[step.run_config.model.dtype],
@@ -226,7 +231,7 @@ def _compare_metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -
     )
 
 
-def _format(value: object) -> str:
+def _format_value(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, int | float) else "no number"
 
 
@@ -248,7 +253,7 @@ def are_recorded(step: RecordedStep, metrics: Mapping[str, float]) -> bool:
     )
     return all(
         logged_value is not None
-        and abs(logged_value - metrics[name]) <= _limit(step, name, metrics)
+        and abs(logged_value - metrics[name]) <= _metric_tolerance(step, name, metrics)
         for logged_value, name in logged_values
     )
 

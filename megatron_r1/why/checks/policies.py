@@ -102,7 +102,7 @@ def _find_explanation(
     `untried_causes` what could not be tried."""
     from megatron_r1.why.policy.policy_models import NotInMemory
 
-    for noun, remedy, make in _candidates(step, recomputation):
+    for noun, remedy, make in _candidate_explanations(step, recomputation):
         try:
             logprobs = make()
         except NotInMemory:
@@ -129,7 +129,7 @@ def _find_explanation(
     return _parted_head(step)
 
 
-def _candidates(step: RecordedStep, recomputation: Recomputation) -> list[Candidate]:
+def _candidate_explanations(step: RecordedStep, recomputation: Recomputation) -> list[Candidate]:
     """Return the possible explanations of the trainer's log-probabilities: a description, the
     remedy, and the function that computes that alternative."""
     from megatron_r1.why.policy.changed_weights import SubstitutedLogprobs

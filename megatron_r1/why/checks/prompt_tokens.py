@@ -32,7 +32,7 @@ def _compare_starts(step: RecordedStep) -> Comparison:
         if len(group.prompt_ids) > 1
         and group.prompt_ids[0] == group.prompt_ids[1]
         and group.prompt_ids[0] in special
-        for index in _indices(number, group)
+        for index in _response_indices(number, group)
     ]
     first = step.groups[departing_responses[0][0]].prompt_ids[0] if departing_responses else 0
     return fraction_comparison(
@@ -61,7 +61,7 @@ def _compare_system_message(step: RecordedStep) -> Comparison:
         total += len(group.responses)
         prompt = step.tokenizer.hf_tokenizer.decode(group.prompt_ids, skip_special_tokens=False)
         if missing_texts := [text for text in system_texts if text.strip() not in prompt]:
-            departing_responses += _indices(number, group)
+            departing_responses += _response_indices(number, group)
             missing_text = missing_text or missing_texts[0]
     if not total:
         return not_checked(FAMILY, name, "no question has one")
@@ -91,7 +91,7 @@ def _compare_prompt_tokens(step: RecordedStep) -> Comparison:
         total += len(group.responses)
         expected_ids = step.tokenizer.encode(group.prompt.question, group.prompt.messages_before)
         if expected_ids != group.prompt_ids:
-            departing_responses += _indices(number, group)
+            departing_responses += _response_indices(number, group)
             reason = reason or _describe_difference(step.tokenizer, group.prompt_ids, expected_ids)
     if not total:
         return not_checked(FAMILY, name, "no question is known")
@@ -132,7 +132,7 @@ def _describe_difference(
     )
 
 
-def _indices(number: int, group: Group) -> Iterator[ResponseIndex]:
+def _response_indices(number: int, group: Group) -> Iterator[ResponseIndex]:
     return ((number, index) for index in range(len(group.responses)))
 
 

@@ -95,7 +95,7 @@ def check_regraded_rewards(step: RecordedStep, new_grades: Grades) -> Comparison
     departures: dict[str, list[ResponseIndex]] = {}
     for index, grades in new_grades.items():
         for term, new_grade in grades.items():
-            if _departs(step.responses[index], term, new_grade):
+            if _is_departing_grade(step.responses[index], term, new_grade):
                 departures.setdefault(term, []).append(index)
     departing_responses = dict.fromkeys(chain.from_iterable(departures.values()))
     reason, remedy = "", ""
@@ -125,7 +125,7 @@ def check_regraded_rewards(step: RecordedStep, new_grades: Grades) -> Comparison
     )
 
 
-def _departs(graded: GradedResponse, term: str, new_grade: Grade) -> bool:
+def _is_departing_grade(graded: GradedResponse, term: str, new_grade: Grade) -> bool:
     """Return whether a term is another than was logged, or can be graded and was not."""
     if term in graded.ungraded_terms:
         return new_grade.is_graded
@@ -183,7 +183,7 @@ async def _grade_responses(step: RecordedStep) -> dict[ResponseIndex, dict[str, 
         if kinds.get(ACCURACY) == PROGRAMS:
             programs.append(index)
         if terms:
-            by_response[index] = {**await _grade(step, index, graders, terms)}
+            by_response[index] = {**await _regrade_response(step, index, graders, terms)}
     for index, new_grade in (await _run_programs(step, programs[:MAX_PROGRAMS])).items():
         by_response.setdefault(index, {})[ACCURACY] = new_grade
     return by_response
@@ -223,8 +223,8 @@ async def _run_program(
         index: the program.
         graders: grade in the workers of a pool."""
     for run in range(MAX_RUNS):
-        new_grade = (await _grade(step, index, graders, [ACCURACY]))[ACCURACY]
-        departs = _departs(step.responses[index], ACCURACY, new_grade)
+        new_grade = (await _regrade_response(step, index, graders, [ACCURACY]))[ACCURACY]
+        departs = _is_departing_grade(step.responses[index], ACCURACY, new_grade)
         if not new_grade.is_graded or (run and not departs):
             return None
         if not departs:
@@ -232,7 +232,7 @@ async def _run_program(
     return new_grade
 
 
-async def _grade(
+async def _regrade_response(
     step: RecordedStep, index: ResponseIndex, graders: RewardTerms, terms: Sequence[str]
 ) -> Mapping[str, Grade]:
     graded = step.responses[index]

@@ -51,7 +51,7 @@ def check_accuracies(step: RecordedStep) -> Comparison:
         if key not in verdict_by_texts and (verdict := _same_values(*key)) is not None:
             verdict_by_texts[key] = verdict
         if key not in verdict_by_texts:
-            gold, response_answer = (_parse(parse, text) for text in (key[1], key[0]))
+            gold, response_answer = (_parse_as_math(parse, text) for text in (key[1], key[0]))
             verdict_by_texts[key] = key[0] == key[1] or bool(
                 gold and response_answer and verify(gold, response_answer)
             )
@@ -87,7 +87,7 @@ def _same_values(answer: str, truth: str) -> bool | None:
         return None
 
 
-def _parse(parse: Callable[..., list[Any]], text: str) -> list[Any]:
+def _parse_as_math(parse: Callable[..., list[Any]], text: str) -> list[Any]:
     return parse(f"${text.strip().strip('$')}$") or parse(text)
 
 

@@ -295,13 +295,13 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
     if suspects and gaps.policies.models.is_streamed:  # each would read the whole checkpoint
         gaps.untried_causes.append("exchanged experts")
         suspects = []
-    for layer, expert, other_expert in _pairs(gaps, suspects):
+    for layer, expert, other_expert in _exchangeable_expert_pairs(gaps, suspects):
         sources = {expert: other_expert, other_expert: expert}
         engine = gaps.explained_engine(gaps.substituted.with_experts(layer, sources))
         if engine is not None:
             return ExplainedDeparture(
-                f"experts {min(sources)} and {max(sources)} of {_layer(layer)} are exchanged in "
-                f"{engine.name}: {engine.gap_sizes}",
+                f"experts {min(sources)} and {max(sources)} of {_layer_name(layer)} are exchanged "
+                f"in {engine.name}: {engine.gap_sizes}",
                 EXPERT_REMEDY,
             )
     if not ranked or gaps.distance <= gaps.tolerance:
@@ -310,7 +310,7 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
     if worst.routed_gap < 4 * worst.other_gap:
         return None
     return ExplainedDeparture(
-        f"tokens of expert {worst.expert} of {_layer(worst.layer)} differ by "
+        f"tokens of expert {worst.expert} of {_layer_name(worst.layer)} differ by "
         f"{format_number(worst.routed_gap)}, others by {format_number(worst.other_gap)}: the "
         "engine has another expert there",
         EXPERT_REMEDY,
@@ -340,13 +340,15 @@ def _stale_expert(gaps: EngineGaps, layer: str, expert: int) -> ExplainedDepartu
         return None
     version, engine = stale
     return ExplainedDeparture(
-        f"expert {expert} of {_layer(layer)} has the weights of version {version} in "
+        f"expert {expert} of {_layer_name(layer)} has the weights of version {version} in "
         f"{engine.name}, not {gaps.newest_version}: {engine.gap_sizes}",
         EXPERT_REMEDY,
     )
 
 
-def _pairs(gaps: EngineGaps, suspects: Sequence[ExpertGap]) -> list[tuple[str, int, int]]:
+def _exchangeable_expert_pairs(
+    gaps: EngineGaps, suspects: Sequence[ExpertGap]
+) -> list[tuple[str, int, int]]:
     """Return pairs of experts of a layer that may be exchanged: the suspects with each other, and
     with experts that few tokens may have been routed to."""
     pairs = [
@@ -369,5 +371,5 @@ def _pairs(gaps: EngineGaps, suspects: Sequence[ExpertGap]) -> list[tuple[str, i
     return [*pairs_by_experts.values()][:MAX_PAIRS]
 
 
-def _layer(name: str) -> str:
+def _layer_name(name: str) -> str:
     return name.removesuffix(".mlp.experts")

@@ -97,7 +97,7 @@ def read_model(source: Path, hf_files: Path, prefix: str = "") -> torch.nn.Modul
     transformers.logging.disable_progress_bar()
     hf_config = read_hf_config(str(hf_files))
     if (source / "config.json").is_file():
-        return _trainable(load_with_transformers(source, hf_config, torch.float32))
+        return _enable_padding_gradient(load_with_transformers(source, hf_config, torch.float32))
     return model_of(read_tensors(source, hf_config, prefix), hf_files)
 
 
@@ -113,7 +113,7 @@ def model_of(tensors: Mapping[str, Tensor], hf_files: Path) -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_folder(tensors, hf_files, folder)
-        model = _trainable(load_with_transformers(folder, hf_config, torch.float32))
+        model = _enable_padding_gradient(load_with_transformers(folder, hf_config, torch.float32))
     state = model.state_dict()
     stacked_tensors = _stacked_experts(tensors)
     if "lm_head.weight" not in stacked_tensors:  # tied
@@ -158,9 +158,9 @@ def read_tensors(source: Path, hf_config: HFConfig, prefix: str = "") -> dict[st
         UserError: the source is incomplete, or another model's."""
     if (source / "config.json").is_file():
         with HFWeights(source, hf_config) as hf_weights:
-            return dict(_tensors(hf_weights, hf_config))
+            return dict(_published_tensors(hf_weights, hf_config))
     with weights_of_part(source, hf_config, prefix) as weights:
-        return dict(_tensors(weights, hf_config))
+        return dict(_published_tensors(weights, hf_config))
 
 
 def write_folder(tensors: Mapping[str, Tensor], hf_files: Path, folder: Path) -> None:
@@ -253,7 +253,7 @@ def _stacked_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stacked
 
 
-def _trainable(model: torch.nn.Module) -> torch.nn.Module:
+def _enable_padding_gradient(model: torch.nn.Module) -> torch.nn.Module:
     """Let the padding token's embedding have a gradient too, as it has in the trainer."""
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
@@ -261,7 +261,7 @@ def _trainable(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def _tensors(
+def _published_tensors(
     weights: MegatronWeights | HFWeights, hf_config: HFConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of the weights, fp32, under its published name."""

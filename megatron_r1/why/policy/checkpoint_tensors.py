@@ -20,7 +20,9 @@ EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 EMBEDDING_NAME, HEAD_NAME = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-def _parts(checkpoint: DistributedCheckpoint, key: str) -> Iterator[tuple[list[int], Tensor]]:
+def _read_saved_rectangles(
+    checkpoint: DistributedCheckpoint, key: str
+) -> Iterator[tuple[list[int], Tensor]]:
     """Yield (starts, values) of the rectangles that a tensor was saved in."""
     for _, starts, sizes in checkpoint.chunks(key):
         yield starts, checkpoint.read(key, starts, sizes)
@@ -33,7 +35,10 @@ def non_finite_tensor_names(path: Path) -> list[str]:
         key
         for key in sorted(checkpoint.shapes)
         if checkpoint.dtypes[key].is_floating_point
-        and any(not bool(values.isfinite().all()) for _, values in _parts(checkpoint, key))
+        and any(
+            not bool(values.isfinite().all())
+            for _, values in _read_saved_rectangles(checkpoint, key)
+        )
     ]
 
 
@@ -50,7 +55,7 @@ def empty_moments(path: Path, ignored_ending: str) -> tuple[list[str], int]:
         if ignored_ending and key.endswith(ignored_ending):
             continue
         name = EXPERT_NUMBER.sub(".experts.", key.removeprefix(prefix))
-        has_moments = any(bool(part.any()) for _, part in _parts(checkpoint, key))
+        has_moments = any(bool(part.any()) for _, part in _read_saved_rectangles(checkpoint, key))
         is_empty[name] = is_empty.get(name, True) and not has_moments
     return [name for name, all_zero in is_empty.items() if all_zero], len(is_empty)
 
@@ -65,7 +70,7 @@ def masters_apart(path: Path) -> tuple[str, float]:
         if name not in checkpoint.shapes:
             continue
         gap_square = square = 0.0
-        for starts, master_values in _parts(checkpoint, key):
+        for starts, master_values in _read_saved_rectangles(checkpoint, key):
             if name in (EMBEDDING_NAME, HEAD_NAME) and starts:
                 rows = min(master_values.shape[0], checkpoint.shapes[name][0] - starts[0])
                 master_values = master_values[: max(0, rows)]
@@ -102,7 +107,7 @@ def change(before: Path, after: Path, hf_files: Path, moves_bias: bool) -> tuple
         hf_files: the folder of the model's config.json.
         moves_bias: leave the routers' biases out: a rule of their own changes them."""
     worst_name, largest_change, squares = "", 0.0, 0.0
-    for name, gap in _changes(before, after, hf_files):
+    for name, gap in _tensor_changes(before, after, hf_files):
         if not gap.numel() or (moves_bias and name.endswith(ROUTER_BIASES)):
             continue
         squares += float(gap.square().sum())
@@ -111,7 +116,7 @@ def change(before: Path, after: Path, hf_files: Path, moves_bias: bool) -> tuple
     return worst_name, largest_change, math.sqrt(squares)
 
 
-def _changes(before: Path, after: Path, hf_files: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensor_changes(before: Path, after: Path, hf_files: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the changes of each tensor, float64, in parts."""
     if not (before / ".metadata").is_file():
         hf_config = read_hf_config(str(hf_files))
@@ -123,7 +128,7 @@ def _changes(before: Path, after: Path, hf_files: Path) -> Iterator[tuple[str, T
     for key in sorted(checkpoint_before.shapes.keys() & checkpoint_after.shapes.keys()):
         if key.startswith(NOT_WEIGHTS) or not checkpoint_before.dtypes[key].is_floating_point:
             continue
-        for starts, before_values in _parts(checkpoint_before, key):
+        for starts, before_values in _read_saved_rectangles(checkpoint_before, key):
             yield (
                 key,
                 checkpoint_after.read(key, starts, before_values.shape).double()

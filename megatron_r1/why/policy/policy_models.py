@@ -57,7 +57,7 @@ class PolicyModels:
         self.step, self.memory = step, memory
         self.sequences = step.sequences
         is_cut = step.config.rollout.uses_sampling_mask
-        self.rows = [_row(sequence, is_cut) for sequence in self.sequences]
+        self.rows = [_make_token_row(sequence, is_cut) for sequence in self.sequences]
         self._models: dict[tuple[Path, str], Any] = {}
         self._sources: dict[tuple[Path, str], TensorSource] = {}
 
@@ -294,7 +294,7 @@ def write_policy(
     checkpoint_model.write_folder(tensors, step.model, folder)
 
 
-def _row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
+def _make_token_row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
     kept_ids = sequence.kept_ids
     if kept_ids is None and is_cut:  # no ids for any token, which `token_logprobs` refuses
         kept_ids = decode_mask(b"", int(sequence.is_sampled.sum()))

@@ -282,7 +282,7 @@ def _row_logprobs(
         temperatures: the logits are divided by each.
         memory: how many logits are there at once."""
     pieces = [[torch.empty(0, dtype=torch.float64)] for _ in temperatures]
-    for tokens, part in _parts(row, memory.logit_tokens):
+    for tokens, part in _split_row(row, memory.logit_tokens):
         logits = head(hidden[tokens])
         for temperature_pieces, temperature in zip(pieces, temperatures, strict=True):
             temperature_pieces.append(token_logprobs_and_entropies(logits, part, temperature)[0])
@@ -306,7 +306,7 @@ def chosen_experts(model: StreamedModel, rows: Sequence[TokenRow]) -> dict[str, 
     return experts_by_layer
 
 
-def _parts(row: TokenRow, num_tokens: int) -> Iterator[tuple[slice, TokenRow]]:
+def _split_row(row: TokenRow, num_tokens: int) -> Iterator[tuple[slice, TokenRow]]:
     """Yield ranges of a row's sampled tokens, each with a copy of the row that samples these alone.
 
     Args:

@@ -99,10 +99,10 @@ def forward_inputs(rows: Sequence[TokenRow]) -> dict[str, Tensor]:
     ids = torch.zeros((len(rows), longest), dtype=torch.int64)
     for index, row in enumerate(rows):
         ids[index, : len(row.token_ids)] = row.token_ids
-    return {"input_ids": ids, **_positions(rows, longest)}
+    return {"input_ids": ids, **_position_inputs(rows, longest)}
 
 
-def _positions(rows: Sequence[TokenRow], longest: int) -> dict[str, Tensor]:
+def _position_inputs(rows: Sequence[TokenRow], longest: int) -> dict[str, Tensor]:
     """Return the positions of rows that have some, with a mask that keeps transformers from taking
     positions that begin anew for the borders of sequences."""
     if all(row.positions is None for row in rows):
@@ -197,7 +197,7 @@ def replayed_experts(model: Any, experts: Tensor) -> Iterator[None]:
         CannotRecompute: a router computes its weights otherwise than `expert_weights`."""
     fields = expert_fields(resolve_aliases(model.config.to_dict()))
     handles = []
-    for layer, router in enumerate(_routers(model)):
+    for layer, router in enumerate(_find_routers(model)):
 
         def replay(
             module: Any,
@@ -238,7 +238,7 @@ def expert_weights(logits: Tensor, choice: Tensor, fields: dict[str, Any]) -> Te
     return weights * fields["moe_router_topk_scaling_factor"]
 
 
-def _routers(model: Any) -> list[torch.nn.Module]:
+def _find_routers(model: Any) -> list[torch.nn.Module]:
     """Return the routers of the layers, in their order."""
     blocks = [module for module in model.modules() if hasattr(module, "experts")]
     return [getattr(block, "gate", None) or block.router for block in blocks]

@@ -72,7 +72,7 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
 
 def examinable(folder: RunFolder, config: Config) -> list[ExaminableStep]:
     """Return the finished steps that have a sample log."""
-    damage = cache(partial(_damage, folder))
+    damage = cache(partial(_describe_damage, folder))
     steps = []
     for step in sorted(_lines_by_step(folder)):
         if step_log_path(folder.sample_log, step).is_file():
@@ -84,7 +84,7 @@ def examinable(folder: RunFolder, config: Config) -> list[ExaminableStep]:
     return steps
 
 
-def _damage(folder: RunFolder, path: Path | None) -> str:
+def _describe_damage(folder: RunFolder, path: Path | None) -> str:
     """Return what the names and sizes of a checkpoint's files say is wrong with it; "" for a folder
     that is not the run's own."""
     if path is None or path.parent != folder.checkpoints:
@@ -158,7 +158,7 @@ def read_steps(folder: RunFolder, config: Config, steps: Iterable[int]) -> Itera
 
     Raises:
         UserError: records of another version of this program, or none of a step's settings."""
-    prompts = _prompts(folder, config)
+    prompts = _load_run_prompts(folder, config)
     lines = _lines_by_step(folder)
     for step in steps:
         yield _read_step_log(folder, config, lines[step], prompts)
@@ -223,7 +223,7 @@ def _trained_on(groups: list[Group], count: int) -> tuple[list[Group], list[Grou
     return different + equal[:missing], equal[missing:]
 
 
-def _prompts(folder: RunFolder, config: Config) -> _Prompts:
+def _load_run_prompts(folder: RunFolder, config: Config) -> _Prompts:
     """Return the questions of the run; where the data is not here, those of samples.jsonl."""
     data = config.data
     try:

@@ -61,7 +61,7 @@ def response_sequences(
         versions, count = np.asarray(response.policy_versions), len(response.token_ids)
         trained_advantage = advantage if count else math.nan
         kept_ids = _decode_kept_ids(response.sampling_mask, np.ones(count, bool))
-        experts = _experts(response.routing, len(ids), shape)
+        experts = _token_experts(response.routing, len(ids), shape)
         yield TokenSequence(
             index, ids, is_sampled, logprobs, versions, trained_advantage, count, kept_ids, experts
         )
@@ -79,7 +79,7 @@ def response_sequences(
             advantage,
             total,
             _decode_kept_ids(branch.sampling_mask, np.frombuffer(branch.is_sampled, bool)),
-            _experts(branch.routing, len(branch.token_ids), shape, end),
+            _token_experts(branch.routing, len(branch.token_ids), shape, end),
         )
 
 
@@ -95,7 +95,7 @@ def _decode_kept_ids(mask: bytes, is_sampled: np.ndarray) -> DecodedMask | None:
     return DecodedMask(counts[is_sampled], ids)
 
 
-def _experts(
+def _token_experts(
     routing: bytes | memoryview, num_tokens: int, shape: RoutingShape | None, end: int | None = None
 ) -> np.ndarray | None:
     """Return the experts of each token, as `TokenSequence.experts`.

@@ -103,7 +103,10 @@ async def score(
         try:
             await fleet.start(folder)
             replies = await asyncio.gather(
-                *(fleet.compute_logprobs(_ids(sequence, length), 1) for sequence in sequences)
+                *(
+                    fleet.compute_logprobs(_fitting_token_ids(sequence, length), 1)
+                    for sequence in sequences
+                )
             )
         except EngineError as error:
             reason = describe_failure(error, logs, f"{ROLE}-0")
@@ -123,7 +126,7 @@ def _check_settings(config: Config, folder: Path) -> None:
     check_arguments(config.rollout, "rollout")
 
 
-def _ids(sequence: TokenSequence, length: int) -> list[int]:
+def _fitting_token_ids(sequence: TokenSequence, length: int) -> list[int]:
     """Return the tokens of a sequence that fit into the engine's positions."""
     return sequence.token_ids[:length].tolist()
 

@@ -94,7 +94,7 @@ async def measure(step: RecordedStep, logprobs: Sequence[np.ndarray], logs: Path
     transformers_samples = [
         _with_logprobs(sample, values) for sample, values in zip(samples, logprobs, strict=True)
     ]
-    trainer = TrainerClient(_config(step), logs)
+    trainer = TrainerClient(_single_rank_config(step), logs)
     try:
         trainer.launch()
         await trainer.connect()
@@ -105,8 +105,10 @@ async def measure(step: RecordedStep, logprobs: Sequence[np.ndarray], logs: Path
                 with_reference=False,
             )
         return RankDistances(
-            await _distance(trainer, samples, step.config.rollout.temperature),
-            await _distance(trainer, transformers_samples, step.config.rollout.temperature),
+            await _measure_logprob_distance(trainer, samples, step.config.rollout.temperature),
+            await _measure_logprob_distance(
+                trainer, transformers_samples, step.config.rollout.temperature
+            ),
         )
     except TrainerError as error:
         raise CannotRecompute(f"the trainer rank: {error}") from error
@@ -114,7 +116,7 @@ async def measure(step: RecordedStep, logprobs: Sequence[np.ndarray], logs: Path
         await trainer.close()
 
 
-def _config(step: RecordedStep) -> Config:
+def _single_rank_config(step: RecordedStep) -> Config:
     """Return the settings of the rank."""
     defaults = ParallelConfig()
     return step.run_config.with_changes(
@@ -123,7 +125,9 @@ def _config(step: RecordedStep) -> Config:
     )
 
 
-async def _distance(trainer: TrainerClient, samples: list[Sample], temperature: float) -> float:
+async def _measure_logprob_distance(
+    trainer: TrainerClient, samples: list[Sample], temperature: float
+) -> float:
     """Return the mean |distance| of the rank's log-probabilities from those of samples, over the
     samples that are trained on."""
     await trainer.load([[sample for sample in samples if sample.is_trained]])

@@ -74,7 +74,7 @@ class CheckpointAfter:
                 for name, values in run.items()
             )
             square = sum(float(values.double().square().sum()) for values in run.values())
-            ratios.append(_ratio(gap_square**0.5, square**0.5))
+            ratios.append(_relative_gap(gap_square**0.5, square**0.5))
         return max(ratios)
 
     def change_distance(
@@ -94,13 +94,15 @@ class CheckpointAfter:
         total_gap = sum(gap**2 for gap, _ in distance.values()) ** 0.5
         total_change = sum(change**2 for _, change in distance.values()) ** 0.5
         by_name = {
-            name: _ratio(gap, change) for name, (gap, change) in distance.items() if gap or change
+            name: _relative_gap(gap, change)
+            for name, (gap, change) in distance.items()
+            if gap or change
         }
         ordered = sorted(by_name.items(), key=lambda item: -item[1])
-        return _ratio(total_gap, total_change), ordered
+        return _relative_gap(total_gap, total_change), ordered
 
 
-def _ratio(gap: float, change: float) -> float:
+def _relative_gap(gap: float, change: float) -> float:
     return gap / change if change else (0.0 if gap == 0 else float("inf"))
 
 

@@ -84,7 +84,8 @@ class FirstUpdate:
         Args:
             rows: those that another recomputation trains on in its first update, by number."""
         return list(rows) == list(self._rows) and all(
-            _inputs(row) == _inputs(self._rows[index]) for index, row in rows.items()
+            _input_identities(row) == _input_identities(self._rows[index])
+            for index, row in rows.items()
         )
 
     def batch_pass(self, rows: Mapping[int, TokenRow]) -> ModelPass:
@@ -98,7 +99,7 @@ class FirstUpdate:
         return self._passes[key]
 
 
-def _inputs(row: TokenRow) -> tuple[int, ...]:
+def _input_identities(row: TokenRow) -> tuple[int, ...]:
     """Return the identities of the tensors on which a model's logits of a row depend; a copy of one
     counts as another."""
     return tuple(map(id, (row.token_ids, row.is_sampled, row.positions, row.experts)))

@@ -165,7 +165,7 @@ def update_means(updates: Sequence[Update]) -> tuple[dict[str, float], dict[str,
     return metrics, terms
 
 
-def _surrogate(
+def _clipped_surrogate(
     row: TokenRow, logprobs: Tensor, old_logprobs: Tensor, loss: LossRules
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the policy's term of each token, the ratio, and whether a clip is active.
@@ -177,7 +177,7 @@ def _surrogate(
         loss: the rules of the loss."""
     x = logprobs - (logprobs.detach() if loss.is_on_policy else old_logprobs)
     if loss.inverts_ratio:
-        x = _negate(x, loss)
+        x = _negate_log_ratio(x, loss)
     if loss.is_sequence_ratio:
         x = x.mean().expand_as(x)
     ratio = x.clamp(max=MAX_LOG_RATIO).exp()
@@ -207,7 +207,7 @@ def _surrogate(
     return surrogate, ratio, is_clipped
 
 
-def _negate(value: Tensor, loss: LossRules) -> Tensor:
+def _negate_log_ratio(value: Tensor, loss: LossRules) -> Tensor:
     """Return the negative of a log-ratio; with `keeps_slope`, its gradient is the log-ratio's."""
     return value - 2 * value.detach() if loss.keeps_slope else -value
 
@@ -276,7 +276,7 @@ def row_terms(
     if loss.uses_engine_as_old:
         old_logprobs = row.logprobs.double()
     # An update on the first mini-batch begins at the old policy.
-    surrogate, ratio, is_clipped = _surrogate(row, logprobs, old_logprobs, loss)
+    surrogate, ratio, is_clipped = _clipped_surrogate(row, logprobs, old_logprobs, loss)
     v = torch.ones_like(logprobs)
     if loss.importance_cap is not None:
         log_ratio = old_logprobs - row.logprobs.double()
@@ -287,7 +287,7 @@ def row_terms(
     if ref_logprobs is not None:
         g = ref_logprobs - logprobs
         if loss.reverses_kl:
-            g = _negate(g, loss)
+            g = _negate_log_ratio(g, loss)
         capped_g = g.clamp(max=MAX_LOG_RATIO)
         k3 = capped_g.expm1() - capped_g
         unbiased = (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO).exp() * k3

@@ -348,7 +348,7 @@ def _trace_substitutions(step: RecordedStep, traces: CheckpointTraces) -> Iterat
         if factor is None or abs(factor - 1) <= FACTOR_TOLERANCE or factor <= 0:
             continue
         yield Substitution(
-            f"{factor:.4g} times the gradient{_ranks(step, factor)}",
+            f"{factor:.4g} times the gradient{_describe_factor(step, factor)}",
             "parallel",
             "the trainer: gradients are summed over micro-batches and ranks, and divided by the "
             "loss's denominator alone",
@@ -385,7 +385,7 @@ def _weight_substitutions(step: RecordedStep, traces: CheckpointTraces) -> Itera
                 yield Substitution(f"rl.{key} {rounded:g}", f"rl.{key}", loss=((key, rounded),))
 
 
-def _ranks(step: RecordedStep, factor: float) -> str:
+def _describe_factor(step: RecordedStep, factor: float) -> str:
     """Return what a factor of the gradient is equal to, as text."""
     parallel, count = step.run_config.parallel, step.metrics_row.get("packing/microbatches", 1)
     ranks = parallel.data_parallel_size(parallel.processes)

@@ -264,7 +264,7 @@ def test_a_departure_without_a_cause_names_the_command_to_type_next():
         sequences=[SimpleNamespace(response=(0, 0))],
         gaps=[np.array([FAR])],
     )
-    departure = engine_logprobs._departure(gaps, "", None)
+    departure = engine_logprobs._departing_comparison(gaps, "", None)
     assert departure.remedy.endswith("; next: megatron-r1 why runs/a --step 3 --rerun engine")
 
 
@@ -278,7 +278,7 @@ def test_scores_of_a_prompt_are_those_of_the_sampled_tokens():
     is_sampled = np.array([False, False, True, True, False, True])
     sequence = SimpleNamespace(token_ids=np.arange(6), is_sampled=is_sampled)
     reply = array("f", [-1.0, -2.0, -3.0, -4.0])  # of tokens 1 to 4: the last did not fit
-    assert fresh_engine._ids(sequence, 5) == [0, 1, 2, 3, 4]
+    assert fresh_engine._fitting_token_ids(sequence, 5) == [0, 1, 2, 3, 4]
     scored = fresh_engine._sampled_logprobs(sequence, reply)
     assert scored[:2].tolist() == [-2.0, -3.0] and np.isnan(scored[2])
 
