@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for sessions in args.sessions:
             size = run_in_process(measure, sessions, args.turns, seconds, args.parser)
             sizes.append(size)
-            print(_line(size), flush=True)
+            print(_describe_size(size), flush=True)
     return {"cores are worth": host.cores_worth(), "goal, ms a turn": GOAL_MS, "sizes": sizes}
 
 
@@ -76,7 +76,7 @@ def measure(*arguments: Any) -> dict[str, Any]:
     return asyncio.run(_measure(*arguments))
 
 
-def _line(size: dict[str, Any]) -> str:
+def _describe_size(size: dict[str, Any]) -> str:
     added = ", ".join(f"{name} {value:.1f}" for name, value in size["added, ms"].items())
     return (
         f"{size['sessions']} sessions x {size['turns']} turns, engine "

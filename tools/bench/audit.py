@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def read_answers(path: Path) -> Iterator[LabelledAnswer]:
     """Yield the labelled answers of a file; a line with `readings` is one of each."""
     if path.suffix == ".yaml":
-        yield from _programs(path)
+        yield from _labelled_programs(path)
         return
     for _, row in read_rows(path):
         if "equal" in row:
@@ -161,7 +161,7 @@ def read_answers(path: Path) -> Iterator[LabelledAnswer]:
             )
 
 
-def _programs(path: Path) -> Iterator[LabelledAnswer]:
+def _labelled_programs(path: Path) -> Iterator[LabelledAnswer]:
     for problem in yaml.safe_load(path.read_text(encoding="utf-8")).values():
         for label in ("right", "wrong"):
             if "python" in problem.get(label, {}):

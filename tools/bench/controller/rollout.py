@@ -130,7 +130,7 @@ def measure(
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = _config(write_model(folder / "model"), groups, tokens, world_size, routed)
+        config = _rollout_config(write_model(folder / "model"), groups, tokens, world_size, routed)
         tokenizer = PromptTokenizer(config.model.path, config.data.template)
         reply = make_reply(
             folder / "model", tokens, len(tokenizer.encode("0" * PROMPT_CHARS)), routed
@@ -311,7 +311,7 @@ async def _call_all(trainer: TrainerClient) -> list[float]:
     return seconds
 
 
-def _config(model: Path, groups: int, tokens: int, world_size: int, routed: bool) -> Config:
+def _rollout_config(model: Path, groups: int, tokens: int, world_size: int, routed: bool) -> Config:
     return parse(
         {
             "model": {"path": str(model)},
@@ -363,7 +363,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         size = groups, args.tokens, args.ranks, args.replicas
         case = args.routing, args.sampling_seconds
         sizes.append(run_in_process(measure, *size, *case))
-        print("\n  ".join([_line(sizes[-1]), *missed_aims(sizes[-1])]), flush=True)
+        print("\n  ".join([_describe_size(sizes[-1]), *missed_aims(sizes[-1])]), flush=True)
     return {"cores are worth": host.cores_worth(), "group": GROUP, "sizes": sizes}
 
 
@@ -381,7 +381,7 @@ def missed_aims(size: dict[str, Any]) -> list[str]:
     return blocked + late * (added > MAX_ADDED) + large * (memory > MAX_BYTES)
 
 
-def _line(size: dict[str, Any]) -> str:
+def _describe_size(size: dict[str, Any]) -> str:
     seconds, peak = size["seconds"], size["peak bytes"]
     phases = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items() if name != "added")
     cpu = ", ".join(f"{name} {value:.1f}" for name, value in size["cpu seconds"].items())

@@ -98,10 +98,12 @@ def make_reply(folder: Path, num_tokens: int, num_prompt_tokens: int, routed: bo
         words = random_numbers.integers(256, 129_000, num_tokens - len(start) - len(end))
         ids.append(np.array([*start, *words, *end], np.int32))
         logprobs.append(-random_numbers.exponential(0.5, num_tokens).astype(np.float32))
-    return GroupReply(ids, logprobs, _routing(num_prompt_tokens + num_tokens) if routed else None)
+    return GroupReply(
+        ids, logprobs, _synthetic_routing(num_prompt_tokens + num_tokens) if routed else None
+    )
 
 
-def _routing(num_tokens: int) -> np.ndarray:
+def _synthetic_routing(num_tokens: int) -> np.ndarray:
     hf_config = json.loads(MODEL_CONFIG.read_text())
     experts, topk = hf_config["n_routed_experts"], hf_config["num_experts_per_tok"]
     first = np.random.default_rng(1).integers(

@@ -116,12 +116,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model.mkdir()
         (model / "config.json").write_text(json.dumps(MODEL))
         runs = _runs(names, args, folder)
-    summary = _summary(names, runs, args.seeds)
+    summary = _summarize_runs(names, runs, args.seeds)
     print(f"loss after {args.steps} steps, {args.seeds} seeds; the language's: {ENTROPY:.3f}")
     print(f"relative loss error: second half of training, against {BASELINE}, smoothed")
     print(COLUMNS[0].format(*COLUMNS[1]))
     for name, row in summary.items():
-        print(COLUMNS[0].format(name, *_cells(row)))
+        print(COLUMNS[0].format(name, *_summary_cells(row)))
     sizes = {"steps": args.steps, "seeds": args.seeds, "sentences": args.sentences}
     return {**sizes, "entropy": ENTROPY, "model": MODEL, "summary": summary, "runs": runs}
 
@@ -153,7 +153,7 @@ def _train(args: argparse.Namespace, folder: str, name: str, seed: int) -> dict[
     return json.loads(output.splitlines()[-1])
 
 
-def _summary(
+def _summarize_runs(
     names: list[str], runs: dict[str, list[dict[str, Any]]], num_seeds: int
 ) -> dict[str, dict[str, Any]]:
     summary = {}
@@ -177,7 +177,7 @@ def _summary(
     return summary
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _summary_cells(row: dict[str, Any]) -> list[str]:
     error = row["loss_error"]
     return [
         f"{row['heldout_loss']:.4f}",

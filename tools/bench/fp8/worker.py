@@ -25,11 +25,11 @@ LOSS = "megatron_r1.trainer.losses:supervised"
 def main() -> None:
     task = json.loads(sys.argv[1])
     os.environ |= rank_variables(0, 1, port=0)
-    grid_position = distributed.initialize(parse(_settings(task)).parallel, seed=task["seed"])
+    grid_position = distributed.initialize(parse(_task_settings(task)).parallel, seed=task["seed"])
     print("\n" + json.dumps(_train(task, grid_position)))
 
 
-def _settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
+def _task_settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
     tree = variant_settings(task["variant"], task["model"], task["seed"], task["threads"])
     tree["model"] |= model
     return tree
@@ -41,7 +41,7 @@ def _train(task: dict[str, Any], grid_position: Any) -> dict[str, Any]:
     from megatron_r1.trainer.trainer import Trainer
 
     language = Language(MODEL["vocab_size"], task["seed"])
-    config = parse(_settings(task))
+    config = parse(_task_settings(task))
     trainer = Trainer(config, grid_position)
     losses, start = [], time.perf_counter()
     for step in range(task["steps"]):
@@ -64,7 +64,7 @@ def _train(task: dict[str, Any], grid_position: Any) -> dict[str, Any]:
         trainer.model_chunks, trainer.hf_config, folder / "model.safetensors", dtype=torch.bfloat16
     )
     # An engine computes in bf16 with the pushed weights; the gap is the trainer's distance from it.
-    engine_settings = _settings({**task, "variant": BASELINE}, init="load", path=str(folder))
+    engine_settings = _task_settings({**task, "variant": BASELINE}, init="load", path=str(folder))
     gap = (_logprobs(Trainer(parse(engine_settings), grid_position), heldout) - logprobs).abs()
     return report | {"logprob_diff": {"mean": gap.mean().item(), "max": gap.max().item()}}
 

@@ -84,7 +84,8 @@ def _run(fault: str, folder: Path) -> dict[str, Any]:
     context = multiprocessing.get_context("fork")
     common = port, folder, fault, tensors
     processes = {
-        place: context.Process(target=_rank, args=(place, *common), daemon=True) for place in places
+        place: context.Process(target=_play_rank, args=(place, *common), daemon=True)
+        for place in places
     }
     for process in processes.values():
         process.start()
@@ -102,7 +103,7 @@ def _run(fault: str, folder: Path) -> dict[str, Any]:
     for process in processes.values():
         process.join(PUSH_SECONDS + 60)
         process.kill()
-    ends = {place: _last(folder, place) for place in places}
+    ends = {place: _read_report(folder, place) for place in places}
     return {
         "connect, seconds": connected,
         "keys in the store": keys,
@@ -115,7 +116,7 @@ def _judge(
     fault: str, ends: dict[Place, dict[str, Any]], processes: dict[Place, Any]
 ) -> dict[str, Any]:
     killed = {place for place, p in processes.items() if p.exitcode == -signal.SIGKILL}
-    victims = _victims(fault)
+    victims = _fault_victims(fault)
     surviving_ends = {place: end for place, end in ends.items() if place not in victims}
     wrong = [str(place) for place, end in surviving_ends.items() if end.get("push 1") != "right"]
     texts = {place: end["error"] for place, end in surviving_ends.items() if end.get("error")}
@@ -150,7 +151,7 @@ def _judge(
     }
 
 
-def _victims(fault: str) -> set[Place]:
+def _fault_victims(fault: str) -> set[Place]:
     if fault == "trainer rank killed":
         return {("trainer", TRAINER, 0)}
     if fault == "engine killed":
@@ -166,26 +167,26 @@ def _wait_for_count(store: TCPStore, key: str, count: int, seconds: float) -> No
         time.sleep(0.02)
 
 
-def _last(folder: Path, place: Place) -> dict[str, Any]:
+def _read_report(folder: Path, place: Place) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for line in read_lines(folder / str(place)):
         record |= line
     return record
 
 
-def _rank(place: Place, port: int, folder: Path, fault: str, tensors: dict[str, Any]) -> None:
+def _play_rank(place: Place, port: int, folder: Path, fault: str, tensors: dict[str, Any]) -> None:
     """Be one rank, and write what happens to a file."""
     gloo.BUCKET_BYTES = gloo.RELAY_BUCKET_BYTES = 1 << 11
     gloo.CLOSE_SECONDS = 0.1
     try:
         with (folder / str(place)).open("w", buffering=1) as out:
-            role = _trainer if place[0] == "trainer" else _engine
+            role = _play_trainer if place[0] == "trainer" else _play_engine
             role(place, port, fault, tensors, lambda **report: out.write(json.dumps(report) + "\n"))
     finally:
         os._exit(0)
 
 
-def _client(port: int) -> TCPStore:
+def _connect_store(port: int) -> TCPStore:
     deadline = time.monotonic() + 60
     while True:
         with contextlib.suppress(RuntimeError):
@@ -194,8 +195,8 @@ def _client(port: int) -> TCPStore:
         time.sleep(0.2)
 
 
-def _trainer(place: Place, port: int, fault: str, tensors: dict[str, Any], note: Any) -> None:
-    rank, store = place[1], _client(port)
+def _play_trainer(place: Place, port: int, fault: str, tensors: dict[str, Any], note: Any) -> None:
+    rank, store = place[1], _connect_store(port)
 
     def share(value: bytes | None) -> bytes:
         if value is not None:
@@ -215,7 +216,7 @@ def _trainer(place: Place, port: int, fault: str, tensors: dict[str, Any], note:
     note(**{"push 1": msgspec.to_builtins(failures) or "right"})
     store.add("complete", 1)
     store.wait(["push2"])
-    if place in _victims(fault):
+    if place in _fault_victims(fault):
         _die_in(LinkPayload, "pack", after=2)
     began = time.monotonic()
     failures = ends.send(2, [NAME]).failures
@@ -225,19 +226,19 @@ def _trainer(place: Place, port: int, fault: str, tensors: dict[str, Any], note:
     _stay(store, fault)
 
 
-def _engine(place: Place, port: int, fault: str, tensors: dict[str, Any], note: Any) -> None:
+def _play_engine(place: Place, port: int, fault: str, tensors: dict[str, Any], note: Any) -> None:
     _, member, rank = place
-    store = _client(port)
+    store = _connect_store(port)
     store.add("ready", 1)
     store.get("connect")
     limits = CONNECT_SECONDS, PUSH_SECONDS
-    met = EngineRendezvous(_client(port), NAME, *limits, member=member, num_members=ENGINES)
+    met = EngineRendezvous(_connect_store(port), NAME, *limits, member=member, num_members=ENGINES)
     table = slot_table(PredictedSharding(HF, ENGINE), ENGINE.coordinate(rank))
     receiver = gloo.GlooReceiver(met, rank, table)
     store.add("connected", 1)
     receiver.received_chunks.wait(1, CONNECT_SECONDS)
     note(**{"push 1": "right" if _is_correct(receiver, tensors) else "wrong"})
-    if place in _victims(fault):  # before push 2 can begin
+    if place in _fault_victims(fault):  # before push 2 can begin
         hangs = fault == "engine rank hangs"
         _die_in(gloo.GlooReceiver, "_relay_buckets", after=0, hangs=hangs)
     store.add("complete", 1)

@@ -115,7 +115,7 @@ def simulate() -> dict[str, Any]:
     """Return, and print, what the checker and the model say to all cases."""
     start = time.process_time()
     rows = []
-    for case in _cases():
+    for case in _scale_cases():
         row = simulate_case(case, PushAssumptions())
         rows.append(row)
         print(
@@ -151,7 +151,7 @@ def missed_aims(row: dict[str, Any]) -> list[str]:
 def simulate_case(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
     """Return the figures of a case."""
     began = time.process_time()
-    order = _order(case)
+    order = _plan_schedule(case)
     planning = time.process_time() - began
     operations = operations_of_rounds(order)
     seconds = transfer_seconds(order, operations, rates)
@@ -190,7 +190,7 @@ def simulate_case(case: ScaleCase, rates: PushAssumptions) -> dict[str, Any]:
 
 def without_order(case: ScaleCase) -> dict[str, Any]:
     """Return what model and checker say to `link_threads`, a push without a common order."""
-    order, stuck, refusal = _order(case), [], None
+    order, stuck, refusal = _plan_schedule(case), [], None
     for buffered in range(LARGEST_BUFFER + 1):
         operations = operations_of_steps(link_threads(order, buffered, interleaved=4))
         stuck.append(StreamQueues(operations).run(buffered, buffered).num_stuck)
@@ -202,7 +202,7 @@ def without_order(case: ScaleCase) -> dict[str, Any]:
     }
 
 
-def _cases() -> Iterator[ScaleCase]:
+def _scale_cases() -> Iterator[ScaleCase]:
     flagship = _planner("examples/deepseek_r1/r1_zero.yaml")
     on_policy = _planner("examples/distill/qwen2.5-math-7b_on_policy.yaml")
     yield ScaleCase("r1_zero", flagship, colocated=True, seeds=100)
@@ -234,7 +234,7 @@ def _many_engines() -> MatchedRegions:
     return MatchedRegions(hf_config, dataclasses.replace(grid, expert=64), engines, stages)
 
 
-def _order(case: ScaleCase) -> RoundSchedule:
+def _plan_schedule(case: ScaleCase) -> RoundSchedule:
     planner, layout = case.planner, case.planner.layout
     sets = engine_sets(layout.engines, MAX_SET_ENGINES)
     plans = plan_sets(planner, FORMS[case.form], sets)

@@ -75,7 +75,7 @@ def _find_unmatched(operations: np.ndarray) -> Refusal | None:
         return None
     first = np.argmax(excess != 0)
     surplus = np.flatnonzero((pair == first) & (operations["sends"] == (excess[first] > 0)))
-    return Refusal(Fault.UNMATCHED, (_wait(operations[surplus[-abs(excess[first])]]),))
+    return Refusal(Fault.UNMATCHED, (_make_wait(operations[surplus[-abs(excess[first])]]),))
 
 
 def _find_mismatch(
@@ -85,7 +85,7 @@ def _find_mismatch(
     if not is_mismatch.any():
         return None
     first = np.argmax(is_mismatch)
-    waits = [_wait(operations[side[first]]) for side in (receives, sends)]
+    waits = [_make_wait(operations[side[first]]) for side in (receives, sends)]
     return Refusal(Fault.MISMATCHED, tuple(waits))
 
 
@@ -104,7 +104,11 @@ def _find_early(operations: np.ndarray, order: RoundSchedule) -> Refusal | None:
     in_time = last[process] < operations["start"]
     has_it = (order.bucket_senders[bucket] == process) & (enters | in_time)
     early_sends = np.flatnonzero(operations["sends"] & ~has_it)
-    return Refusal(Fault.EARLY, (_wait(operations[early_sends[0]]),)) if len(early_sends) else None
+    return (
+        Refusal(Fault.EARLY, (_make_wait(operations[early_sends[0]]),))
+        if len(early_sends)
+        else None
+    )
 
 
 def _pairs(operations: np.ndarray) -> np.ndarray:
@@ -120,7 +124,7 @@ def _pair_order(operations: np.ndarray, *, sends: bool) -> np.ndarray:
     return places[np.argsort(_pairs(operations[places]), kind="stable")]
 
 
-def _wait(operation: np.ndarray | np.void) -> Wait:
+def _make_wait(operation: np.ndarray | np.void) -> Wait:
     process, peer = int(operation["process"]), int(operation["peer"])
     sender, receiver = (process, peer) if operation["sends"] else (peer, process)
     return Wait(process, sender, receiver, int(operation["bucket"]))
@@ -177,5 +181,5 @@ class _Queues:
             stream = int(self.stream[self.partner[waits[stream]]])
         cycle = passed[passed.index(stream) :]
         return Refusal(
-            Fault.CYCLE, tuple(_wait(self.operations[waits[stream]]) for stream in cycle)
+            Fault.CYCLE, tuple(_make_wait(self.operations[waits[stream]]) for stream in cycle)
         )

@@ -98,7 +98,7 @@ async def _rate(
         resolve(batch[0].kind)
     except ValueError:
         return None, 0
-    async with _pool(args) as pool:
+    async with _reward_pool(args) as pool:
         try:
             await asyncio.gather(*(_grade(pool, batch[0]) for _ in range(8 * args.workers)))
         except ValueError as error:
@@ -130,11 +130,11 @@ def math_verify_alone(batch: list[LabelledResponse]) -> dict[str, Any]:
 
 
 async def _soak(args: argparse.Namespace) -> dict[str, Any]:
-    async with _pool(args) as pool:
+    async with _reward_pool(args) as pool:
         return await soak(pool, soak_samples(args.soak))
 
 
-def _pool(args: argparse.Namespace) -> RewardPool:
+def _reward_pool(args: argparse.Namespace) -> RewardPool:
     return RewardPool(args.workers, timeout_seconds=args.timeout)
 
 
@@ -149,8 +149,8 @@ def soak_samples(num: int, seed: int = 0) -> list[LabelledResponse]:
     hundredth is sandboxed programs, if a sandbox is available."""
     rng = random.Random(seed)
     num_hostile, num_faults = int(num * HOSTILE_FRACTION), int(num * FAULT_FRACTION)
-    batch = [_hostile(index, rng) for index in range(num_hostile)]
-    batch += [_fault(FAULTS[index % len(FAULTS)]) for index in range(num_faults)]
+    batch = [_hostile_response(index, rng) for index in range(num_hostile)]
+    batch += [_faulty_response(FAULTS[index % len(FAULTS)]) for index in range(num_faults)]
     if "code" in GRADERS:
         batch += samples.code_samples(int(num * CODE_FRACTION))
     batch += samples.format_samples(num // 20) + samples.language_samples(num // 20)
@@ -201,7 +201,7 @@ async def soak(pool: RewardPool, batch: list[LabelledResponse]) -> dict[str, Any
     return report
 
 
-def _hostile(index: int, rng: random.Random) -> LabelledResponse:
+def _hostile_response(index: int, rng: random.Random) -> LabelledResponse:
     names = [*samples.HOSTILE_ANSWERS, *samples.HOSTILE_RESPONSES]
     name, truth = names[index % len(names)], rng.choice(TRUTHS)
     if name in samples.HOSTILE_RESPONSES:
@@ -211,5 +211,5 @@ def _hostile(index: int, rng: random.Random) -> LabelledResponse:
     return LabelledResponse("math", response, truth, 0.0, f"hostile {name}, truth {truth}")
 
 
-def _fault(name: str) -> LabelledResponse:
+def _faulty_response(name: str) -> LabelledResponse:
     return LabelledResponse(f"tools.bench.rewards.pool:{name}", "", None, 0.0, name)

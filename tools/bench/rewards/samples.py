@@ -41,10 +41,10 @@ def math_groups(num_groups: int, seed: int = 0) -> list[LabelledResponse]:
     sets), 10% words and choices. As in a run, answers repeat within a group."""
     rng = random.Random(seed)
     makers = (
-        [_integer] * 9
-        + [_fraction] * 4
-        + [_surd, _polynomial, _point, _interval, _set]
-        + [_text] * 2
+        [_integer_question] * 9
+        + [_fraction_question] * 4
+        + [_surd_question, _polynomial_question, _point_question, _interval_question, _set_question]
+        + [_text_question] * 2
     )
     samples = []
     for number in range(num_groups):
@@ -95,14 +95,14 @@ def code_samples(num: int) -> list[LabelledResponse]:
 Question = tuple[str, list[str], list[str]]
 
 
-def _integer(rng: random.Random) -> Question:
+def _integer_question(rng: random.Random) -> Question:
     n = rng.randint(-999, 9_999)
     correct = [f"{n}", f"{n}.0", rf"\boxed{{{n}}}", f"x = {n}", f"${n}$", f"{n:,}"]
     incorrect = [f"{n + 1}", f"{n - 7}", f"{n + 10}", f"x = {2 * n + 1}", f"{n} or {n + 1}"]
     return str(n), correct, incorrect
 
 
-def _fraction(rng: random.Random) -> Question:
+def _fraction_question(rng: random.Random) -> Question:
     top, bottom = rng.choice([(1, 2), (3, 4), (7, 5), (9, 8), (11, 16), (13, 20), (21, 25)])
     correct = [
         f"{top}/{bottom}",
@@ -114,38 +114,38 @@ def _fraction(rng: random.Random) -> Question:
     return correct[0], correct, incorrect
 
 
-def _surd(rng: random.Random) -> Question:
+def _surd_question(rng: random.Random) -> Question:
     a, b, c = rng.randint(2, 30), rng.choice([2, 3, 5, 7, 11]), rng.randint(1, 40)
     correct = [rf"{c} + {a}\sqrt{{{b}}}", rf"{a}\sqrt{{{b}}} + {c}", rf"{c} + \sqrt{{{a * a * b}}}"]
     return correct[0], correct, [rf"{c} - {a}\sqrt{{{b}}}", rf"{c} + {a + 1}\sqrt{{{b}}}", f"{c}"]
 
 
-def _polynomial(rng: random.Random) -> Question:
+def _polynomial_question(rng: random.Random) -> Question:
     p, q = rng.randint(1, 30), rng.randint(1, 30)
     correct = [f"x^2 + {p + q}x + {p * q}", f"(x+{p})(x+{q})", f"{p * q} + {p + q}x + x^{{2}}"]
     return correct[0], correct, [f"(x+{p})(x-{q})", f"x^2 + {p + q}x - {p * q}", f"x + {p}"]
 
 
-def _point(rng: random.Random) -> Question:
+def _point_question(rng: random.Random) -> Question:
     a, b = rng.randint(-50, 50), rng.randint(51, 99)
     correct = [f"({a}, {b})", rf"\left({a}, {b}\right)", f"(x, y) = ({a}, {b}.0)"]
     return correct[0], correct, [f"({b}, {a})", f"({a}, {b + 1})", f"{a}"]
 
 
-def _interval(rng: random.Random) -> Question:
+def _interval_question(rng: random.Random) -> Question:
     a = rng.randint(-50, 50)
     b = a + rng.randint(1, 9)
     correct = [f"[{a}, {b})", rf"\left[{a}, {b}\right)", rf"x \in [{a}, {b})"]
     return correct[0], correct, [f"[{a}, {b}]", f"({a}, {b})", rf"[{a}, \infty)"]
 
 
-def _set(rng: random.Random) -> Question:
+def _set_question(rng: random.Random) -> Question:
     a, b = rng.randint(-50, 50), rng.randint(51, 99)
     correct = [f"x={a} or x={b}", f"{b}, {a}", rf"\{{{a}, {b}\}}", f"x = {b}, x = {a}"]
     return correct[0], correct, [f"{a}", f"{a}, {b}, {b + 1}", f"{a}, {b + 1}"]
 
 
-def _text(rng: random.Random) -> Question:
+def _text_question(rng: random.Random) -> Question:
     letter, wrong_letter = rng.sample("ABCDE", 2)
     if rng.random() < 0.5:
         return (

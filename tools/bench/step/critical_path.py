@@ -224,14 +224,14 @@ def table(profile: dict[str, Any], min_seconds: float = 0.002) -> str:
         phases[part["phase"]].append(part)
     sums = {phase: sum(part["seconds"] for part in parts) for phase, parts in phases.items()}
     for phase in sorted(sums, key=lambda phase: -sums[phase]):
-        lines.append(_row(phase, sums[phase], seconds))
+        lines.append(_format_row(phase, sums[phase], seconds))
         small = 0.0
         for part in phases[phase]:
             if part["seconds"] < min_seconds * seconds:
                 small += part["seconds"]
             else:
-                lines.append(_row("  " + part["busy"], part["seconds"], seconds))
-        lines.append(_row("  all else", small, seconds))
+                lines.append(_format_row("  " + part["busy"], part["seconds"], seconds))
+        lines.append(_format_row("  all else", small, seconds))
     lines.append(f"{'':48}{'busy':>9}{'waiting':>9}{'CPU':>9}   ms a step")
     for role, of in profile["roles"].items():
         name = role if of["number"] == 1 else f"{role}, {of['number']:.0f} processes"
@@ -240,5 +240,5 @@ def table(profile: dict[str, Any], min_seconds: float = 0.002) -> str:
     return "\n".join(lines)
 
 
-def _row(name: str, seconds: float, total_seconds: float) -> str:
+def _format_row(name: str, seconds: float, total_seconds: float) -> str:
     return f"{name:66}{1000 * seconds:9.1f} ms{seconds / total_seconds:8.1%}"

@@ -57,7 +57,7 @@ def main() -> None:
         trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             reward_funcs=count_and_reward,
-            args=_arguments(work, folder, steps + 1),
+            args=_training_arguments(work, folder, steps + 1),
             train_dataset=Dataset.from_dict({"prompt": rows}),
             processing_class=AutoTokenizer.from_pretrained(model),
             callbacks=[clock],
@@ -80,7 +80,7 @@ def main() -> None:
         )
 
 
-def _arguments(work: StepWork, folder: str, rollouts: int) -> GRPOConfig:
+def _training_arguments(work: StepWork, folder: str, rollouts: int) -> GRPOConfig:
     own_responses = work.num_responses // int(os.environ.get("WORLD_SIZE", "1"))
     update = own_responses // work.minibatches
     microbatch = work.peer_microbatch or update

@@ -178,7 +178,7 @@ def _compare_with_peer(
                     conditions.append((os.getloadavg()[0], host.cores_worth()))
                     place = Path(folder) / f"{turn} {name} {side}"
                     lines = run_ours(work, *inputs, place, args.steps, settings, root)
-                    steps[name][side] += map(_timings, lines)
+                    steps[name][side] += map(_select_timings, lines)
                     seconds = ", ".join(f"{line['seconds']:.2f}" for line in lines)
                     print(f"{name}, {side}: {seconds} s a step", flush=True)
     comparisons = {}
@@ -198,7 +198,7 @@ def _compare_with_peer(
     return {"conditions": conditions, "comparisons": comparisons, "steps": steps}
 
 
-def _timings(line: dict[str, Any]) -> dict[str, Any]:
+def _select_timings(line: dict[str, Any]) -> dict[str, Any]:
     fields = ("seconds", "core_seconds", "response_tokens")
     return {key: value for key, value in line.items() if key in fields or key.startswith("time/")}
 

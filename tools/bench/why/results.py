@@ -73,10 +73,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _result_of(folder: Path, case: Case, seed: int) -> Path:
-    return folder / "results" / f"{_slug(case.name)}-{seed}.json"
+    return folder / "results" / f"{_name_to_slug(case.name)}-{seed}.json"
 
 
-def _slug(name: str) -> str:
+def _name_to_slug(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name.lower())
 
 

@@ -78,10 +78,10 @@ def run_case(
     start = time.monotonic()
     if case.first_run is not None:
         first_settings = merge_settings(settings, case.first_run)
-        if (first_outcome := _command(first_settings, place, None)).status:
+        if (first_outcome := _run_recipe(first_settings, place, None)).status:
             return first_outcome, place / "run"
     overlay = write_overlay(case, place / "overlay") if case.edits else None
-    outcome = _command(settings, place, overlay)
+    outcome = _run_recipe(settings, place, overlay)
     if overlay is not None and outcome.status == 0:
         check_imports(overlay)
         shutil.rmtree(overlay)
@@ -97,7 +97,7 @@ def _cpu_flags() -> set[str]:
     return {flag for line in lines if line.startswith("flags") for flag in line.split()[2:]}
 
 
-def _command(settings: dict[str, Any], place: Path, overlay: Path | None) -> Ran:
+def _run_recipe(settings: dict[str, Any], place: Path, overlay: Path | None) -> Ran:
     recipe = place / "recipe.yaml"
     recipe.write_text(json.dumps(settings), encoding="utf-8")
     environment = host.environment(PYTHONWARNINGS="ignore")
