@@ -24,14 +24,14 @@ LONGEST_SEQUENCE = 4_096
 
 @dataclass(frozen=True)
 class ProblemSizes:
-    """tokens (T), vocab (V, before the division by tp), hidden (H), dtype by name, tp ranks.
+    """The sizes of a kernel's problem, and the data type of its inputs.
 
     Attributes:
-        tokens: T.
-        vocab: V, before the division by tp.
-        hidden: H.
-        dtype: by name.
-        tp: tensor-parallel ranks."""
+        tokens: tokens of the batch (T).
+        vocab: entries of the whole vocabulary (V), over all tensor-parallel ranks.
+        hidden: the width of the hidden states (H).
+        dtype: the name of the data type, of `DTYPE_NAMES`.
+        tp: the number of tensor-parallel ranks."""
 
     tokens: int
     vocab: int

@@ -114,7 +114,7 @@ class Steps:
         return {"gap": global_means["gap"], "moved": global_means["moved"], "cosine": cosine}
 
     def logprobs(self) -> list[list[float]]:
-        """Return those of every sample's response; for one rank, which has all of them."""
+        """Return the log-probabilities of every response, on a rank that has all samples."""
         response_logprobs: dict[int, list[float]] = {}
         sample_list = samples(self.vocabulary, None, None)
         for members, batch in zip(self.plan, self.trainer.rollout.minibatches[0], strict=True):
@@ -133,7 +133,7 @@ class Steps:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank has the metrics, and no other one is to write them."""
+        """Whether this rank is the one that has the metrics to write."""
         grid_position = self.grid_position
         is_first_context = self.trainer.process_groups.cp.rank() == 0
         is_first = grid_position.data_rank == grid_position.tensor_rank == 0 and is_first_context
@@ -151,7 +151,7 @@ def reference_steps(steps: Steps) -> dict[str, Any]:
 
 
 def compare_steps(steps: Steps, expected: dict[str, Any]) -> dict[str, Any]:
-    """Return how they differ from it."""
+    """Return how the results of the steps differ from `expected`, which is what one rank gave."""
     from megatron_r1.trainer.implementations import describe_implementations
 
     before, after = expected["before"], expected["after"]
