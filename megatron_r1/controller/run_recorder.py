@@ -94,7 +94,7 @@ class RunRecorder:
         last_step = folder.last_step()
         self._restore_state()
         if last_step or self.is_resumed:
-            notes.append(_continuation(config, self.state.step, last_step, steps_before))
+            notes.append(_describe_continuation(config, self.state.step, last_step, steps_before))
         history = map(self._shown, folder.read_metrics())
         self.view = LiveView(title, config.run.steps, facts=facts, history=history)
         for metrics_row in folder.read_evaluations():
@@ -206,14 +206,16 @@ def _keep_finished_steps(folder: RunFolder, config: Config) -> None:
         raise UserError(
             f"run.steps: {steps} is less than the {last_step} steps that {folder.path} has "
             f"finished, and its newest checkpoint is of step {saved_step}: the run would lose "
-            f"{_steps(max(saved_step, steps) + 1, last_step)}. Set run.steps to {last_step} or "
-            "more, or give another run.folder",
+            f"{_describe_steps(max(saved_step, steps) + 1, last_step)}. Set run.steps to "
+            f"{last_step} or more, or give another run.folder",
             key="run.steps",
             cause=Cause.CONFLICT,
         )
 
 
-def _continuation(config: Config, saved_step: int, recorded: int, steps_before: int | None) -> str:
+def _describe_continuation(
+    config: Config, saved_step: int, recorded: int, steps_before: int | None
+) -> str:
     """Return a line that says what of a run is kept, what is done again, and why.
 
     Args:
@@ -224,20 +226,20 @@ def _continuation(config: Config, saved_step: int, recorded: int, steps_before: 
     steps, interval = config.run.steps, config.checkpoint.every
     parts = [f"continuing after step {saved_step}"]
     if saved_step:
-        parts.append(f"{_steps(1, saved_step)} kept, with their checkpoint")
+        parts.append(f"{_describe_steps(1, saved_step)} kept, with their checkpoint")
     else:
         parts = [f"starting over: no checkpoint was written yet (checkpoint.every: {interval})"]
     if recorded > saved_step:
         reason = "newer than the checkpoint" if saved_step else "lost with the trainer"
-        parts.append(f"{_steps(saved_step + 1, recorded)} done again: {reason}")
+        parts.append(f"{_describe_steps(saved_step + 1, recorded)} done again: {reason}")
     if steps_before not in (None, steps):
         parts.append(f"run.steps was {steps_before} and is {steps}")
     if saved_step >= steps:
         parts.append("no step is left to do")
     elif max(saved_step, recorded) < steps:
-        parts.append(f"{_steps(max(saved_step, recorded) + 1, steps)} to do")
+        parts.append(f"{_describe_steps(max(saved_step, recorded) + 1, steps)} to do")
     return "; ".join(parts)
 
 
-def _steps(first: int, last: int) -> str:
+def _describe_steps(first: int, last: int) -> str:
     return f"step {first}" if first == last else f"steps {first} to {last}"

@@ -51,7 +51,7 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
     ratio = (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO).exp()
     g = (ref_logprobs - logprobs).clamp(max=MAX_LOG_RATIO)
     kl = ratio * (g.expm1() - g)
-    weights = _weights(batch, head, settings)[rows]
+    weights = _weights_in_sum(batch, head, settings)[rows]
     total_loss = terms.loss + (settings.kl_beta * (weights * kl).sum()).to(terms.loss.dtype)
     metrics = {
         "loss": Mean(total_loss.detach(), terms.denominator),
@@ -60,7 +60,7 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
     return terms._replace(loss=total_loss, metrics={**terms.metrics, **metrics})
 
 
-def _weights(batch: PackedBatch, head: LossHead, settings: LossSettings) -> Tensor:
+def _weights_in_sum(batch: PackedBatch, head: LossHead, settings: LossSettings) -> Tensor:
     """Return (T,) fp64, what a response token weighs in the sum."""
     from megatron_r1.trainer.losses import token_weights
     from megatron_r1.trainer.rollout_batches import WholeResponses

@@ -195,7 +195,7 @@ def from_record(record: GroupRecord, prompt: Prompt) -> Group:
         record: the group as it is in the log.
         prompt: the prompt with the record's id."""
     responses = [_from_response_record(response) for response in record.responses]
-    return Group(prompt, _array("i", record.prompt_ids).tolist(), responses)
+    return Group(prompt, _read_array("i", record.prompt_ids).tolist(), responses)
 
 
 def _to_response_record(graded: GradedResponse) -> ResponseRecord:
@@ -203,13 +203,13 @@ def _to_response_record(graded: GradedResponse) -> ResponseRecord:
     return ResponseRecord(
         token_ids=memoryview(response.token_ids),
         logprobs=memoryview(response.logprobs),
-        policy_versions=_shortened(response.policy_versions),
+        policy_versions=_shorten_versions(response.policy_versions),
         finish_reason=response.finish_reason,
         routing=memoryview(response.routing),
-        text=_bytes(graded.text),
+        text=_encode_text(graded.text),
         rewards=graded.rewards,
         reward=graded.reward,
-        reason=_bytes(graded.reason),
+        reason=_encode_text(graded.reason),
         ungraded_terms=graded.ungraded_terms,
         is_graded=graded.is_graded,
         teacher_logprobs=None if teacher is None else memoryview(teacher),
@@ -221,21 +221,26 @@ def _to_response_record(graded: GradedResponse) -> ResponseRecord:
 
 def _to_episode_record(episode: Episode) -> EpisodeRecord:
     """Return the record, which has the same fields, its texts and arrays as bytes."""
-    turns = [TurnRecord(**vars(turn) | {"text": _bytes(turn.text)}) for turn in episode.turns]
+    turns = [TurnRecord(**vars(turn) | {"text": _encode_text(turn.text)}) for turn in episode.turns]
     branches = [
         BranchRecord(**{name: memoryview(value) for name, value in vars(branch).items()})
         for branch in episode.branches
     ]
-    parts = {"turns": tuple(turns), "branches": tuple(branches), "reason": _bytes(episode.reason)}
+    parts = {
+        "turns": tuple(turns),
+        "branches": tuple(branches),
+        "reason": _encode_text(episode.reason),
+    }
     return EpisodeRecord(**vars(episode) | parts)
 
 
 def _from_response_record(record: ResponseRecord) -> GradedResponse:
     teacher = record.teacher_logprobs
-    token_ids, versions = _array("i", record.token_ids), _array("i", record.policy_versions)
+    token_ids = _read_array("i", record.token_ids)
+    versions = _read_array("i", record.policy_versions)
     if len(versions) == 1:
         versions *= len(token_ids)
-    logprobs = _array("f", record.logprobs)
+    logprobs = _read_array("f", record.logprobs)
     return GradedResponse(
         Response(
             token_ids=token_ids,
@@ -246,50 +251,50 @@ def _from_response_record(record: ResponseRecord) -> GradedResponse:
             engine=record.engine,
             sampling_mask=bytes(record.sampling_mask),
         ),
-        _str(record.text),
+        _decode_text(record.text),
         record.rewards,
         record.reward,
-        _str(record.reason),
+        _decode_text(record.reason),
         record.ungraded_terms,
         record.is_graded,
-        None if teacher is None else _array("f", teacher),
+        None if teacher is None else _read_array("f", teacher),
         None if record.episode is None else _from_episode_record(record.episode),
     )
 
 
 def _from_episode_record(record: EpisodeRecord) -> Episode:
-    turns = [Turn(**asdict(turn) | {"text": _str(turn.text)}) for turn in record.turns]
+    turns = [Turn(**asdict(turn) | {"text": _decode_text(turn.text)}) for turn in record.turns]
     branches = [
         Branch(
-            _array("i", branch.token_ids),
+            _read_array("i", branch.token_ids),
             bytes(branch.is_sampled),
-            _array("f", branch.logprobs),
-            _array("i", branch.policy_versions),
+            _read_array("f", branch.logprobs),
+            _read_array("i", branch.policy_versions),
             bytes(branch.routing),
             bytes(branch.sampling_mask),
         )
         for branch in record.branches
     ]
-    parts = {"turns": turns, "branches": branches, "reason": _str(record.reason)}
+    parts = {"turns": turns, "branches": branches, "reason": _decode_text(record.reason)}
     return Episode(**asdict(record) | parts)
 
 
-def _bytes(text: str) -> memoryview:
+def _encode_text(text: str) -> memoryview:
     return memoryview(text.encode("utf-8", "surrogatepass"))
 
 
-def _str(content: memoryview) -> str:
+def _decode_text(content: memoryview) -> str:
     return str(content, "utf-8", "surrogatepass")
 
 
-def _shortened(versions: array[int]) -> memoryview:
+def _shorten_versions(versions: array[int]) -> memoryview:
     """Return all versions, or one if they are the same: they would be a quarter of a record."""
     numbers = np.asarray(versions)
     is_uniform = len(numbers) > 1 and (numbers == numbers[0]).all()
     return memoryview(versions[:1] if is_uniform else versions)
 
 
-def _array(typecode: str, content: memoryview) -> array[Any]:
+def _read_array(typecode: str, content: memoryview) -> array[Any]:
     values: array[Any] = array(typecode)
     values.frombytes(content)
     return values

@@ -96,7 +96,7 @@ async def evaluate(
         RunError: too large a share of the responses could not be graded."""
     rollout = await collector.collect(prompts, sampling)
     collector.check_grades(rollout.groups)
-    estimates = await _estimates(collector, rollout.groups, sampling.group_size, rewards)
+    estimates = await _compute_estimates(collector, rollout.groups, sampling.group_size, rewards)
     responses = all_responses(rollout.groups)
     metrics = {
         **{f"eval/{name}": score.value for name, score in estimates.items()},
@@ -122,7 +122,7 @@ async def evaluate(
     return metrics, rollout.groups
 
 
-async def _estimates(
+async def _compute_estimates(
     collector: RolloutCollector, groups: list[Group], num_samples: int, rewards: RewardsConfig
 ) -> dict[str, Estimate]:
     """Return the estimate of each reward, of pass@1, cons@N and the win rates; see `evaluate`."""
@@ -152,13 +152,17 @@ async def _estimates(
     if votes:
         estimates[f"cons@{num_samples}"] = estimate(await asyncio.gather(*votes))
     part = compared_part(rewards.options.get("judge", {}))
-    samples_by_group = [_compared(group, thought_opened, part) for group in groups if part]
+    samples_by_group = [
+        _compare_with_reference(group, thought_opened, part) for group in groups if part
+    ]
     if any(samples_by_group):
         estimates |= win_rates([samples for samples in samples_by_group if samples], seed=0)
     return estimates
 
 
-def _compared(group: Group, thought_opened: bool, part: Part) -> list[tuple[float, int]]:
+def _compare_with_reference(
+    group: Group, thought_opened: bool, part: Part
+) -> list[tuple[float, int]]:
     """Return (preference, difference of lengths) of the group's graded responses, if it is of the
     kind judge."""
     if group.prompt.kind != "judge":

@@ -84,7 +84,7 @@ class ResponseGrader:
             if result.reward is not None:
                 reason = f"{episode.status}: the environment's reward"
                 grades = {ACCURACY: FiniteGrade(result.reward, reason), **grades}
-        return _graded(response, result.text, combine(grades, weights), episode)
+        return _make_graded_response(response, result.text, combine(grades, weights), episode)
 
     @timeline.timed("controller/text of tokens")
     def _decode(self, responses: Sequence[Response]) -> list[str]:
@@ -100,7 +100,7 @@ class ResponseGrader:
         grades = await self._terms.grade(
             terms, prompt, text_with_thought, num_tokens, thought_opened
         )
-        return _graded(response, text, combine(grades, weights))
+        return _make_graded_response(response, text, combine(grades, weights))
 
     async def check_rewards(self, terms: Collection[str], prompts: list[Prompt]) -> None:
         """Call the reward of every kind of prompt and every term once.
@@ -112,7 +112,7 @@ class ResponseGrader:
         await self._terms.check(terms, prompts, self._tokenizer.opens_thought)
 
 
-def _graded(
+def _make_graded_response(
     response: Response, text: str, reward: Reward, episode: Episode | None = None
 ) -> GradedResponse:
     return GradedResponse(

@@ -20,13 +20,13 @@ def training_samples(
     (NaN)."""
     with timeline.span("controller/samples"):
         return [
-            _samples(group.prompt_ids, graded, value)
+            _split_into_samples(group.prompt_ids, graded, value)
             for group, group_values in zip(groups, rewards_or_advantages, strict=True)
             for graded, value in zip(group.responses, group_values, strict=True)
         ]
 
 
-def _samples(
+def _split_into_samples(
     prompt_ids: list[int], graded: GradedResponse, reward_or_advantage: float
 ) -> list[Sample]:
     response, teacher_logprobs = graded.response, graded.teacher_logprobs

@@ -59,7 +59,7 @@ class RoleDiagnosis:
     recover: Callable[[], Awaitable[None]] | None = None
 
 
-def _indented(lines: list[str], width: int = 4) -> list[str]:
+def _indent_lines(lines: list[str], width: int = 4) -> list[str]:
     """Return the lines of all texts, each `width` spaces to the right."""
     return [" " * width + line for text in lines for line in text.splitlines()]
 
@@ -73,8 +73,8 @@ async def inspect_trainer(trainer: TrainerClient) -> RoleDiagnosis:
         headline = "trainer: every rank waits for the controller"
     else:
         duration = format_seconds(time.monotonic() - pending_call.since)
-        missing_ranks = _ranks(sorted(pending_call.missing))
-        locations = _locations(trainer, pending_call.missing, statuses)
+        missing_ranks = _describe_ranks(sorted(pending_call.missing))
+        locations = _describe_locations(trainer, pending_call.missing, statuses)
         headline = (
             f"trainer: {pending_call.operation!r} since {duration}, no reply from {missing_ranks}; "
             f"{locations}"
@@ -90,7 +90,9 @@ async def inspect_trainer(trainer: TrainerClient) -> RoleDiagnosis:
     return RoleDiagnosis("trainer", headline, details, kill if can_recover else None)
 
 
-def _locations(trainer: TrainerClient, missing: set[int], statuses: dict[int, RankStatus]) -> str:
+def _describe_locations(
+    trainer: TrainerClient, missing: set[int], statuses: dict[int, RankStatus]
+) -> str:
     """Return where ranks are, grouped by location. Ranks that do not respond come first: the others
     wait for them."""
     by_location: dict[str, list[int]] = {}
@@ -103,7 +105,9 @@ def _locations(trainer: TrainerClient, missing: set[int], statuses: dict[int, Ra
                 f"in {collective}" if collective else f"in no collective, at {main.frames[-1]}"
             )
         by_location.setdefault(location, []).append(rank)
-    return "; ".join(f"{_ranks(ranks)} {location}" for location, ranks in by_location.items())
+    return "; ".join(
+        f"{_describe_ranks(ranks)} {location}" for location, ranks in by_location.items()
+    )
 
 
 def _rank_lines(trainer: TrainerClient, rank: int, status: RankStatus | None) -> list[str]:
@@ -115,7 +119,8 @@ def _rank_lines(trainer: TrainerClient, rank: int, status: RankStatus | None) ->
         # Helper threads only if they wait for other ranks too, such as a checkpoint's.
         if index == 0 or thread.collective:
             suffix = f", in {thread.collective}" if thread.collective else ""
-            lines += _indented([f"thread {thread.name}{suffix}"], 2) + _indented(thread.frames)
+            lines += _indent_lines([f"thread {thread.name}{suffix}"], 2)
+            lines += _indent_lines(thread.frames)
     return lines
 
 
@@ -142,7 +147,7 @@ def _process_state(process: int) -> str:
     return f"process {process} is {PROCESS_STATES.get(state, state)}"
 
 
-def _ranks(ranks: list[int], limit: int = 16) -> str:
+def _describe_ranks(ranks: list[int], limit: int = 16) -> str:
     numbers = ", ".join(map(str, ranks[:limit]))
     remainder = f" and {len(ranks) - limit} more" if len(ranks) > limit else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {numbers}{remainder}"
@@ -159,7 +164,9 @@ async def _inspect_engines(collector: RolloutCollector, pushing: bool = False) -
     headline = _describe_in_flight(in_flight, "sampling")
     if pushing:
         headline = f"given weights after version {fleet.policy_version}"
-    return await _inspect(list(fleet.engines), "engines", headline, in_flight.oldest("sampling"))
+    return await _diagnose_engines(
+        list(fleet.engines), "engines", headline, in_flight.oldest("sampling")
+    )
 
 
 async def _inspect_teacher(collector: RolloutCollector) -> RoleDiagnosis:
@@ -168,7 +175,9 @@ async def _inspect_teacher(collector: RolloutCollector) -> RoleDiagnosis:
     in_flight = collector.in_flight
     headline = _describe_in_flight(in_flight, "awaiting_teacher")
     engines = [engine for fleet in collector.teachers.fleets.values() for engine in fleet.engines]
-    return await _inspect(engines, "teacher", headline, in_flight.oldest("awaiting_teacher"))
+    return await _diagnose_engines(
+        engines, "teacher", headline, in_flight.oldest("awaiting_teacher")
+    )
 
 
 def _inspect_rewards(collector: RolloutCollector) -> RoleDiagnosis:
@@ -203,7 +212,7 @@ async def count_tokens(collector: RolloutCollector) -> int:
     return sum(await asyncio.gather(*(generated_tokens(engine) for engine in running_engines)))
 
 
-async def _stacks(engine: Engine) -> str:
+async def _request_stacks(engine: Engine) -> str:
     """Return the stacks of an engine's processes on this host, which a signal makes them log."""
     server = engine.server
     if not isinstance(server, EngineServer) or server.process is None:
@@ -234,11 +243,11 @@ def _describe_in_flight(in_flight: InFlightGroups, phase: Phase) -> str:
     return f"{in_flight.count(phase)} groups are not back{oldest_age}"
 
 
-async def _inspect(
+async def _diagnose_engines(
     engines: Sequence[Engine], role: str, headline: str, oldest: InFlightGroup | None
 ) -> RoleDiagnosis:
     """Inspect all engines. Those that do not respond are stuck; if all do, those with requests."""
-    states = dict(zip(engines, await asyncio.gather(*map(_state, engines)), strict=True))
+    states = dict(zip(engines, await asyncio.gather(*map(_describe_state, engines)), strict=True))
     stuck_engines = [e for e, (_, responds) in states.items() if e.is_up and not responds]
     stuck_engines = stuck_engines or [
         engine for engine in engines if engine.is_up and engine.num_running
@@ -247,7 +256,7 @@ async def _inspect(
     for engine, (state, _) in states.items():
         details.append(f"{engine.name}: {state}")
         if engine in stuck_engines:
-            details += _indented((await _stacks(engine)).splitlines())
+            details += _indent_lines((await _request_stacks(engine)).splitlines())
     headlines = [f"{role}: {headline}", *(f"{e.name}: {states[e][0]}" for e in stuck_engines)]
 
     async def kill() -> None:
@@ -256,7 +265,7 @@ async def _inspect(
     return RoleDiagnosis(role, "; ".join(headlines), details, kill if stuck_engines else None)
 
 
-async def _state(engine: Engine) -> tuple[str, bool]:
+async def _describe_state(engine: Engine) -> tuple[str, bool]:
     """Return an engine's state, and whether its core responds."""
     if not engine.is_up:
         return "being replaced", False
@@ -318,7 +327,7 @@ def report(run: RunRoles, diagnoses: list[RoleDiagnosis], quiet_seconds: float) 
     ]
     for diagnosis in diagnoses:
         title = diagnosis.headline
-        lines += ["", title, "-" * min(len(title), 100), *_indented(diagnosis.details, 0)]
+        lines += ["", title, "-" * min(len(title), 100), *_indent_lines(diagnosis.details, 0)]
     return "\n".join(lines) + "\n"
 
 
@@ -349,7 +358,7 @@ def _inspect_controller(run: RunRoles) -> RoleDiagnosis:
     details = []
     for task in asyncio.all_tasks():
         if task is not asyncio.current_task():
-            details += [f"task {task.get_name()}", *_indented(_suspended_frames(task))]
+            details += [f"task {task.get_name()}", *_indent_lines(_suspended_frames(task))]
     return RoleDiagnosis("controller", f"controller: in phase {activity}", details)
 
 

@@ -142,53 +142,65 @@ class HealthServer(Collector):
         run = self._watchdog.run
         yield from _step_metrics(run)
         is_stalled = self._watchdog.is_stalled
-        yield _gauge("stalled", "1: nothing has moved for run.hang_seconds", is_stalled)
-        yield _gauge(
+        yield _make_gauge("stalled", "1: nothing has moved for run.hang_seconds", is_stalled)
+        yield _make_gauge(
             "seconds_since_progress",
             "seconds since any role made progress",
             self._watchdog.quiet_seconds,
         )
-        yield _counter("hang_reports", "hangs that were reported", self._watchdog.num_reports)
+        yield _make_counter("hang_reports", "hangs that were reported", self._watchdog.num_reports)
         trainer = run.trainer
-        yield _gauge("trainer_ranks", "ranks that have built their model", len(trainer.ranks))
-        yield _counter("trainer_restarts", "restarts of all ranks together", trainer.num_restarts)
-        yield _counter("trainer_replies", "replies of single ranks to calls", trainer.num_replies)
+        yield _make_gauge("trainer_ranks", "ranks that have built their model", len(trainer.ranks))
+        yield _make_counter(
+            "trainer_restarts", "restarts of all ranks together", trainer.num_restarts
+        )
+        yield _make_counter(
+            "trainer_replies", "replies of single ranks to calls", trainer.num_replies
+        )
         if run.collector is not None:
             yield from _rollout_metrics(run.collector)
 
 
 def _step_metrics(run: RunRoles) -> Iterator[Metric]:
     latest_metrics = dict(run.recorder.latest_metrics)
-    yield _gauge("step", "last finished step", latest_metrics.pop("step", run.recorder.state.step))
+    yield _make_gauge(
+        "step", "last finished step", latest_metrics.pop("step", run.recorder.state.step)
+    )
     seconds = {}
     for name, value in latest_metrics.items():
         if isinstance(value, int | float) and math.isfinite(value) and name not in COUNTED_METRICS:
             if name.startswith("time/"):
                 seconds[name.removeprefix("time/")] = value
             else:
-                yield _gauge(re.sub(r"\W", "_", name), f"{name} of the last step", value)
-    yield _gauges("phase_seconds", "seconds of each phase of the last step", "phase", seconds)
+                yield _make_gauge(re.sub(r"\W", "_", name), f"{name} of the last step", value)
+    yield _make_labelled_gauge(
+        "phase_seconds", "seconds of each phase of the last step", "phase", seconds
+    )
 
 
 def _rollout_metrics(collector: RolloutCollector) -> Iterator[Metric]:
     fleet, in_flight = collector.fleet, collector.in_flight
     num_running = {engine.name: engine.num_running for engine in fleet.engines}
     are_up = {engine.name: engine.is_up for engine in fleet.engines}
-    yield _gauges("engine_up", "1: the engine serves requests", "engine", are_up)
-    yield _gauges(
+    yield _make_labelled_gauge("engine_up", "1: the engine serves requests", "engine", are_up)
+    yield _make_labelled_gauge(
         "engine_sequences", "sequences that the engine is generating", "engine", num_running
     )
-    yield _counter("engine_restarts", "restarts of engines that died or hung", fleet.num_restarts)
-    yield _gauge(
+    yield _make_counter(
+        "engine_restarts", "restarts of engines that died or hung", fleet.num_restarts
+    )
+    yield _make_gauge(
         "engines_policy_version", "version of the weights that engines have", fleet.policy_version
     )
-    yield _counter("samples", "responses received", in_flight.num_responses)
-    yield _counter("tokens", "tokens of these responses", in_flight.num_tokens)
-    yield _counter("groups", "groups sampled", in_flight.num_sampled)
+    yield _make_counter("samples", "responses received", in_flight.num_responses)
+    yield _make_counter("tokens", "tokens of these responses", in_flight.num_tokens)
+    yield _make_counter("groups", "groups sampled", in_flight.num_sampled)
     groups_in_flight: dict[str, float] = {
         label: in_flight.count(phase) for phase, label in PHASE_LABELS.items()
     }
-    yield _gauges("groups_open", "groups that are not finished", "doing", groups_in_flight)
+    yield _make_labelled_gauge(
+        "groups_open", "groups that are not finished", "doing", groups_in_flight
+    )
     grades = CounterMetricFamily(
         f"{METRIC_PREFIX}grader_results", "results of reward workers", labels=["result"]
     )
@@ -200,16 +212,18 @@ def _rollout_metrics(collector: RolloutCollector) -> Iterator[Metric]:
     yield from (grades, levels)
 
 
-def _gauge(name: str, meaning: str, value: float) -> Metric:
+def _make_gauge(name: str, meaning: str, value: float) -> Metric:
     return GaugeMetricFamily(METRIC_PREFIX + name, meaning, value=float(value))
 
 
-def _gauges(name: str, meaning: str, label: str, values: Mapping[str, float]) -> Metric:
+def _make_labelled_gauge(
+    name: str, meaning: str, label: str, values: Mapping[str, float]
+) -> Metric:
     family = GaugeMetricFamily(METRIC_PREFIX + name, meaning, labels=[label])
     for key, value in values.items():
         family.add_metric([key], value)
     return family
 
 
-def _counter(name: str, meaning: str, value: float) -> Metric:
+def _make_counter(name: str, meaning: str, value: float) -> Metric:
     return CounterMetricFamily(METRIC_PREFIX + name, meaning, value=float(value))

@@ -74,7 +74,7 @@ class RankProcesses:
                 **import_environment(),
                 **(process_memory.trainer_allocator(os.environ) if gpu.is_usable() else {}),
             }
-            self._processes.append(_start([address, settings], self._log(rank), environment))
+            self._processes.append(_start_rank([address, settings], self._log(rank), environment))
 
     def stop(self) -> None:
         """End every rank: SIGTERM, and after five seconds SIGKILL."""
@@ -133,7 +133,7 @@ class RankProcesses:
         return self._log_folder / f"trainer_{rank}.log"
 
 
-def _start(
+def _start_rank(
     arguments: list[str], log: Path, environment: dict[str, str]
 ) -> ForkedProcess | subprocess.Popen[bytes]:
     if gpu.is_usable():  # the import of Megatron-Core initializes CUDA: no process can be forked

@@ -230,7 +230,7 @@ class RolloutFleet:
                     count, num_prompt_tokens, expected_length, step, affinity=affinity
                 ),
                 lambda client: client.generate(prompt_token_ids, n=count, **sampling),
-                _lengths,
+                _response_lengths,
             )
 
         limit = self._max_request_responses
@@ -243,7 +243,7 @@ class RolloutFleet:
         finally:
             for request in requests:
                 request.cancel()  # of those that are done nothing is left to cancel
-        self.length_estimator.add(kind, num_prompt_tokens, _lengths(responses))
+        self.length_estimator.add(kind, num_prompt_tokens, _response_lengths(responses))
         return responses
 
     async def compute_logprobs(
@@ -450,5 +450,5 @@ class RolloutFleet:
         return [engine for engine in engines if engine.is_up]
 
 
-def _lengths(responses: Sequence[Response]) -> list[int]:
+def _response_lengths(responses: Sequence[Response]) -> list[int]:
     return [len(response.token_ids) for response in responses]

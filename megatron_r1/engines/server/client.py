@@ -321,10 +321,10 @@ class EngineClient:
         except (aiohttp.ClientError, OSError) as error:
             message = f"{self.url}{path}: {type(error).__name__}: {error}"
             raise ConnectionBroken(message) from error
-        raise _refusal(self.url + path, reply.status, body)
+        raise _refusal_error(self.url + path, reply.status, body)
 
     def _unusable(self, body: bytes, error: ValueError) -> EngineFault:
-        return EngineFault(f"{self.url}{GENERATE_PATH}: {error}: {_shorten(body)}")
+        return EngineFault(f"{self.url}{GENERATE_PATH}: {error}: {_shorten_body(body)}")
 
 
 async def is_healthy(url: str, path: str = "/health") -> bool:
@@ -337,7 +337,7 @@ async def is_healthy(url: str, path: str = "/health") -> bool:
     return True
 
 
-def _refusal(address: str, status: int, body: bytes) -> EngineError:
+def _refusal_error(address: str, status: int, body: bytes) -> EngineError:
     """Return the error of a reply with another status than 200."""
     try:
         reply = msgspec.json.decode(body, type=ErrorReply)
@@ -345,9 +345,9 @@ def _refusal(address: str, status: int, body: bytes) -> EngineError:
         reply = ErrorReply()
     kinds = {EngineLacksPush.KIND: EngineLacksPush, EngineDied.KIND: EngineDied}
     error = EngineError if status < 500 else kinds.get(reply.kind, EngineFault)
-    return error(f"{address}: {reply.error or f'status {status}: {_shorten(body)}'}", status)
+    return error(f"{address}: {reply.error or f'status {status}: {_shorten_body(body)}'}", status)
 
 
-def _shorten(body: bytes) -> str:
+def _shorten_body(body: bytes) -> str:
     text = body.decode(errors="replace")
     return text if len(text) <= BODY_EXCERPT_CHARS else text[:BODY_EXCERPT_CHARS] + "..."

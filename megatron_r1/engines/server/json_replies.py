@@ -95,7 +95,7 @@ def parse_responses(
             among those that were kept, a log-probability is not finite, or the policy versions or
             routed experts do not cover exactly the tokens."""
     return [
-        _response(choice, num_prompt_tokens, routing, vocab_size, has_mask)
+        _read_choice(choice, num_prompt_tokens, routing, vocab_size, has_mask)
         for choice in _decode_generate(body).choices
     ]
 
@@ -124,7 +124,7 @@ def parse_prompt_logprobs(body: bytes, token_ids: Sequence[int], first: int) -> 
     return logprobs
 
 
-def _response(
+def _read_choice(
     choice: GenerateChoice,
     num_prompt_tokens: int,
     routing: RoutingShape | None,

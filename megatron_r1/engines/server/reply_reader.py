@@ -153,7 +153,9 @@ async def _read_routing(
                 raw_bytes = await content.readexactly(dtype.itemsize * int(np.prod(dimensions)))
                 rows = np.frombuffer(raw_bytes, dtype).reshape(dimensions)
                 # In a thread: a write waits for the disk once the system's buffers are full.
-                sizes.append(await asyncio.to_thread(_write, file, rows, shape, num_tokens))
+                sizes.append(
+                    await asyncio.to_thread(_append_routing, file, rows, shape, num_tokens)
+                )
         if not sum(sizes):
             return [memoryview(b"")] * len(sizes)
         mapped_file = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
@@ -161,7 +163,7 @@ async def _read_routing(
     return [mapped_file[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def _write(file: IO[bytes], rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> int:
+def _append_routing(file: IO[bytes], rows: np.ndarray, shape: RoutingShape, num_tokens: int) -> int:
     """Append the checked rows; return how many bytes they are.
 
     Args:

@@ -157,7 +157,7 @@ def check_arguments(engines: RolloutConfig | TeacherEngines, section: str) -> No
     on_hosts = isinstance(engines, RolloutConfig) and engines.placement == "hosts"
     if not engines.vllm or (on_hosts and find_spec("vllm") is None):
         return
-    parse_result = _parse(argument_list(engines.vllm))
+    parse_result = _parse_with_vllm(argument_list(engines.vllm))
     for argument in engines.vllm:
         name = argument.replace("-", "_")
         if name not in parse_result.names:
@@ -170,7 +170,11 @@ def check_arguments(engines: RolloutConfig | TeacherEngines, section: str) -> No
             )
     if parse_result.error:
         setting = next(
-            (f"{section}.vllm.{name}" for name in engines.vllm if _names(parse_result.error, name)),
+            (
+                f"{section}.vllm.{name}"
+                for name in engines.vllm
+                if _has_name(parse_result.error, name)
+            ),
             f"{section}.vllm",
         )
         raise UserError(
@@ -181,11 +185,11 @@ def check_arguments(engines: RolloutConfig | TeacherEngines, section: str) -> No
         )
 
 
-def _names(error: str, name: str) -> bool:
+def _has_name(error: str, name: str) -> bool:
     return any(form in error for form in (name.replace("_", "-"), name.replace("-", "_")))
 
 
-def _parse(words: list[str]) -> ParsedArguments:
+def _parse_with_vllm(words: list[str]) -> ParsedArguments:
     process = subprocess.run(
         [sys.executable, "-m", CHECKER],
         input=json.dumps(words),

@@ -34,7 +34,9 @@ def allocator_of(environment):
 
 def test_ranks_on_gpus_let_segments_grow(has_gpu, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(rank_processes, "_start", lambda command, log, own: started.append(own))
+    monkeypatch.setattr(
+        rank_processes, "_start_rank", lambda command, log, own: started.append(own)
+    )
     config = parse({"run": {"folder": "x"}, "parallel": {"processes": 2}})
     RankProcesses(tmp_path).start(config, "tcp://127.0.0.1:1", "secret")
     expected = TRAINERS if has_gpu else {}

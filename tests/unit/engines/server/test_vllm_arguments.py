@@ -154,6 +154,6 @@ def test_vllm_reads_what_recipes_of_clusters_set():
             "eplb_config": {"num_redundant_experts": 32},
         }
     )
-    parsed = vllm_arguments._parse(words)
+    parsed = vllm_arguments._parse_with_vllm(words)
     assert parsed.error == ""
     assert {*RESERVED_ARGUMENTS, *FIXED_ARGUMENTS, *SERVER_ARGUMENTS} - set(parsed.names) == set()
