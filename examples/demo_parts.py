@@ -5,7 +5,10 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+
+from megatron_r1.base.processes.children import die_with_parent
 
 
 def announce(text: str) -> None:
@@ -18,11 +21,17 @@ def megatron_r1(verb: str, recipe: Path, folder: Path, seed: str, *settings: str
 
 
 def python(module: str, *arguments: str) -> None:
-    """Run a module; if it fails, end the demo with its exit status: it has printed the reason."""
-    # Ctrl-C also reaches the module, which finishes its present step: wait for it.
-    before = signal.signal(signal.SIGINT, lambda *_: None)
-    status = subprocess.Popen([sys.executable, "-m", module, *arguments]).wait()
-    signal.signal(signal.SIGINT, before)
+    """Run a module; if it fails, end the demo with its exit status: it has printed the reason.
+
+    A signal that ends the demo ends the module, too, which finishes its present step."""
+    command = [sys.executable, "-m", module, *arguments]
+    # Ctrl-C also reaches the module: wait for it. SIGKILL of the demo becomes its SIGTERM.
+    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
+    process = subprocess.Popen(command, preexec_fn=partial(die_with_parent, signal.SIGTERM))
+    handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    status = process.wait()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if status:
         sys.exit(status)
 
