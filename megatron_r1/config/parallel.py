@@ -70,7 +70,7 @@ class ParallelConfig(Section):
     verify or export; after that the ranks end with an error"""
 
     @property
-    def microbatch_limit(self) -> int:
+    def microbatch_tokens(self) -> int:
         """The setting `tokens_per_microbatch`, or its default on GPUs."""
         return self.tokens_per_microbatch or DEFAULT_TOKENS
 

@@ -134,7 +134,7 @@ class RunCalibration:
         fill, count = self._median("packing/fill"), self._median("packing/microbatches")
         sample = None
         if fill and count:
-            limit = job.parallel.microbatch_limit
+            limit = job.parallel.microbatch_tokens
             sample = (
                 fill
                 * limit

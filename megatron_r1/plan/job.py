@@ -267,7 +267,7 @@ class PlannedJob:
     @property
     def microbatch_tokens(self) -> int:
         """Tokens of the largest micro-batch: a sample longer than the limit has one of its own."""
-        return max(self.parallel.microbatch_limit, self.max_sample_tokens)
+        return max(self.parallel.microbatch_tokens, self.max_sample_tokens)
 
     @property
     def step_samples(self) -> float:
@@ -285,7 +285,7 @@ class PlannedJob:
     def num_microbatches(self) -> int:
         """Micro-batches of one optimizer step on each data-parallel rank."""
         tokens = self.step_samples * self.sample_tokens
-        limit = max(self.parallel.microbatch_limit, self.sample_tokens)
+        limit = max(self.parallel.microbatch_tokens, self.sample_tokens)
         return max(1, -(-int(tokens) // (self.data_parallel_size * limit)))
 
     @property

@@ -198,7 +198,7 @@ def _microbatch_tokens(config: Config) -> int:
     more tokens than there."""
     rollout = config.rollout
     longest = rollout.max_model_len or rollout.max_response_tokens
-    tokens = config.parallel.microbatch_limit
+    tokens = config.parallel.microbatch_tokens
     return max(1, min(tokens, tokens * max_model_len(config) // longest))
 
 

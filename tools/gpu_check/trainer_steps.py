@@ -78,7 +78,7 @@ class Steps:
         """Compute the log-probabilities of the samples."""
         sample_list = samples(self.vocabulary, logprobs, earlier_logprobs)
         lengths = [len(sample) for sample in sample_list]
-        max_tokens = self.config.parallel.microbatch_limit
+        max_tokens = self.config.parallel.microbatch_tokens
         self.plan = pack(lengths, self.grid_position.data_parallel_size, max_tokens).shares[
             self.grid_position.data_rank
         ]

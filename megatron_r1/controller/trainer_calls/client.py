@@ -187,7 +187,7 @@ class TrainerClient:
     ) -> tuple[list[Packing], list[list[Buffer]]]:
         """Return the packing of every mini-batch, and each replica's encoded share of all."""
         with timeline.span("controller/pack"):
-            limit = self.config.parallel.microbatch_limit
+            limit = self.config.parallel.microbatch_tokens
             shares: list[ReplicaSamples] = [[] for _ in range(self.data_parallel_size)]
             packings = [
                 pack_by_prompt(samples, self.data_parallel_size, limit, self._cost)

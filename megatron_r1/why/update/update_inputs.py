@@ -176,7 +176,7 @@ class UpdateInputs:
         batches = []
         for rows in self.minibatches():
             lengths = [len(self.models.rows[index].token_ids) for index in rows]
-            packing = pack(lengths, ranks, parallel.microbatch_limit, cost=cost)
+            packing = pack(lengths, ranks, parallel.microbatch_tokens, cost=cost)
             batches.append(
                 [[[rows[index] for index in m] for m in share] for share in packing.shares]
             )

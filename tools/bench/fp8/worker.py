@@ -71,7 +71,7 @@ def _train(task: dict[str, Any], grid_position: Any) -> dict[str, Any]:
 
 def _load(trainer: Any, sentences: list[list[int]]) -> None:
     samples = [Sample.pack(tokens[:2], tokens[2:]) for tokens in sentences]
-    limit = trainer.config.parallel.microbatch_limit
+    limit = trainer.config.parallel.microbatch_tokens
     plan = pack([len(s) for s in samples], 1, limit).shares[0]
     trainer.load([[[samples[i] for i in members] for members in plan]])
 
