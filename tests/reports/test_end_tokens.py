@@ -155,7 +155,7 @@ def shown_by_check_model(folder):
     ends = describe_end_tokens(end_tokens(folder))
     found = ModelCheckResult(folder=str(folder), architecture="A", dtype="float32", tokens=1,
                              agree=True, template=False, end_tokens=ends, **numbers)  # fmt: skip
-    return check_model._text(found, ParallelConfig())
+    return check_model._format_findings(found, ParallelConfig())
 
 
 @pytest.mark.parametrize("listed", [[7], [14, 7], 7])
