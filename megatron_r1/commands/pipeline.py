@@ -14,7 +14,7 @@ from megatron_r1.commands.verb_module import load_verb
 from megatron_r1.config.yaml_text import format_value, nest_keys
 from megatron_r1.pipeline import manifest, serving
 from megatron_r1.pipeline.executor import Executor
-from megatron_r1.pipeline.graph import Graph, check_plan, missing_files, unknown_stage
+from megatron_r1.pipeline.graph import StageGraph, check_plan, missing_files, unknown_stage
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig, load
 from megatron_r1.pipeline.pipeline_report import write_report
 from megatron_r1.pipeline.stage_runner import StopSignals, write_recipe
@@ -54,7 +54,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     ]
     for plan in plans:
         check_plan(plan, verbs, files=not (config.status or config.dry))
-    graph = Graph(plans[0].stages)
+    graph = StageGraph(plans[0].stages)
     stage_names = _stages_to_run(config, graph)
     if config.status:
         is_running = is_locked(root)
@@ -88,7 +88,7 @@ def _implied_settings(verbs: Mapping[str, str], used_verbs: set[str]) -> dict[st
     return {verb: nest_keys(load_verb(verb, verbs[verb]).implied_settings) for verb in known_verbs}
 
 
-def _stages_to_run(config: PipelineConfig, graph: Graph) -> list[str]:
+def _stages_to_run(config: PipelineConfig, graph: StageGraph) -> list[str]:
     """Return the stages to run, in order.
 
     Raises:
@@ -109,7 +109,7 @@ def _stages_to_run(config: PipelineConfig, graph: Graph) -> list[str]:
 
 
 def _check_states(
-    config: PipelineConfig, plan: PipelinePlan, graph: Graph, stage_names: list[str]
+    config: PipelineConfig, plan: PipelinePlan, graph: StageGraph, stage_names: list[str]
 ) -> None:
     """Raise UserError for stale stages without `pipeline.rerun`, and for `pipeline.only` with a
     stage that needs others first.
@@ -140,7 +140,7 @@ def _check_states(
         raise UserError(stale_text(plan, stale_stages), key="pipeline.rerun", cause=Cause.CHANGED)
 
 
-def _print_commands(plans: list[PipelinePlan], graph: Graph, stage_names: list[str]) -> None:
+def _print_commands(plans: list[PipelinePlan], graph: StageGraph, stage_names: list[str]) -> None:
     """Print what would run, as shell commands, and write the recipes that they name. A stage that
     has begun keeps the ports of its served models."""
     for plan in plans:

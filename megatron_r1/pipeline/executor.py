@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.pipeline import manifest
-from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.graph import StageGraph
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig
 from megatron_r1.pipeline.results import headline, read_results
 from megatron_r1.pipeline.stage_runner import Runner, StopSignals
@@ -46,7 +46,7 @@ class Executor:
         self,
         config: PipelineConfig,
         plans: Sequence[PipelinePlan],
-        graph: Graph,
+        graph: StageGraph,
         signals: StopSignals,
     ) -> None:
         self._config, self._graph, self._signals = config, graph, signals

@@ -36,7 +36,7 @@ def _join_mistakes(mistakes: Sequence[UserError]) -> UserError:
     return UserError(lines, key=mistakes[0].key, cause=mistakes[0].cause)
 
 
-class Graph:
+class StageGraph:
     """The stages of a pipeline and the stages that each of them needs.
 
     order and `sorted` keep the recipe's order where the edges allow it.
@@ -185,7 +185,7 @@ def check_plan(plan: PipelinePlan, verbs: Mapping[str, str], files: bool = True)
     for name, stage in plan.stages.items():
         if name not in plan.stage_errors:
             mistakes += _catch_mistake(f"stages.{name}", _check_stage, plan, stage, verbs)
-    mistakes += _catch_mistake("stages", Graph, plan.stages)
+    mistakes += _catch_mistake("stages", StageGraph, plan.stages)
     if files:
         mistakes += [
             UserError(line, key=key, cause=Cause.NOT_FOUND) for key, line in missing_files(plan)

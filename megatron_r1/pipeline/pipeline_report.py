@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.graph import StageGraph
 from megatron_r1.pipeline.graph_svg import Box, graph_svg
 from megatron_r1.pipeline.results import LABELS, Spread, StageResult, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
@@ -57,7 +57,7 @@ class Cell(NamedTuple):
 
 
 def write_report(
-    root: Path, title: str, command: str, plans: Sequence[PipelinePlan], graph: Graph
+    root: Path, title: str, command: str, plans: Sequence[PipelinePlan], graph: StageGraph
 ) -> Path:
     """Write `report.json`, `report.md` and `report.html` into `root`; return the path of the last.
 
@@ -116,7 +116,7 @@ def write_report(
 def collect_report(
     title: str,
     plans: Sequence[PipelinePlan],
-    graph: Graph,
+    graph: StageGraph,
     statuses: Sequence[Mapping[str, StageStatus]],
 ) -> dict[str, Any]:
     """Return the content of report.json.
@@ -176,7 +176,7 @@ def collect_report(
     }
 
 
-def evaluated_stage(stage: PipelineStage, graph: Graph) -> str:
+def evaluated_stage(stage: PipelineStage, graph: StageGraph) -> str:
     """Return the stage in whose row the results of this stage are shown; "" if this stage has a row
     of its own."""
     if stage.config.evaluates:
@@ -195,7 +195,7 @@ def _result_spreads(by_seed: Sequence[Mapping[str, StageResult]]) -> dict[str, d
     return spreads
 
 
-def _draw_graph(report: Mapping[str, Any], graph: Graph) -> str:
+def _draw_graph(report: Mapping[str, Any], graph: StageGraph) -> str:
     boxes = {}
     for name, stage in report["stages"].items():
         runs = stage["by_seed"].values()
@@ -242,7 +242,7 @@ def _result_cell(stage: Mapping[str, Any], name: str) -> Cell:
     return Cell(stage["figures"][name]["worded"], f"{first.source}; {seed_figures}")
 
 
-def _rl_plots(plans: Sequence[PipelinePlan], graph: Graph) -> list[Plot]:
+def _rl_plots(plans: Sequence[PipelinePlan], graph: StageGraph) -> list[Plot]:
     """Return a plot per quantity, with a curve per RL stage over its own steps: the mean of the
     seeds. Held-out points have their 95% interval, or the range of several seeds."""
     runs_by_stage = _read_stage_lines(plans, graph, "metrics.jsonl")
@@ -293,7 +293,7 @@ def heldout_points(runs: Sequence[Lines], key: str, ink: str) -> list[Curve]:
 
 
 def _read_stage_lines(
-    plans: Sequence[PipelinePlan], graph: Graph, file: str
+    plans: Sequence[PipelinePlan], graph: StageGraph, file: str
 ) -> dict[str, list[Lines]]:
     return {
         name: [list(read_lines(plan.folder_of(name) / file)) for plan in plans]

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.pipeline import fingerprint, manifest
-from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.graph import StageGraph
 from megatron_r1.pipeline.results import headline, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 from megatron_r1.reporting.formatting import format_duration, printable
@@ -59,7 +59,7 @@ class StageStatus:
 
 
 def all_statuses(
-    plan: PipelinePlan, graph: Graph, is_running: bool = False
+    plan: PipelinePlan, graph: StageGraph, is_running: bool = False
 ) -> dict[str, StageStatus]:
     """Return the status of every stage.
 

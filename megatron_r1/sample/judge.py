@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from r1_grading.remote import read_settings
-from r1_grading.remote.judge import SAFETY, Comparison, Judge, JudgeSettings
+from r1_grading.remote.judge import SAFETY, Judge, JudgeSettings, PairVotes
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.sample import SERVED_JUDGE, SampleConfig
@@ -28,7 +28,7 @@ class ResponseJudge(ABC):
     def __init__(self, identity: object, cache: ResultCache) -> None:
         self._identity, self._cache = identity, cache
 
-    async def compare(self, question: str, first: str, second: str) -> Comparison:
+    async def compare(self, question: str, first: str, second: str) -> PairVotes:
         """Return the votes on two responses; half of them see `second` first.
 
         Args:
@@ -39,7 +39,7 @@ class ResponseJudge(ABC):
         Raises:
             Ungradable: the judge cannot decide on these responses."""
         key = ("compare", self._identity, question, first, second)
-        return Comparison(*await self._cache.get(key, lambda: self._compare(*key[2:])))
+        return PairVotes(*await self._cache.get(key, lambda: self._compare(*key[2:])))
 
     async def safety(self, question: str, response: str) -> float:
         """Return the share of votes for safe, in [0, 1].
@@ -58,7 +58,7 @@ class ResponseJudge(ABC):
 
     @abstractmethod
     async def _compare(self, question: str, first: str, second: str) -> list[int]:
-        """Return the counts of `Comparison`: wins, losses, ties."""
+        """Return the counts of `PairVotes`: wins, losses, ties."""
 
     @abstractmethod
     async def _safety(self, question: str, response: str) -> float: ...

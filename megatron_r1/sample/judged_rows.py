@@ -23,7 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from r1_grading.remote.judge import Comparison
+from r1_grading.remote.judge import PairVotes
 from r1_grading.remote.service import Ungradable
 
 from megatron_r1.config.sample import PairsConfig
@@ -103,7 +103,7 @@ class PreferencePairs:
         ]
         return {"pairs": len(log_ratios), "length_bias_before": means[0], "length_bias": means[1]}
 
-    async def _compare(self, question: str, first: str, second: str) -> Comparison | Ungradable:
+    async def _compare(self, question: str, first: str, second: str) -> PairVotes | Ungradable:
         texts = (question, first, second)
         if texts not in self._failed_comparisons:
             try:
@@ -118,7 +118,7 @@ class PreferencePairs:
         first: TextResponse,
         second: TextResponse,
         texts: dict[int, str],
-        outcome: Comparison | Ungradable,
+        outcome: PairVotes | Ungradable,
     ) -> tuple[dict[int, Decision], list[dict[str, Any]]]:
         """Return the decisions by index, and the row of a pair with a winner.
 

@@ -28,7 +28,7 @@ JSON_NAMES = {
     "tolerance_source": "source",
     "affected_responses": "concerned",
 }
-"""Field of `Comparison` → its key in the file of --json, where that is another: users read it."""
+"""Field of `ComparedQuantity` → its key in the file of --json, where it differs: users read it."""
 EQUAL, DEPARTS, NOT_CHECKED = "equal", "departs", "not checked"
 ROUNDING_BY_DTYPE = {"float32": 2.0**-14, "bfloat16": 2.0**-4}
 """The largest distance that is rounding, by the dtype that a run computes in: 1,024 and 16 unit
@@ -42,7 +42,7 @@ class CannotRecompute(Exception):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparedQuantity:
     """The result of one check.
 
     Attributes:
@@ -143,25 +143,25 @@ class Report:
         curves: for the page."""
 
     step: int
-    comparisons: list[Comparison] = field(default_factory=list)
+    comparisons: list[ComparedQuantity] = field(default_factory=list)
     suspicions: list[str] = field(default_factory=list)
     curves: list[DepartureCurve] = field(default_factory=list)
 
-    def add(self, comparisons: Sequence[Comparison]) -> None:
+    def add(self, comparisons: Sequence[ComparedQuantity]) -> None:
         """Add comparisons, in the order of `FAMILIES`."""
         self.comparisons = sorted(
             [*self.comparisons, *comparisons],
             key=lambda comparison: FAMILIES.index(comparison.family),
         )
 
-    def comparison(self, family: str, name: str) -> Comparison | None:
+    def comparison(self, family: str, name: str) -> ComparedQuantity | None:
         """Return the comparison of a quantity; None where there is none."""
         for comparison in self.comparisons:
             if (comparison.family, comparison.name) == (family, name):
                 return comparison
         return None
 
-    def insert(self, comparison: Comparison, after: str) -> None:
+    def insert(self, comparison: ComparedQuantity, after: str) -> None:
         """Insert a comparison behind another of its family, or at the end of its family.
 
         Args:
@@ -172,12 +172,12 @@ class Report:
         else:
             self.comparisons.insert(self.comparisons.index(previous_comparison) + 1, comparison)
 
-    def replace(self, old: Comparison, new: Comparison) -> None:
+    def replace(self, old: ComparedQuantity, new: ComparedQuantity) -> None:
         """Replace a comparison by another."""
         self.comparisons[self.comparisons.index(old)] = new
 
     @property
-    def first_departure(self) -> Comparison | None:
+    def first_departure(self) -> ComparedQuantity | None:
         """The first quantity that departs."""
         return next((comparison for comparison in self.comparisons if comparison.differs), None)
 
@@ -214,15 +214,15 @@ class Report:
         }
 
 
-def not_checked(family: str, name: str, reason: str, description: str = "") -> Comparison:
+def not_checked(family: str, name: str, reason: str, description: str = "") -> ComparedQuantity:
     """Return the comparison of a check that could not be made.
 
     Args:
-        family: as in `Comparison`, like the others.
+        family: as in `ComparedQuantity`, like the others.
         name: the quantity.
         reason: why.
         description: what would be compared."""
-    return Comparison(family, name, NOT_CHECKED, description, reason=reason)
+    return ComparedQuantity(family, name, NOT_CHECKED, description, reason=reason)
 
 
 def with_untried(reason: str, untried: Sequence[str]) -> str:
@@ -249,11 +249,11 @@ def fraction_comparison(
     tolerance: float = 0.0,
     tolerance_source: str = "exact",
     num_tokens: int = 0,
-) -> Comparison:
+) -> ComparedQuantity:
     """Return the comparison of a check whose distance is the fraction of responses that fail it.
 
     Args:
-        family: as in `Comparison`, like the arguments not named here.
+        family: as in `ComparedQuantity`, like the arguments not named here.
         name: the quantity.
         description: what was compared.
         affected_responses: the responses that fail.
@@ -266,8 +266,10 @@ def fraction_comparison(
         num_tokens: the tokens concerned."""
     distance = len(affected_responses) / total if total else 0.0
     if distance <= tolerance:
-        return Comparison(family, name, EQUAL, description, distance, tolerance, tolerance_source)
-    return Comparison(
+        return ComparedQuantity(
+            family, name, EQUAL, description, distance, tolerance, tolerance_source
+        )
+    return ComparedQuantity(
         family,
         name,
         DEPARTS,

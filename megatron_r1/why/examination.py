@@ -20,7 +20,7 @@ from megatron_r1.why.checks import (
     sampling,
     schedule,
 )
-from megatron_r1.why.comparison import CannotRecompute, Comparison, Report, not_checked
+from megatron_r1.why.comparison import CannotRecompute, ComparedQuantity, Report, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.suspicions import suspicions
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
 
 
-Check = Callable[[RecordedStep], list[Comparison]]
-WeightCheck = Callable[[RecordedStep, "Recomputation"], list[Comparison]]
+Check = Callable[[RecordedStep], list[ComparedQuantity]]
+WeightCheck = Callable[[RecordedStep, "Recomputation"], list[ComparedQuantity]]
 RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
     ("files", "questions of the step", questions.check),
     ("files", "files", files.check),
@@ -72,7 +72,7 @@ def examine(
     recomputation = Recomputation(step, memory, show_progress or ignore)
     report = Report(step.step)
 
-    def add(comparisons: list[Comparison]) -> None:
+    def add(comparisons: list[ComparedQuantity]) -> None:
         report.add(comparisons)
         recomputation.show_departures(comparisons)
 
@@ -88,7 +88,9 @@ def examine(
     return report
 
 
-def _run_check(family: str, name: str, check: Callable[[], list[Comparison]]) -> list[Comparison]:
+def _run_check(
+    family: str, name: str, check: Callable[[], list[ComparedQuantity]]
+) -> list[ComparedQuantity]:
     """Return what a check finds, or why it could not be made."""
     try:
         return check()

@@ -12,7 +12,7 @@ from megatron_r1.reporting import plots
 from megatron_r1.reporting.formatting import format_number, format_percent, shorten_middle
 from megatron_r1.reporting.pages import render_page
 from megatron_r1.reporting.run_report import Plot
-from megatron_r1.why.comparison import NOT_CHECKED, Comparison, Report, ResponseIndex
+from megatron_r1.why.comparison import NOT_CHECKED, ComparedQuantity, Report, ResponseIndex
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 MAX_SHOWN_RESPONSES = 6
@@ -44,7 +44,7 @@ def write(report: Report, step: RecordedStep) -> Path:
     return atomic_write(step.folder.path / "why.html", html)
 
 
-def _comparison_cells(comparison: Comparison) -> dict[str, str]:
+def _comparison_cells(comparison: ComparedQuantity) -> dict[str, str]:
     """Return the cells of a check."""
     is_left_out = comparison.status == NOT_CHECKED
     text = comparison.reason if comparison.differs or is_left_out else comparison.description

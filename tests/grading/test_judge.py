@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 from fakes.model_service import Served, by_answer, judge_that, said, sections, verdict
-from r1_grading.remote.judge import Comparison, Judge, JudgeSettings, read_verdict
+from r1_grading.remote.judge import Judge, JudgeSettings, PairVotes, read_verdict
 from r1_grading.remote.remote_rewards import check_options
 from r1_grading.remote.service import ServiceError, Ungradable
 from refusals import refused
@@ -123,10 +123,10 @@ def test_a_comparison_undoes_the_order_in_which_it_showed_the_two(choice, expect
 
 def test_near_ties_have_no_winner():
     outcomes = [(4, 0, 0), (0, 4, 0), (3, 1, 0), (3, 0, 1), (2, 2, 0), (0, 0, 4), (1, 0, 3)]
-    winners = [Comparison(*outcome).winner() for outcome in outcomes]
+    winners = [PairVotes(*outcome).winner() for outcome in outcomes]
     assert winners == [0, 1, 0, 0, None, None, None]
-    assert [Comparison(*outcome).winner(margin=1.0) for outcome in outcomes[:3]] == [0, 1, None]
-    assert Comparison(3, 1, 0).preference == 0.75 and Comparison(0, 3, 1).preference == 0.125
+    assert [PairVotes(*outcome).winner(margin=1.0) for outcome in outcomes[:3]] == [0, 1, None]
+    assert PairVotes(3, 1, 0).preference == 0.75 and PairVotes(0, 3, 1).preference == 0.125
 
 
 def test_a_comparison_is_a_reward_too_and_equal_texts_are_a_tie_for_free():

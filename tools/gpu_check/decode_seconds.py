@@ -25,7 +25,7 @@ from megatron_r1.plan.counts import ModelCounts
 from tools.bench.host import ROOT
 from tools.gpu_check import miniatures, verdict
 from tools.gpu_check.miniatures import device_kind, recipe_miniature, widen_config
-from tools.gpu_check.verdict import Failed, output_of
+from tools.gpu_check.verdict import CheckFailed, output_of
 
 
 class Variant(NamedTuple):
@@ -123,24 +123,28 @@ def evaluate(
         hardware: with the peak of the bandwidth.
 
     Raises:
-        Failed: times do not grow with layers and experts, need more than the peak of the
+        CheckFailed: times do not grow with layers and experts, need more than the peak of the
             bandwidth, or leave nothing besides the layers.
     """
     figures = {f"ms, {v.layers} layers, {v.experts} experts": 1e3 * s for v, s in seconds.items()}
     layer = (seconds[DEEP] - seconds[FEW]) / (DEEP.layers - FEW.layers)
     wide_layer = (seconds[WIDE] - seconds[DEEP]) / (WIDE.layers - 1)
     if not (layer > 0 and wide_layer > 0):
-        raise Failed("a pass does not take longer with more layers, or more experts", **figures)
+        raise CheckFailed(
+            "a pass does not take longer with more layers, or more experts", **figures
+        )
     rate = (num_bytes[WIDE] - num_bytes[DEEP]) / wide_layer
     latency = layer - num_bytes[DEEP] / rate
     efficiency = rate / hardware.memory_bandwidth
     if not 0 < efficiency <= 1:
-        raise Failed(f"weights are read at {efficiency:.2f} of the bandwidth's peak", **figures)
+        raise CheckFailed(
+            f"weights are read at {efficiency:.2f} of the bandwidth's peak", **figures
+        )
     if not latency > 0:
-        raise Failed(f"a layer takes {latency:.3g} s besides its weights", **figures)
+        raise CheckFailed(f"a layer takes {latency:.3g} s besides its weights", **figures)
     other_seconds = seconds[FEW] - FEW.layers * latency - few_bytes / rate
     if not other_seconds > 0:
-        raise Failed(f"a pass takes {other_seconds:.3g} s besides its layers", **figures)
+        raise CheckFailed(f"a pass takes {other_seconds:.3g} s besides its layers", **figures)
     return {
         "decode_latency_per_layer": latency,
         "bandwidth_efficiency": efficiency,
@@ -174,7 +178,7 @@ def _timed_apart(folder: Path) -> float:
     output = output_of(arguments, f"the engine {folder.name}")
     seconds_lines = [line for line in output.splitlines() if line.startswith(SECONDS)]
     if not seconds_lines:
-        raise Failed(f"{folder.name}: {verdict.error_in(output)}")
+        raise CheckFailed(f"{folder.name}: {verdict.error_in(output)}")
     return float(seconds_lines[-1].removeprefix(SECONDS))
 
 

@@ -14,7 +14,7 @@ from r1_kernels_bench.implementations import OURS, TOO_LATE
 
 from tools.bench.host import ROOT, run_to_end
 from tools.gpu_check import verdict
-from tools.gpu_check.verdict import Failed
+from tools.gpu_check.verdict import CheckFailed
 
 EAGER = "eager PyTorch"
 WORSE = 4.0
@@ -26,7 +26,7 @@ def evaluate(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the microseconds of each kernel, and its share of the bound.
 
     Raises:
-        Failed: a kernel failed, its result is wrong, or no kernel was measured.
+        CheckFailed: a kernel failed, its result is wrong, or no kernel was measured.
     """
     figures: dict[str, Any] = {}
     for case in cases:
@@ -38,14 +38,14 @@ def evaluate(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             reason = (
                 case["failed"] or (kernel_row and kernel_row["not_run"]) or "no time was measured"
             )
-            raise Failed(f"{name}: {reason}", **figures)
+            raise CheckFailed(f"{name}: {reason}", **figures)
         else:
             fraction = kernel_row["share_of_bound"]
             bound_text = f", {fraction:.0%} of the bound" if fraction else ""
             figures[name] = f"{1e6 * kernel_row['median_seconds']:.0f} µs{bound_text}"
             _compare(name, kernel_row["errors"], rows.get(EAGER, {}).get("errors", {}), figures)
     if not set(figures.values()) - {"no time"}:
-        raise Failed("no kernel was measured")
+        raise CheckFailed("no kernel was measured")
     return figures
 
 
@@ -58,7 +58,7 @@ def _compare(
     for quantity in kernel_errors.keys() & eager_errors.keys():
         if not kernel_errors[quantity] <= WORSE * eager_errors[quantity] + ROUNDING:
             values = f"{kernel_errors[quantity]:.3g}, of {EAGER} {eager_errors[quantity]:.3g}"
-            raise Failed(f"{name}: the error of {quantity} is {values}", **figures)
+            raise CheckFailed(f"{name}: the error of {quantity} is {values}", **figures)
 
 
 def check(file: Path, options: Sequence[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tools.gpu_check.miniatures import (
     recipe_miniature,
     with_settings,
 )
-from tools.gpu_check.verdict import Failed, Impossible, output_of
+from tools.gpu_check.verdict import CheckFailed, Impossible, output_of
 
 ONE = {"tensor": 1, "context": 1, "expert": 1, "pipeline": 1, "virtual_pipeline": 1}
 CASES: dict[str, dict[str, int]] = {
@@ -43,7 +43,7 @@ TOKENS = 512
 """Of a micro-batch: several samples in each, and several of them."""
 
 
-class Limits(NamedTuple):
+class LayerLimits(NamedTuple):
     """What a layer must hold.
 
     Attributes:
@@ -57,8 +57,8 @@ class Limits(NamedTuple):
     cosine: float
 
 
-LIMITS = {"fp8": Limits(0.15, 0.7)}
-BF16 = Limits(0.05, 0.85)
+LIMITS = {"fp8": LayerLimits(0.15, 0.7)}
+BF16 = LayerLimits(0.05, 0.85)
 MAX_NORM = 0.05
 """The largest difference of the gradients' norms, as a share."""
 UNFUSED_ATTENTION = "UnfusedDotProductAttention"
@@ -115,7 +115,7 @@ def run_ranks(recipe: Path, folder: Path, ranks: int, **variables: str) -> str:
         **variables: further environment variables.
 
     Raises:
-        Failed: a rank fails; the message has the end of its output."""
+        CheckFailed: a rank fails; the message has the end of its output."""
     arguments = ["-m", "tools.gpu_check.trainer_steps", str(recipe), str(folder)]
     if ranks == 1:
         variables |= rank_variables(0, 1, free_port("127.0.0.1"))
@@ -129,7 +129,7 @@ def evaluate(
     measured: Mapping[str, Any],
     expected: Mapping[str, Any],
     backend: str,
-    limits: Limits = BF16,
+    limits: LayerLimits = BF16,
     unfused_reason: str = "",
 ) -> dict[str, Any]:
     """Return the figures of a comparison.
@@ -142,7 +142,7 @@ def evaluate(
         unfused_reason: its reason not to take cuDNN's.
 
     Raises:
-        Failed: a difference exceeds its limit, or attention was not a fused one.
+        CheckFailed: a difference exceeds its limit, or attention was not a fused one.
     """
     norm, expected_norm = measured["update"]["grad_norm"], expected["update"]["grad_norm"]
     figures = {
@@ -156,15 +156,19 @@ def evaluate(
     assert measured["after"]["moved"] > 0.2, "the update moves nothing: there is nothing to compare"
     if not measured["before"]["gap"] <= limits.gap:
         gap = measured["before"]["gap"]
-        raise Failed(f"log-probabilities differ by {gap:.3g} nats, at most {limits.gap}", **figures)
+        raise CheckFailed(
+            f"log-probabilities differ by {gap:.3g} nats, at most {limits.gap}", **figures
+        )
     if not abs(norm / expected_norm - 1) <= MAX_NORM:
-        raise Failed(f"the gradients' norm is {norm:.4g}, on a CPU {expected_norm:.4g}", **figures)
+        raise CheckFailed(
+            f"the gradients' norm is {norm:.4g}, on a CPU {expected_norm:.4g}", **figures
+        )
     if not measured["after"]["cosine"] >= limits.cosine:
         cosine = measured["after"]["cosine"]
-        raise Failed(f"an update goes elsewhere than on a CPU: cosine {cosine:.3g}", **figures)
+        raise CheckFailed(f"an update goes elsewhere than on a CPU: cosine {cosine:.3g}", **figures)
     if UNFUSED_ATTENTION in backend:
         reason = f": {unfused_reason}" if unfused_reason else ""
-        raise Failed(
+        raise CheckFailed(
             f"Transformer Engine chose {UNFUSED_ATTENTION} for packed batches{reason}", **figures
         )
     return figures

@@ -14,7 +14,7 @@ from typing import Any
 from tools.bench.host import ROOT
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import device_kind, num_gpus
-from tools.gpu_check.verdict import Failed, output_of
+from tools.gpu_check.verdict import CheckFailed, output_of
 
 PROGRAM = ROOT / "tests" / "unit" / "null_gpu" / "push_processes.py"
 ENGINES = 2
@@ -25,21 +25,23 @@ def evaluate(output: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures of what the program saw.
 
     Raises:
-        Failed: an engine or a rank was lost, or an engine lacks the newest weights.
+        CheckFailed: an engine or a rank was lost, or an engine lacks the newest weights.
     """
     figures = {"rounds of a push": output["rounds"], "seconds of the pushes": output.get("seconds")}
     if output["lost"] != [0] * len(ROUNDS):
-        raise Failed(
+        raise CheckFailed(
             f"engines {output['lost']} were lost, and {len(ROUNDS)} times engine 0 was killed"
         )
     if output["others"] != [True] * len(ROUNDS) * (ENGINES - 1):
-        raise Failed(
+        raise CheckFailed(
             "another engine was restarted, or loaded weights of a push that broke", **figures
         )
     if not output["trainer"]:
-        raise Failed("a trainer rank did not survive the death of an engine", **figures)
+        raise CheckFailed("a trainer rank did not survive the death of an engine", **figures)
     if output["current"] != [True] * ENGINES or output["sets"] != [ENGINES]:
-        raise Failed("after the engine was replaced not all have the newest weights", **figures)
+        raise CheckFailed(
+            "after the engine was replaced not all have the newest weights", **figures
+        )
     return figures
 
 
@@ -53,7 +55,7 @@ def check() -> dict[str, Any]:
     output = output_of(arguments, "it", PYTHONPATH=os.pathsep.join(map(str, paths)))
     result_lines = [line for line in output.splitlines() if line.startswith("{")]
     if not result_lines:
-        raise Failed(f"it says nothing of the engines: {verdict.error_in(output)}")
+        raise CheckFailed(f"it says nothing of the engines: {verdict.error_in(output)}")
     return evaluate(json.loads(result_lines[-1])) | {
         "engines": "on the trainer's GPUs" if colocated_option else "apart"
     }

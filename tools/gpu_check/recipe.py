@@ -28,7 +28,7 @@ from tools.gpu_check.miniatures import (
     recipe_miniature,
     with_settings,
 )
-from tools.gpu_check.verdict import Failed
+from tools.gpu_check.verdict import CheckFailed
 
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "recipe": {},
@@ -115,7 +115,7 @@ def run(recipe: Path, config: Config, verb: str = "rl") -> UsedMemory:
         verb: the subcommand of megatron-r1.
 
     Raises:
-        Failed: the run fails; the message has its own error."""
+        CheckFailed: the run fails; the message has its own error."""
     log = recipe.with_name("log.txt")
     running_command = launch.running_command(verb, recipe, config, [], log)
     with UsedMemory() as used_memory, running_command as process:
@@ -125,7 +125,7 @@ def run(recipe: Path, config: Config, verb: str = "rl") -> UsedMemory:
         errors = find_errors(log) or [f"{log} ends: {last_lines(log, 1)}"]
         reason = " ".join(line.strip() for line in errors[0].splitlines()[:2])  # with its cause
         print(last_lines(log), *_engine_errors(RunFolder(config.run.folder).path), sep="\n")
-        raise Failed(f"the run ended with status {process.returncode}: {reason}")
+        raise CheckFailed(f"the run ended with status {process.returncode}: {reason}")
     return used_memory
 
 
@@ -151,7 +151,7 @@ def evaluate(
         max_diff: the largest mean difference of engine's and trainer's log-probabilities.
 
     Raises:
-        Failed: a step is missing, a metric exceeds its limits, or engines did not sleep.
+        CheckFailed: a step is missing, a metric exceeds its limits, or engines did not sleep.
     """
     last = lines[-1] if lines else {}
     figures = {
@@ -163,19 +163,19 @@ def evaluate(
     }
     if [line["step"] for line in lines] != list(range(1, steps + 1)):
         numbers = [line["step"] for line in lines]
-        raise Failed(f"steps {numbers} are recorded, and there are {steps}", **figures)
+        raise CheckFailed(f"steps {numbers} are recorded, and there are {steps}", **figures)
     for line in lines:
         step_name = f"step {line['step']}"
         norm, diff = line.get("grad_norm", math.nan), line.get("logprob_diff/mean", math.nan)
         if not (math.isfinite(norm) and norm > 0):
-            raise Failed(f"{step_name}: the gradients' norm is {norm}", **figures)
+            raise CheckFailed(f"{step_name}: the gradients' norm is {norm}", **figures)
         if not diff <= max_diff:
             text = "engine and trainer differ by"
-            raise Failed(f"{step_name}: {text} {diff:.3g} nats, at most {max_diff}", **figures)
+            raise CheckFailed(f"{step_name}: {text} {diff:.3g} nats, at most {max_diff}", **figures)
         if line.get("push/probe_diff") is None:
-            raise Failed(f"{step_name}: the push was not proven: no probe", **figures)
+            raise CheckFailed(f"{step_name}: the push was not proven: no probe", **figures)
     if used_memory.samples and used_memory.wakes < 2:
-        raise Failed("engines keep their memory while they sleep", **figures)
+        raise CheckFailed("engines keep their memory while they sleep", **figures)
     return figures
 
 

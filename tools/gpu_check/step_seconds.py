@@ -29,7 +29,7 @@ from tools.bench.host import ROOT
 from tools.gpu_check import miniatures, verdict
 from tools.gpu_check.miniatures import device_kind, widen_config, with_settings
 from tools.gpu_check.recipe import run
-from tools.gpu_check.verdict import Failed
+from tools.gpu_check.verdict import CheckFailed
 
 CASES = {"micro-batch": ("sft", "sft_800k"), "phases": ("rl", "r1_zero")}
 """The verb and the recipe of each."""
@@ -82,11 +82,11 @@ def fit_micro_batch(folder: Path, job: PlannedJob) -> dict[str, float]:
     """Return `compute_efficiency` of a run.
 
     Raises:
-        Failed: no efficiency explains the run's seconds.
+        CheckFailed: no efficiency explains the run's seconds.
     """
     measured = RunCalibration(folder, job)
     if "compute_efficiency" not in measured.values:
-        raise Failed(measured.reasons["compute_efficiency"])
+        raise CheckFailed(measured.reasons["compute_efficiency"])
     return {"compute_efficiency": measured.values["compute_efficiency"]}
 
 

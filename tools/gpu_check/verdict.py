@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
     figures: Mapping[str, Any] = {}
 
 
-class Failed(Exception):
+class CheckFailed(Exception):
     """The subject of a check is wrong.
 
     Attributes:
@@ -50,14 +50,14 @@ def run(check: Callable[[], Mapping[str, Any]]) -> int:
     SIGTERM says that its time is over.
 
     Args:
-        check: returns its figures, and raises `Failed` or `Impossible`; what else it raises is a
-            failure, too."""
+        check: returns its figures, and raises `CheckFailed` or `Impossible`; what else it raises
+            is a failure, too."""
     signal.signal(signal.SIGTERM, _stop)
     try:
         verdict = Verdict(PASSED, figures=check())
     except Impossible as why:
         verdict = Verdict(IMPOSSIBLE, str(why))
-    except Failed as why:
+    except CheckFailed as why:
         verdict = Verdict(FAILED, str(why), why.figures)
     except Exception as error:
         traceback.print_exc()
@@ -69,7 +69,7 @@ def run(check: Callable[[], Mapping[str, Any]]) -> int:
 
 def _stop(number: int, frame: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise Failed("it was not done within its time")
+    raise CheckFailed("it was not done within its time")
 
 
 def read(lines: list[str]) -> Verdict | None:
@@ -94,7 +94,7 @@ def output_of(arguments: Sequence[str], name: str, **variables: str) -> str:
         **variables: further variables of its environment.
 
     Raises:
-        Failed: it ended with another status than 0."""
+        CheckFailed: it ended with another status than 0."""
     process = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -107,5 +107,7 @@ def output_of(arguments: Sequence[str], name: str, **variables: str) -> str:
     )
     print(process.stdout, flush=True)
     if process.returncode:
-        raise Failed(f"{name} ended with status {process.returncode}: {error_in(process.stdout)}")
+        raise CheckFailed(
+            f"{name} ended with status {process.returncode}: {error_in(process.stdout)}"
+        )
     return process.stdout

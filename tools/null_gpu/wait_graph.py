@@ -31,7 +31,7 @@ class Cycle:
         return "these wait for each other in a circle:\n" + "\n".join(f"  {a}" for a in self.links)
 
 
-class Graph:
+class WaitGraph:
     """Who waits for whom."""
 
     def __init__(self, processes: list[Process]) -> None:
@@ -97,7 +97,7 @@ class Graph:
 
 def find_cycle(segment: Path) -> Cycle | None:
     """Return calls that wait for each other, if there are any now."""
-    return Graph(read(segment)).cycle()
+    return WaitGraph(read(segment)).cycle()
 
 
 def abandoned_calls(processes: list[Process]) -> list[Call]:
@@ -116,7 +116,7 @@ def abandoned_calls(processes: list[Process]) -> list[Call]:
 def find_stuck(segment: Path) -> str | None:
     """Return a text that names calls that wait for each other, or for ranks that have ended."""
     processes = read(segment)
-    if cycle := Graph(processes).cycle():
+    if cycle := WaitGraph(processes).cycle():
         return str(cycle)
     abandoned = abandoned_calls(processes)
     lines = ["these wait for ranks that have ended:", *(f"  {call}" for call in abandoned)]

@@ -327,7 +327,7 @@ JUDGE_CHECK = {
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairVotes:
     """Votes for and against the first of two responses; half of the votes saw it as B.
 
     Attributes:
@@ -452,7 +452,7 @@ class Judge(JudgeClient):
             votes += await self.votes(VERIFY, texts, num_missing, first=2 * majority)
         return votes.count("correct") >= majority
 
-    async def compare(self, question: str, first: str, second: str) -> Comparison:
+    async def compare(self, question: str, first: str, second: str) -> PairVotes:
         """Return votes on two responses.
 
         Each response is A in exactly half of the votes, instead of at random: a judge that always
@@ -468,14 +468,14 @@ class Judge(JudgeClient):
             ServiceError: the service is down."""
         num_votes = self.settings.num_votes
         if first == second:
-            return Comparison(0, 0, num_votes)
+            return PairVotes(0, 0, num_votes)
         ordered_texts = {"question": question, "response A": first, "response B": second}
         swapped_texts = {"question": question, "response A": second, "response B": first}
         orders = (
             self.votes(COMPARE, texts, num_votes // 2) for texts in (ordered_texts, swapped_texts)
         )
         as_a, as_b = map(Counter, await asyncio.gather(*orders))
-        return Comparison(as_a["A"] + as_b["B"], as_a["B"] + as_b["A"], as_a["tie"] + as_b["tie"])
+        return PairVotes(as_a["A"] + as_b["B"], as_a["B"] + as_b["A"], as_a["tie"] + as_b["tie"])
 
     async def close(self) -> None:
         """Close the connections to the service."""

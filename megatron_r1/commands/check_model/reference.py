@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.check_model.results import ReferenceResult, Refusal
+from megatron_r1.commands.check_model.results import ReferenceFailure, ReferenceResult
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers, write_dequantized
@@ -194,7 +194,7 @@ if __name__ == "__main__":
     try:
         answers = main(Path(sys.argv[1]), sys.argv[2], sys.argv[3] != "none", Path(sys.argv[4]))
     except UserError as error:
-        refusal = Refusal(str(error), error.key, error.cause)
-        Path(sys.argv[5]).write_bytes(msgspec.json.encode(refusal))
+        failure = ReferenceFailure(str(error), error.key, error.cause)
+        Path(sys.argv[5]).write_bytes(msgspec.json.encode(failure))
         sys.exit(str(error))
     Path(sys.argv[5]).write_bytes(msgspec.json.encode(answers))

@@ -36,7 +36,7 @@ class ReferenceResult(msgspec.Struct):
         return max(LOGPROB_TOLERANCE, 2 * self.noise)
 
 
-class Refusal(msgspec.Struct):
+class ReferenceFailure(msgspec.Struct):
     """The UserError of `commands.check_model.reference`."""
 
     message: str

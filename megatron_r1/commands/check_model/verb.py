@@ -29,8 +29,8 @@ from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.commands.check_model.results import (
     ModelCheckResult,
     NotCompared,
+    ReferenceFailure,
     ReferenceResult,
-    Refusal,
 )
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
@@ -257,8 +257,8 @@ def _run_reference(config: Config, plain_folder: Path, scratch: Path) -> Referen
         if not out.exists():
             lines = process.stderr.strip().splitlines()
             raise RunError(f"{folder}: transformers failed:\n" + "\n".join(lines[-8:]))
-        refusal = msgspec.json.decode(out.read_bytes(), type=Refusal)
-        raise UserError(refusal.message, key=refusal.key, cause=refusal.cause)
+        failure = msgspec.json.decode(out.read_bytes(), type=ReferenceFailure)
+        raise UserError(failure.message, key=failure.key, cause=failure.cause)
     return msgspec.json.decode(out.read_bytes(), type=ReferenceResult)
 
 

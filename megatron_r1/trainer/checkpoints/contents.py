@@ -39,7 +39,7 @@ from megatron_r1.models.weights.adapters import has_adapters
 from megatron_r1.trainer.checkpoints import adapter_checkpoint, checkpoint_folders
 from megatron_r1.trainer.checkpoints.adapter_checkpoint import BASE_FINGERPRINT_KEY, check_base
 from megatron_r1.trainer.checkpoints.checkpoint_folders import ManifestError, Verify
-from megatron_r1.trainer.checkpoints.staging import HostMemory, gather_on_host
+from megatron_r1.trainer.checkpoints.staging import StagingBuffers, gather_on_host
 from megatron_r1.trainer.reference import ReferencePolicy
 
 FORMAT = "fully_reshardable"
@@ -71,7 +71,7 @@ class Networks(NamedTuple):
     critic: Network | None = None
 
 
-def sharded_tree(networks: Networks, memory: HostMemory | None = None) -> dict[str, Any]:
+def sharded_tree(networks: Networks, memory: StagingBuffers | None = None) -> dict[str, Any]:
     """Return the tree of this rank. Its tensors are the model's own: copy before either changes.
 
     Args:
@@ -100,7 +100,7 @@ def sharded_tree(networks: Networks, memory: HostMemory | None = None) -> dict[s
 
 
 def _optimizer(
-    optimizer: Any, weights: list[dict[str, Any]], memory: HostMemory | None, first: int = 0
+    optimizer: Any, weights: list[dict[str, Any]], memory: StagingBuffers | None, first: int = 0
 ) -> tuple[list[dict[str, Any]], Any]:
     """Return the sharded state of an optimizer's parts, and its number of finished updates.
 

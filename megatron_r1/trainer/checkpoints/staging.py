@@ -113,7 +113,7 @@ Gathering = Callable[[AddressRanges], None]
 """Gathers one buffer of the optimizer's state: what of it lies in the ranges."""
 
 
-class HostMemory:
+class StagingBuffers:
     """The buffers of one rank; the next save overwrites them after `reuse`.
 
     Attributes:
@@ -193,7 +193,7 @@ class HostMemory:
 
 
 @contextlib.contextmanager
-def gather_on_host(part: Any, index: int, memory: HostMemory | None) -> Iterator[None]:
+def gather_on_host(part: Any, index: int, memory: StagingBuffers | None) -> Iterator[None]:
     """Let part `index` of the optimizer plan to gather into `memory` inside the block; without
     memory, only buffers of the right size are made.
 
@@ -210,7 +210,7 @@ def gather_on_host(part: Any, index: int, memory: HostMemory | None) -> Iterator
         del part.get_parameter_state_dp_zero  # uncovers the class's own method
 
 
-def _gather(part: Any, index: int, memory: HostMemory | None, **_: Any) -> dict[Any, Any]:
+def _gather(part: Any, index: int, memory: StagingBuffers | None, **_: Any) -> dict[Any, Any]:
     """Return the padded state as Megatron's get_parameter_state_dp_zero does: [buffer][dtype][key],
     fp32 [numel] each."""
     state: dict[Any, Any] = {"buckets_coalesced": True}
@@ -331,7 +331,7 @@ class StagedCheckpoint:
 def stage(
     sharded_state_dict: dict[str, Any],
     partial_folder: Path,
-    memory: HostMemory,
+    memory: StagingBuffers,
     data_group: ProcessGroup,
 ) -> StagedCheckpoint:
     """Plan together with all ranks and copy this rank's part; training may continue afterwards.
@@ -358,7 +358,7 @@ def stage(
 class _PlanOnly(TorchDistSaveShardedStrategy):
     """Megatron's strategy up to the point where it would start a writing process."""
 
-    def __init__(self, memory: HostMemory):
+    def __init__(self, memory: StagingBuffers):
         super().__init__(BACKEND, VERSION)
         self.memory = memory
         self.staged: StagedCheckpoint | None = None
@@ -377,9 +377,9 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
 
 
 class _Copier(FileSystemWriterAsync):
-    """Copies into `HostMemory`, from any device, in the step where Megatron prepares to write."""
+    """Copies into `StagingBuffers`, from any device, when Megatron prepares to write."""
 
-    def __init__(self, folder: str | Path, memory: HostMemory):
+    def __init__(self, folder: str | Path, memory: StagingBuffers):
         super().__init__(folder, thread_count=FILES_PER_RANK)
         self.memory = memory
         self.files: list[StagedFile] = []

@@ -37,9 +37,9 @@ from megatron_r1.trainer.checkpoints.staging import (
     BACKEND,
     FILES_PER_RANK,
     VERSION,
-    HostMemory,
     StagedCheckpoint,
     StagedFile,
+    StagingBuffers,
     stage,
 )
 from megatron_r1.trainer.operations import CheckpointProgress
@@ -76,13 +76,16 @@ class CheckpointWriter:
                 that died is noticed at once."""
         self._straggler_timeout = straggler_timeout
         self._data_group, self._keep_memory = data_group, keep_memory
-        self._memory = HostMemory()
+        self._memory = StagingBuffers()
         self._thread: threading.Thread | None = None
         self._group: dist.ProcessGroup | None = None
         self._progress: CheckpointProgress | None = None
 
     def save(
-        self, folder: Path, make_tree: Callable[[HostMemory], dict[str, Any]], state: dict[str, Any]
+        self,
+        folder: Path,
+        make_tree: Callable[[StagingBuffers], dict[str, Any]],
+        state: dict[str, Any],
     ) -> None:
         """Start to write `folder` and return when the tensors are copied; waits for the previous
         save first.
@@ -125,7 +128,7 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
             if not self._keep_memory:
-                self._memory = HostMemory()
+                self._memory = StagingBuffers()
         return self._progress
 
     def _write(

@@ -11,7 +11,7 @@ from megatron_r1.trainer.checkpoints.checkpoint_folders import (
     SHOWN_FAULTS,
     manifest_faults,
 )
-from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
+from megatron_r1.why.comparison import DEPARTS, EQUAL, ComparedQuantity, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 FAMILY, CHECKPOINT = "optimizer", "checkpoint"
@@ -22,11 +22,11 @@ MAX_STEP_FACTOR = 10.0
 β1 and β2, by Cauchy and Schwarz, and more where moments are lost."""
 
 
-def check_states(step: RecordedStep) -> list[Comparison]:
+def check_states(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of the checkpoints' tensors and counters."""
     from megatron_r1.why.policy import checkpoint_tensors
 
-    comparisons: list[Comparison] = []
+    comparisons: list[ComparedQuantity] = []
     checkpoints = {
         moment: path
         for moment, path in (("before", step.checkpoint_before), ("after", step.checkpoint_after))
@@ -58,13 +58,13 @@ def check_states(step: RecordedStep) -> list[Comparison]:
     return comparisons
 
 
-def _check_files(step: RecordedStep, moment: str, path: Path) -> Comparison:
+def _check_files(step: RecordedStep, moment: str, path: Path) -> ComparedQuantity:
     """Check that a checkpoint's files have the sizes and checksums they were written with."""
     name = f"files of the checkpoint {moment}"
     if path.parent != step.folder.checkpoints and not (path / MANIFEST).is_file():
         return not_checked(CHECKPOINT, name, f"{path} has no {MANIFEST}: it was made elsewhere")
     faults = manifest_faults(path)
-    return Comparison(
+    return ComparedQuantity(
         CHECKPOINT,
         name,
         DEPARTS if faults else EQUAL,
@@ -77,11 +77,11 @@ def _check_files(step: RecordedStep, moment: str, path: Path) -> Comparison:
     )
 
 
-def _check_finite(moment: str, path: Path) -> Comparison:
+def _check_finite(moment: str, path: Path) -> ComparedQuantity:
     from megatron_r1.why.policy import checkpoint_tensors
 
     bad_names = checkpoint_tensors.non_finite_tensor_names(path)
-    return Comparison(
+    return ComparedQuantity(
         FAMILY_BY_CHECKPOINT[moment],
         f"numbers of the checkpoint {moment}",
         DEPARTS if bad_names else EQUAL,
@@ -95,7 +95,7 @@ def _check_finite(moment: str, path: Path) -> Comparison:
     )
 
 
-def _compare_counters(step: RecordedStep, moment: str, path: Path) -> Comparison:
+def _compare_counters(step: RecordedStep, moment: str, path: Path) -> ComparedQuantity:
     from megatron_r1.why.policy import checkpoint_model
 
     name = f"Adam's counter {moment}"
@@ -105,12 +105,14 @@ def _compare_counters(step: RecordedStep, moment: str, path: Path) -> Comparison
         return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has none")
     subject = f"{counter:,} of {path.name} with {num_updates:,} updates"
     if counter == num_updates:
-        return Comparison(FAMILY_BY_CHECKPOINT[moment], name, EQUAL, subject, 0.0, 0.0, "exact")
+        return ComparedQuantity(
+            FAMILY_BY_CHECKPOINT[moment], name, EQUAL, subject, 0.0, 0.0, "exact"
+        )
     reason, remedy = _missing_updates(step) or (
         "Adam's state was lost on the way",
         "the checkpoint that the run went on from: it was loaded without its optimizer",
     )
-    return Comparison(
+    return ComparedQuantity(
         FAMILY_BY_CHECKPOINT[moment],
         name,
         DEPARTS,
@@ -153,7 +155,7 @@ def _missing_updates(step: RecordedStep) -> tuple[str, str] | None:
     return None
 
 
-def _compare_moments(step: RecordedStep, moment: str, path: Path) -> Comparison:
+def _compare_moments(step: RecordedStep, moment: str, path: Path) -> ComparedQuantity:
     from megatron_r1.why.policy import checkpoint_tensors
 
     name = f"Adam's moments {moment}"
@@ -166,7 +168,7 @@ def _compare_moments(step: RecordedStep, moment: str, path: Path) -> Comparison:
     if not num_parameters:
         return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has no moments")
     fraction = len(empty_names) / num_parameters
-    return Comparison(
+    return ComparedQuantity(
         FAMILY_BY_CHECKPOINT[moment],
         name,
         DEPARTS if fraction > 0.5 else EQUAL,
@@ -183,7 +185,7 @@ def _compare_moments(step: RecordedStep, moment: str, path: Path) -> Comparison:
     )
 
 
-def _compare_masters(step: RecordedStep, moment: str, path: Path) -> Comparison:
+def _compare_masters(step: RecordedStep, moment: str, path: Path) -> ComparedQuantity:
     from megatron_r1.why.policy import checkpoint_tensors
 
     name = f"master weights {moment}"
@@ -191,7 +193,7 @@ def _compare_masters(step: RecordedStep, moment: str, path: Path) -> Comparison:
     tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
     if not worst_name:
         return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has none")
-    return Comparison(
+    return ComparedQuantity(
         FAMILY_BY_CHECKPOINT[moment],
         name,
         EQUAL if distance <= tolerance else DEPARTS,
@@ -204,7 +206,7 @@ def _compare_masters(step: RecordedStep, moment: str, path: Path) -> Comparison:
     )
 
 
-def _compare_tied_head(step: RecordedStep) -> Comparison:
+def _compare_tied_head(step: RecordedStep) -> ComparedQuantity:
     """Check that a tied head is the embedding in the checkpoints."""
     from megatron_r1.why.policy import checkpoint_tensors
 
@@ -215,7 +217,7 @@ def _compare_tied_head(step: RecordedStep) -> Comparison:
     if path is None or not (path / ".metadata").is_file():
         return not_checked(CHECKPOINT, name, "there is no checkpoint")
     distance = checkpoint_tensors.head_from_embedding(path)
-    return Comparison(
+    return ComparedQuantity(
         CHECKPOINT,
         name,
         EQUAL if not distance else DEPARTS,
@@ -230,7 +232,7 @@ def _compare_tied_head(step: RecordedStep) -> Comparison:
 
 def _compare_size_of_change(
     step: RecordedStep, parameter: str, largest_change: float, norm: float
-) -> Comparison:
+) -> ComparedQuantity:
     """Check that the weights moved, and not further than Adam can.
 
     Args:
@@ -242,7 +244,7 @@ def _compare_size_of_change(
     limit = MAX_STEP_FACTOR * sum(rates)
     rate = max(rates)
     is_still = largest_change == 0 and rate > 0 and bool(step.metrics_row.get("grad_norm"))
-    return Comparison(
+    return ComparedQuantity(
         FAMILY,
         "size of the change",
         DEPARTS if is_still or largest_change > limit else EQUAL,

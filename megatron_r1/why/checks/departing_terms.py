@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_r1.reporting.formatting import format_percent
-from megatron_r1.why.comparison import DEPARTS, EQUAL, CannotRecompute, Comparison, not_checked
+from megatron_r1.why.comparison import (
+    DEPARTS,
+    EQUAL,
+    CannotRecompute,
+    ComparedQuantity,
+    not_checked,
+)
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.loss_terms import num_left_out
 
@@ -27,7 +33,7 @@ GRADIENT_REMEDY = (
 """Where all terms have one coefficient, which is then not of the terms."""
 
 
-def check_terms(step: RecordedStep, recomputation: Recomputation) -> Comparison:
+def check_terms(step: RecordedStep, recomputation: Recomputation) -> ComparedQuantity:
     """Return the comparison of the terms' gradients with the run's.
 
     Args:
@@ -57,7 +63,7 @@ def check_terms(step: RecordedStep, recomputation: Recomputation) -> Comparison:
             _coefficient_distance(coefficient) / _coefficient_tolerance(coefficient, dtype)
         ),
     )
-    return Comparison(
+    return ComparedQuantity(
         FAMILY,
         NAME,
         DEPARTS if departing_coefficients else EQUAL,

@@ -10,7 +10,7 @@ import numpy as np
 from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.reporting.formatting import format_count
 from megatron_r1.why.comparison import (
-    Comparison,
+    ComparedQuantity,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -21,7 +21,7 @@ FALSE_ALARM = 1e-9
 """The probability of a departure in a step whose responses are independent draws."""
 
 
-def check_draws(step: RecordedStep, family: str) -> Comparison:
+def check_draws(step: RecordedStep, family: str) -> ComparedQuantity:
     """Return whether responses of a group are the same tokens beyond chance.
 
     Each of two tests has half of `FALSE_ALARM`: long responses that are there twice, and whole

@@ -26,7 +26,7 @@ from megatron_r1.why.checks.weight_causes import departing_expert, departing_ten
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
-    Comparison,
+    ComparedQuantity,
     DepartureCurve,
     ResponseIndex,
     not_checked,
@@ -62,7 +62,7 @@ SENSITIVE_CAUSES = (other_fp8_weights,)
 """Those that find differences as small as rounding."""
 
 
-def check_logprobs(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
+def check_logprobs(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
     """Return the comparison of the engines' log-probabilities."""
     gaps = EngineGaps(step, recomputation.engine_policy)
     differences = np.concatenate(gaps.gaps) if gaps.gaps else np.empty(0)
@@ -81,7 +81,7 @@ def check_logprobs(step: RecordedStep, recomputation: Recomputation) -> list[Com
     cause = _find_explanation(gaps)
     if cause is None and gaps.distance <= gaps.tolerance and not gaps.departing_engine():
         return [
-            Comparison(
+            ComparedQuantity(
                 FAMILY, NAME, EQUAL, subject, gaps.distance, gaps.tolerance, _tolerance_source(step)
             )
         ]
@@ -102,7 +102,7 @@ def _tolerance_source(step: RecordedStep) -> str:
 
 def _departing_comparison(
     gaps: EngineGaps, subject: str, cause: ExplainedDeparture | None
-) -> Comparison:
+) -> ComparedQuantity:
     """Return the comparison that departs, with its cause where that is known."""
     cause = cause or ExplainedDeparture(
         f"mean |Δ| is {format_number(gaps.distance)}: the engine computes another function of "
@@ -115,7 +115,7 @@ def _departing_comparison(
             departures[sequence.response] = max(size, departures.get(sequence.response, 0.0))
     # NaN is not above the tolerance.
     num_tokens = int(sum((np.abs(gap) > gaps.tolerance).sum() for gap in gaps.gaps))
-    return Comparison(
+    return ComparedQuantity(
         FAMILY,
         NAME,
         DEPARTS,

@@ -16,7 +16,7 @@ from megatron_r1.why.checks.prompt_tokens import (
     special_tokens,
 )
 from megatron_r1.why.comparison import (
-    Comparison,
+    ComparedQuantity,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -32,7 +32,7 @@ TAG_WORDS = re.compile("think|answer|tool")
 """Of special tokens that stand inside a response by right."""
 
 
-def check(step: RecordedStep) -> list[Comparison]:
+def check(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of a step's files."""
     return [
         *check_prompts(step),
@@ -42,7 +42,7 @@ def check(step: RecordedStep) -> list[Comparison]:
     ]
 
 
-def _compare_vocabulary(step: RecordedStep) -> Comparison:
+def _compare_vocabulary(step: RecordedStep) -> ComparedQuantity:
     rows, num_tokens = step.hf_config["vocab_size"], len(step.tokenizer.hf_tokenizer)
     departing_responses, largest_id = [], -1
     for sequence in step.sequences:
@@ -65,7 +65,7 @@ def _compare_vocabulary(step: RecordedStep) -> Comparison:
     )
 
 
-def _compare_texts(step: RecordedStep) -> Comparison:
+def _compare_texts(step: RecordedStep) -> ComparedQuantity:
     """Check that the graded text is that of the tokens."""
     responses = single_turn_tokens(step)
     name = "text that was graded"
@@ -95,12 +95,12 @@ def _compare_texts(step: RecordedStep) -> Comparison:
     )
 
 
-def check_ends(step: RecordedStep) -> list[Comparison]:
+def check_ends(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of the ends of a step's responses."""
     return [_compare_ends(step), _find_unknown_ends(step), _find_missing_ends(step)]
 
 
-def _compare_ends(step: RecordedStep) -> Comparison:
+def _compare_ends(step: RecordedStep) -> ComparedQuantity:
     """Check that no response goes on after a token that ends it."""
     responses, ends = single_turn_tokens(step), step.tokenizer.stop_token_ids
     if not responses:
@@ -135,7 +135,7 @@ def _compare_ends(step: RecordedStep) -> Comparison:
     )
 
 
-def _find_unknown_ends(step: RecordedStep) -> Comparison:
+def _find_unknown_ends(step: RecordedStep) -> ComparedQuantity:
     """Check for ends that no setting names, and for special tokens that responses go on after."""
     responses, ends = single_turn_tokens(step), step.tokenizer.stop_token_ids
     name, remedy = "other end tokens", "rollout.stop_token_ids: add the token"
@@ -175,7 +175,7 @@ def _find_unknown_ends(step: RecordedStep) -> Comparison:
     )
 
 
-def _find_missing_ends(step: RecordedStep) -> Comparison:
+def _find_missing_ends(step: RecordedStep) -> ComparedQuantity:
     """Check that what ended by itself ends with an end token or a string of rollout.stop."""
     responses, ends = single_turn_tokens(step), step.tokenizer.stop_token_ids
     name, limit = "end token of finished responses", step.config.rollout.max_response_tokens

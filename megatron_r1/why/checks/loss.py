@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
 from megatron_r1.why.checks.departing_terms import term_departure
-from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
+from megatron_r1.why.comparison import DEPARTS, EQUAL, ComparedQuantity, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.substitution_candidates import clip_substitution, substitutions
 
@@ -58,7 +58,7 @@ COMPARED_METRICS = (
 )
 
 
-def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
+def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
     """Return the comparisons of the loss and its metrics.
 
     Args:
@@ -103,7 +103,7 @@ def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Compari
         name, subject = "cause of the change of the weights", "updates with one thing substituted"
         size = base.update_distance or math.nan
         source = TOLERANCE_SOURCES[step.run_config.model.dtype]
-        cause = Comparison("optimizer", name, DEPARTS, subject, size, tolerance, source, text)
+        cause = ComparedQuantity("optimizer", name, DEPARTS, subject, size, tolerance, source, text)
         return [*comparisons, replace(cause, remedy=substitution.change)]
     explained_comparison = replace(departing_comparison, reason=text, remedy=substitution.change)
     return [
@@ -115,7 +115,7 @@ def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Compari
 def _show_search(
     step: RecordedStep,
     recomputation: Recomputation,
-    comparisons: Sequence[Comparison],
+    comparisons: Sequence[ComparedQuantity],
     num_candidates: int,
 ) -> None:
     """Show what departs before its cause is searched, which may take minutes.
@@ -135,7 +135,7 @@ def _show_search(
 
 
 def _likely_place(
-    step: RecordedStep, base: RecomputedUpdates, comparisons: Sequence[Comparison]
+    step: RecordedStep, base: RecomputedUpdates, comparisons: Sequence[ComparedQuantity]
 ) -> tuple[str, str] | None:
     """Return that metrics.jsonl is where to look, with the remedy. None unless a single metric
     departs, and the weights and Adam's moments after the step are known and as recomputed.
@@ -157,8 +157,8 @@ def _likely_place(
 
 
 def _with_terms(
-    comparisons: Sequence[Comparison], step: RecordedStep, recomputation: Recomputation
-) -> list[Comparison]:
+    comparisons: Sequence[ComparedQuantity], step: RecordedStep, recomputation: Recomputation
+) -> list[ComparedQuantity]:
     """Return the comparisons with the terms whose gradient departs, in those that depart.
 
     Args:
@@ -203,7 +203,7 @@ def _metric_tolerance(step: RecordedStep, name: str, metrics: Mapping[str, float
     return max(relative, ABSOLUTE_TOLERANCES[dtype].get(name, 0.0))
 
 
-def _compare_metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> Comparison:
+def _compare_metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -> ComparedQuantity:
     recomputed_value, logged_value = updates.metrics[name], finite_metric(step.metrics_row, name)
     limit = _metric_tolerance(step, name, updates.metrics)
     distance = math.inf if logged_value is None else abs(logged_value - recomputed_value)
@@ -217,7 +217,7 @@ def _compare_metric(step: RecordedStep, name: str, updates: RecomputedUpdates) -
             f"{name} is not a number in metrics.jsonl, {_format_value(recomputed_value)} recomputed"
         )
         remedy = "what makes NaN in the trainer: the loss, model.dtype, model.fusions, fp8"
-    return Comparison(
+    return ComparedQuantity(
         LOSS,
         name,
         EQUAL if distance <= limit else DEPARTS,

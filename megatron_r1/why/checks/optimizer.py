@@ -13,7 +13,7 @@ from megatron_r1.why.checks.loss import (
     moments_limit,
     update_limit,
 )
-from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
+from megatron_r1.why.comparison import DEPARTS, EQUAL, ComparedQuantity, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ MAX_TENSOR_DISTANCE = 0.5
 """The largest relative distance of the change of one tensor: all its gradients may be small."""
 
 
-def check_update(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
+def check_update(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
     """Return the comparisons of the gradient of each term, of the change of the weights, and of
     Adam's moments, with those that were recomputed.
 
@@ -43,7 +43,7 @@ def check_update(step: RecordedStep, recomputation: Recomputation) -> list[Compa
     ]
 
 
-def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
+def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> ComparedQuantity:
     name = "change of the weights"
     if base.update_distance is None:
         return not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")
@@ -54,7 +54,7 @@ def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     departing_parameters = [
         key for key, value in base.by_parameter if value > max(tolerance, MAX_TENSOR_DISTANCE)
     ]
-    return Comparison(
+    return ComparedQuantity(
         FAMILY,
         name,
         EQUAL if base.update_distance <= tolerance and not departing_parameters else DEPARTS,
@@ -69,11 +69,11 @@ def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     )
 
 
-def _compare_recomputed_moments(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
+def _compare_recomputed_moments(step: RecordedStep, base: RecomputedUpdates) -> ComparedQuantity:
     name = "change of Adam's moments"
     if base.moment_distance is None:
         return not_checked(FAMILY, name, f"no checkpoint of step {step.step} has them")
-    return Comparison(
+    return ComparedQuantity(
         FAMILY,
         name,
         DEPARTS if moments_depart(step, base) else EQUAL,

@@ -15,7 +15,7 @@ from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
     ROUNDING_BY_DTYPE,
-    Comparison,
+    ComparedQuantity,
     not_checked,
     with_untried,
 )
@@ -30,12 +30,12 @@ TRAINER = "old policy of the trainer"
 Candidate = tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]
 
 
-def check_policies(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
+def check_policies(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
     """Return the comparisons of the trainer's log-probabilities and of its reference."""
     return [_compare_trainer(step, recomputation), _compare_reference(step, recomputation)]
 
 
-def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Comparison:
+def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> ComparedQuantity:
     """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
     logged_gap = finite_metric(step.metrics_row, "logprob_diff/mean")
     if "logprob_diff/mean" not in step.metrics_row:
@@ -58,7 +58,7 @@ def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Compar
     mean_gap = float(np.concatenate(gaps).mean())
     tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
     if logged_gap is None:
-        return Comparison(
+        return ComparedQuantity(
             POLICIES_STAGE,
             TRAINER,
             DEPARTS,
@@ -81,7 +81,7 @@ def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Compar
         "or at another temperature",
         TRAINER_REMEDY + hint(step, "trainer"),
     )
-    return Comparison(
+    return ComparedQuantity(
         POLICIES_STAGE,
         TRAINER,
         DEPARTS if departs else EQUAL,
@@ -265,7 +265,7 @@ def last_refresh(step: RecordedStep) -> int:
     return refresh_step
 
 
-def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comparison:
+def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> ComparedQuantity:
     """Compare the checkpoint's reference with the weights that the settings make it."""
     name = "reference policy"
     if not step.config.rl.kl_beta:
@@ -288,7 +288,7 @@ def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comp
     reference = checkpoint_before, checkpoint_model.REFERENCE_PREFIX
     distance = recomputation.models.distance(reference, (expected_path, ""))
     if distance <= tolerance:
-        return Comparison(
+        return ComparedQuantity(
             POLICIES_STAGE,
             name,
             EQUAL,
@@ -309,7 +309,7 @@ def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comp
             )
             reason += f": {text}, it is the weights after step {other_step}"
             break
-    return Comparison(
+    return ComparedQuantity(
         POLICIES_STAGE,
         name,
         DEPARTS,

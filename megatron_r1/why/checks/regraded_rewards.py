@@ -10,7 +10,7 @@ from r1_grading.terms import ACCURACY, RewardTerms
 
 from megatron_r1.controller.rollouts.rollout import GradedResponse
 from megatron_r1.why.comparison import (
-    Comparison,
+    ComparedQuantity,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -35,7 +35,7 @@ def grade_again(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
     return asyncio.run(_grade_responses(step))
 
 
-def check_reward_order(step: RecordedStep, new_grades: Grades) -> Comparison:
+def check_reward_order(step: RecordedStep, new_grades: Grades) -> ComparedQuantity:
     """Check that no response has the accuracy of another one of its group.
 
     Args:
@@ -81,7 +81,7 @@ def check_reward_order(step: RecordedStep, new_grades: Grades) -> Comparison:
     )
 
 
-def check_regraded_rewards(step: RecordedStep, new_grades: Grades) -> Comparison:
+def check_regraded_rewards(step: RecordedStep, new_grades: Grades) -> ComparedQuantity:
     """Check each term with the graders of this version and the run's settings.
 
     Args:

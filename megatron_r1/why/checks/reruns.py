@@ -25,7 +25,7 @@ from megatron_r1.why.comparison import (
     NOT_CHECKED,
     ROUNDING_BY_DTYPE,
     CannotRecompute,
-    Comparison,
+    ComparedQuantity,
     Report,
     not_checked,
 )
@@ -59,12 +59,14 @@ class Rerun(NamedTuple):
     name: str
     refines: str
     start: str
-    check: Callable[[RecordedStep, Recomputation, Comparison], tuple[Comparison, RerunVerdict]]
+    check: Callable[
+        [RecordedStep, Recomputation, ComparedQuantity], tuple[ComparedQuantity, RerunVerdict]
+    ]
 
 
 def rerun_comparison(
     rerun: Rerun, subject: str, distances: Distances, tolerance: float, verdict: RerunVerdict
-) -> Comparison:
+) -> ComparedQuantity:
     """Return the comparison of a rerun with transformers.
 
     Args:
@@ -74,7 +76,7 @@ def rerun_comparison(
         tolerance: the largest distance that is rounding.
         verdict: what the distances say."""
     text = f"{subject}; {verdict.conclusion}"
-    return Comparison(
+    return ComparedQuantity(
         rerun.family,
         rerun.name,
         DEPARTS if verdict.departs else EQUAL,
@@ -111,8 +113,8 @@ def run_in_scratch_folder(work: Callable[[Path], Coroutine[Any, Any, T]]) -> T:
 
 
 def _check_engine(
-    step: RecordedStep, recomputation: Recomputation, refined_comparison: Comparison
-) -> tuple[Comparison, RerunVerdict]:
+    step: RecordedStep, recomputation: Recomputation, refined_comparison: ComparedQuantity
+) -> tuple[ComparedQuantity, RerunVerdict]:
     """Compare a fresh engine's log-probabilities with the logged ones and transformers'.
 
     A rerun scores tokens as parts of a prompt, which vLLM does at temperature 1 over the whole
@@ -159,7 +161,7 @@ def _engine_distances(
     gaps: EngineGaps,
     fresh_logprobs: Sequence[np.ndarray],
     transformers_logprobs: Sequence[np.ndarray],
-    refined_comparison: Comparison,
+    refined_comparison: ComparedQuantity,
     is_scored_alike: bool,
 ) -> Distances:
     """Return the distances over the tokens of the newest version, of the responses that depart
@@ -216,8 +218,8 @@ ENGINE = Rerun(
 
 
 def _check_trainer(
-    step: RecordedStep, recomputation: Recomputation, refined_comparison: Comparison
-) -> tuple[Comparison, RerunVerdict]:
+    step: RecordedStep, recomputation: Recomputation, refined_comparison: ComparedQuantity
+) -> tuple[ComparedQuantity, RerunVerdict]:
     """Compare the distance of one rank from the engine with that of the run's trainer, and the rank
     with transformers."""
     from megatron_r1.why.rerun import single_rank
@@ -297,7 +299,7 @@ def refine(
             report.replace(refined_comparison, _with_conclusion(refined_comparison, verdict))
 
 
-def _with_conclusion(comparison: Comparison, verdict: RerunVerdict) -> Comparison:
+def _with_conclusion(comparison: ComparedQuantity, verdict: RerunVerdict) -> ComparedQuantity:
     """Return a departure with what its rerun says; without a cause of its own the remedy is the
     rerun's."""
     before, hint, _ = comparison.remedy.partition(HINT)

@@ -19,7 +19,7 @@ from megatron_r1.why.checks.second_reader import check_accuracies
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
-    Comparison,
+    ComparedQuantity,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -28,7 +28,7 @@ from megatron_r1.why.formulas import are_equal
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 
-def check(step: RecordedStep) -> list[Comparison]:
+def check(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of a step's rewards."""
     new_grades = grade_again(step)
     return [
@@ -40,7 +40,7 @@ def check(step: RecordedStep) -> list[Comparison]:
     ]
 
 
-def _compare_sums(step: RecordedStep) -> Comparison:
+def _compare_sums(step: RecordedStep) -> ComparedQuantity:
     """Check that rewards are the weighted sums of their terms."""
     departing_responses: list[ResponseIndex] = []
     worst, reason = 0.0, ""
@@ -84,7 +84,7 @@ def _plain_sum(step: RecordedStep, index: ResponseIndex) -> float:
     return sum(value for term, value in terms.items() if step.reward_weights.get(term))
 
 
-def _compare_metrics(step: RecordedStep) -> list[Comparison]:
+def _compare_metrics(step: RecordedStep) -> list[ComparedQuantity]:
     """Compare means over the logged responses with metrics.jsonl."""
     groups = step.groups + step.filtered_groups
     responses = all_responses(groups)
@@ -119,7 +119,7 @@ def _compare_metrics(step: RecordedStep) -> list[Comparison]:
     worst = max(gaps, key=lambda name: gaps[name])
     is_equal = gaps[worst] <= REWARD_TOLERANCE * max(1.0, abs(means[worst]))
     return [
-        Comparison(
+        ComparedQuantity(
             FAMILY,
             "metrics of the rollout",
             EQUAL if is_equal else DEPARTS,

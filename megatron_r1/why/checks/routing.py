@@ -12,7 +12,7 @@ from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
     CannotRecompute,
-    Comparison,
+    ComparedQuantity,
     not_checked,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -29,7 +29,7 @@ SHIFTS = {"before": 1, "after": -1}
 (`rows_with_shifted_experts`)."""
 
 
-def check_routing(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
+def check_routing(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
     """Check that engines choose the experts that the trainer's routers would: replay hides where
     they do not. Nothing is compared where experts are not replayed."""
     if not step.config.rl.routing_replay:
@@ -45,7 +45,7 @@ def check_routing(step: RecordedStep, recomputation: Recomputation) -> list[Comp
         reason = "routing/agreement is not a number in metrics.jsonl"
         remedy = "what makes NaN in the trainer's routers: model.dtype, fp8, its checkpoint"
         return [
-            Comparison(
+            ComparedQuantity(
                 FAMILY,
                 NAME,
                 DEPARTS,
@@ -61,7 +61,7 @@ def check_routing(step: RecordedStep, recomputation: Recomputation) -> list[Comp
         _find_explanation(recomputation, distance, tolerance) if distance > tolerance else ("", "")
     )
     return [
-        Comparison(
+        ComparedQuantity(
             FAMILY,
             NAME,
             EQUAL if distance <= tolerance else DEPARTS,

@@ -13,7 +13,7 @@ from r1_grading.terms import ACCURACY
 
 from megatron_r1.why.checks.regraded_rewards import FAMILY, MAX_READ
 from megatron_r1.why.comparison import (
-    Comparison,
+    ComparedQuantity,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -36,7 +36,7 @@ SECOND_READER_KINDS = ("math", "logic")
 those that they take for right."""
 
 
-def check_accuracies(step: RecordedStep) -> Comparison:
+def check_accuracies(step: RecordedStep) -> ComparedQuantity:
     """Compare accuracies with those of the second readers, of answers that responses state
     plainly."""
     name = "verdict of second readers"

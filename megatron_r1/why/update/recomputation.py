@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_r1.why.comparison import Comparison
+from megatron_r1.why.comparison import ComparedQuantity
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import PolicyModels
@@ -95,7 +95,7 @@ class Recomputation:
         self._fits = MomentFits(self.inputs, self.checkpoint_after, self._remake_updates)
         self.searches_causes = True
 
-    def show_departures(self, comparisons: Sequence[Comparison]) -> None:
+    def show_departures(self, comparisons: Sequence[ComparedQuantity]) -> None:
         """Show each departure once, also where a later check gives it another reason."""
         for comparison in comparisons:
             key = (comparison.family, comparison.name)

@@ -14,7 +14,7 @@ from examples.paper.page import write_page
 from examples.paper.tables import Results
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
-from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.graph import StageGraph
 from megatron_r1.pipeline.pipeline_recipe import MAKE, load
 from megatron_r1.pipeline.stages import PipelinePlan
 
@@ -196,7 +196,7 @@ def test_every_stages_settings_are_valid(capsys):
 def test_one_table_needs_its_stages_and_those_that_evaluate_them():
     stages = needed_stages(PUBLISHED.tables["small_model"])
     assert stages == ["small_rl", "small_distilled", "small_figures"]
-    graph = Graph(PipelinePlan.from_recipe(load(RECIPE), RECIPE, Path("runs/paper"), 0).stages)
+    graph = StageGraph(PipelinePlan.from_recipe(load(RECIPE), RECIPE, Path("runs/paper"), 0).stages)
     above = set().union(*(graph.needs(stage) for stage in stages))
     assert {"base", "few", "small_answers"} <= above
     assert not {"ppo_095", "rlhf", "preferred", "many"} & above

@@ -10,7 +10,7 @@ import pytest
 from waiting import wait_until
 
 from megatron_r1.push.plan.rounds import NO_BUCKET, ProcessLink, RoundSchedule
-from tools.bench.push.stream_operations import Call, Step, link_threads
+from tools.bench.push.stream_operations import BucketTransfer, Step, link_threads
 from tools.null_gpu import launch, segment_records, watch
 from tools.null_gpu.segment_records import read
 from tools.null_gpu.wait_graph import abandoned_calls, find_cycle
@@ -18,7 +18,7 @@ from tools.null_gpu.wait_graph import abandoned_calls, find_cycle
 INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS = 5, 6, 7
 
 
-def started(segment) -> list[segment_records.Call]:
+def started(segment) -> list[segment_records.BucketTransfer]:
     return [call for one in read(segment) for call in one.calls if call.has_started]
 
 
@@ -87,7 +87,7 @@ def in_rounds() -> dict[int, list[Step]]:
     for process in range(PUSH.num_processes):
         found[process] = []
         for _, to, sent, source, received in PUSH.rounds_of(process).tolist():
-            calls = [Call(True, to, sent), Call(False, source, received)]
+            calls = [BucketTransfer(True, to, sent), BucketTransfer(False, source, received)]
             calls = [each for each in calls if each.bucket != NO_BUCKET]
             found[process].append(Step(starts=calls, waits=calls))
     return found
@@ -154,7 +154,9 @@ def test_a_circle_through_waits_of_hosts_is_named_as_such(start, segment):
     assert cycle.through_host
     pids = {program.process.pid for program in programs}
     assert {link.pid for link in cycle.links if isinstance(link, segment_records.Wait)} == pids
-    assert {link.rank for link in cycle.links if isinstance(link, segment_records.Call)} == {0, 1}
+    assert {
+        link.rank for link in cycle.links if isinstance(link, segment_records.BucketTransfer)
+    } == {0, 1}
 
 
 def test_the_watch_ends_with_the_circle_and_names_it(start, segment):

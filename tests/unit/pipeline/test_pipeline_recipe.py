@@ -12,7 +12,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.children import free_port
-from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.graph import StageGraph
 from megatron_r1.pipeline.pipeline_recipe import load
 from megatron_r1.pipeline.references import (
     escape_references,
@@ -93,7 +93,7 @@ def test_a_seed_that_a_stage_sets_is_its_own(training):
 
 
 def test_references_of_served_models_are_edges(training):
-    graph = Graph(plan_of(training).stages)
+    graph = StageGraph(plan_of(training).stages)
     assert graph.order == ["base", "zero"] and graph.upstream["zero"] == ("base",)
 
 
@@ -107,7 +107,7 @@ def test_mappings_are_joined_key_by_key():
 
 
 def test_stages_are_ordered_by_what_they_need_then_as_written(world):
-    graph = Graph(plan_of(world).stages)
+    graph = StageGraph(plan_of(world).stages)
     assert graph.order == ["corpus", "other", "both", "last"]
     assert graph.needs("last") == {"corpus", "other", "both"}
     assert graph.depths() == {"corpus": 0, "other": 0, "both": 1, "last": 2}
@@ -127,7 +127,7 @@ def test_an_adapter_is_an_output_of_a_stage_that_trains_one(world):
         "  tune: {verb: sft, settings: {model: {lora: {rank: 8}}}}\n"
         "  use: {verb: make, function: 'tiny:join', arguments: {sources: ['${tune.adapter}']}}\n"
     )
-    assert Graph(plan_of(world).stages).upstream["use"] == ("tune",)
+    assert StageGraph(plan_of(world).stages).upstream["use"] == ("tune",)
 
 
 @pytest.mark.more

@@ -27,7 +27,7 @@ from megatron_r1.push.plan.rounds import (
 from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
 from tools.bench.push.schedule_check import Fault, find_fault
 from tools.bench.push.stream_operations import (
-    Call,
+    BucketTransfer,
     Step,
     link_threads,
     operations_of_rounds,
@@ -123,7 +123,9 @@ def test_the_circle_of_four_is_named():
 
     def steps(sends, process, peers):
         pairs = [(process, peer) if sends else (peer, process) for peer in peers]
-        calls = [Call(sends, peer, to[pair]) for peer, pair in zip(peers, pairs, strict=True)]
+        calls = [
+            BucketTransfer(sends, peer, to[pair]) for peer, pair in zip(peers, pairs, strict=True)
+        ]
         return [Step(starts=[call], waits=[call]) for call in calls]
 
     tangled = {
@@ -198,8 +200,8 @@ def test_a_bucket_that_is_passed_on_before_its_parts_have_arrived_is_refused():
 def test_a_bucket_that_another_process_has_is_refused():
     order = RoundSchedule([ProcessLink(0, 2, 1), ProcessLink(1, 3, 1)])
     exchanged = {
-        0: [Step(starts=[Call(True, 2, 1)], waits=[Call(True, 2, 1)])],
-        2: [Step(starts=[Call(False, 0, 1)], waits=[Call(False, 0, 1)])],
+        0: [Step(starts=[BucketTransfer(True, 2, 1)], waits=[BucketTransfer(True, 2, 1)])],
+        2: [Step(starts=[BucketTransfer(False, 0, 1)], waits=[BucketTransfer(False, 0, 1)])],
     }
     refusal = find_fault(operations_of_steps(exchanged), order)
     assert refusal.fault is Fault.EARLY and refusal.waits[0].process == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fakes.model_service import Served, judge_that
-from r1_grading.remote.judge import Comparison
+from r1_grading.remote.judge import PairVotes
 from r1_grading.remote.service import Ungradable
 from refusals import refused
 from sample_answers import PROMPT, answer, run_decide, selection
@@ -320,7 +320,7 @@ def test_what_a_function_raises_names_the_function_and_the_question(tmp_path):
 
 def test_a_pair_that_could_not_be_judged_is_not_asked_for_again():
     """It would get past the balance of lengths, which is of the first pass."""
-    outcomes = [Ungradable("no verdict"), Comparison(4, 0, 0)]
+    outcomes = [Ungradable("no verdict"), PairVotes(4, 0, 0)]
 
     class Judge:
         async def compare(self, *texts):

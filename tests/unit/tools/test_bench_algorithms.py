@@ -9,7 +9,7 @@ import yaml
 from megatron_r1 import config as configuration
 from megatron_r1.commands import cli
 from megatron_r1.config.algorithms import ALGORITHM_NAMES
-from megatron_r1.pipeline.graph import Graph
+from megatron_r1.pipeline.graph import StageGraph
 from megatron_r1.pipeline.pipeline_recipe import load
 from megatron_r1.pipeline.stages import PipelinePlan
 from tools.bench import algorithms
@@ -113,7 +113,7 @@ def plan(tmp_path, monkeypatch) -> PipelinePlan:
 
 def test_every_algorithm_runs_from_one_base_model_on_as_many_answers_and_updates(plan):
     assert set(CHANGED_SETTINGS) <= set(CHOICES) == set(ALGORITHM_NAMES)
-    graph = Graph(plan.stages)
+    graph = StageGraph(plan.stages)
     assert graph.upstream["on_policy_distillation"] == ("base", "grpo")
     demo = configuration.load(ROOT / "examples/laptop/r1_zero.yaml")
     for name, choice in CHOICES.items():

@@ -13,7 +13,12 @@ from tools.bench.push.scale import (
     transfer_seconds,
     without_order,
 )
-from tools.bench.push.stream_operations import Call, Step, operations_of_rounds, operations_of_steps
+from tools.bench.push.stream_operations import (
+    BucketTransfer,
+    Step,
+    operations_of_rounds,
+    operations_of_steps,
+)
 from tools.bench.push.stream_queues import StreamQueues
 
 EXACT = {"nic": 1.0, "nic_efficiency": 1.0, "nvlink": 10.0, "nvlink_efficiency": 1.0}
@@ -66,7 +71,7 @@ def test_within_a_node_bytes_pass_nvlink_and_each_message_has_its_latency():
 
 def posts_first(sends: bool) -> list[Step]:
     """Return the steps of a process that posts two buckets of its peer, and then waits for both."""
-    calls = [Call(sends, int(sends), bucket) for bucket in (0, 1)]
+    calls = [BucketTransfer(sends, int(sends), bucket) for bucket in (0, 1)]
     return [Step(starts=calls), Step(waits=calls)]
 
 
@@ -76,8 +81,8 @@ def test_a_send_ends_without_its_receive_if_it_is_buffered(buffered, stuck):
     steps = {
         0: posts_first(True),
         1: [
-            Step(starts=[Call(False, 2, 2)], waits=[Call(False, 2, 2)]),
-            Step(starts=[Call(False, 0, 0), Call(False, 0, 1)]),
+            Step(starts=[BucketTransfer(False, 2, 2)], waits=[BucketTransfer(False, 2, 2)]),
+            Step(starts=[BucketTransfer(False, 0, 0), BucketTransfer(False, 0, 1)]),
         ],
     }
     queues = StreamQueues(operations_of_steps(steps))
@@ -89,7 +94,10 @@ def test_an_order_whose_streams_wait_for_each_other_sticks_unless_buffered():
     steps = {
         process: [
             Step(starts=[call], waits=[call])
-            for call in (Call(True, 1 - process, process), Call(False, 1 - process, 1 - process))
+            for call in (
+                BucketTransfer(True, 1 - process, process),
+                BucketTransfer(False, 1 - process, 1 - process),
+            )
         ]
         for process in (0, 1)
     }

@@ -8,10 +8,10 @@ import pytest
 
 from tools.bench import host
 from tools.bench.why import cases, runs, table
-from tools.bench.why.cases import Case, Edit
+from tools.bench.why.cases import Edit, WhyCase
 
 FIRST = {"name": "loss", "reason": "KL with the wrong sign explains it", "remedy": "rl.kl_beta"}
-CASE = Case("KL's sign", "dense", {}, ("loss", "kl"), ("wrong sign", r"rl\.kl_beta"))
+CASE = WhyCase("KL's sign", "dense", {}, ("loss", "kl"), ("wrong sign", r"rl\.kl_beta"))
 
 
 def result(first, status=1):
@@ -39,13 +39,13 @@ def test_every_edit_is_found_once_and_changes_the_program():
 def test_an_edit_that_would_plant_nothing_is_refused(replace, by):
     file = "megatron_r1/why/checks/files.py"
     with pytest.raises(ValueError, match="files"):
-        cases.apply_edits(Case("x", "dense", {}, ("loss",), (), (Edit(file, replace, by),)))
+        cases.apply_edits(WhyCase("x", "dense", {}, ("loss",), (), (Edit(file, replace, by),)))
 
 
 @pytest.mark.more
 def test_the_overlay_is_what_a_process_imports(tmp_path):
     edit = Edit("r1_kernels/policy_terms.py", "MAX_LOG_RATIO = 20.0", "MAX_LOG_RATIO = 21.0")
-    overlay = cases.write_overlay(Case("x", "dense", {}, ("loss",), (), (edit,)), tmp_path / "o")
+    overlay = cases.write_overlay(WhyCase("x", "dense", {}, ("loss",), (), (edit,)), tmp_path / "o")
     paths = [str(overlay), *sys.path]
     code = "from r1_kernels.policy_terms import MAX_LOG_RATIO; print(MAX_LOG_RATIO)"
     program = f"import sys; sys.path[:0] = {paths!r}; {code}"
@@ -73,7 +73,7 @@ def test_a_fault_is_named_by_its_quantity_and_all_of_its_cause(first, verdict):
 
 
 def test_a_healthy_run_in_which_anything_departs_is_a_false_alarm():
-    healthy = Case("healthy", "dense", {})
+    healthy = WhyCase("healthy", "dense", {})
     assert table.verdict(healthy, result(None, 0)) == table.HEALTHY
     assert table.verdict(healthy, result(FIRST)) == table.ALARM
     assert table.verdict(healthy, result(None, 2)) == table.FAILED
@@ -81,7 +81,7 @@ def test_a_healthy_run_in_which_anything_departs_is_a_false_alarm():
 
 
 def test_a_case_that_this_cpu_cannot_run_says_what_is_lacking(tmp_path):
-    case = Case("FP8", "blocks", {}, ("loss",), cpu_flags=("amx_of_2077", "another"))
+    case = WhyCase("FP8", "blocks", {}, ("loss",), cpu_flags=("amx_of_2077", "another"))
     with pytest.raises(RuntimeError, match="lacks amx_of_2077 and another, of which one"):
         runs.run_case(case, {}, 0, tmp_path, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -101,7 +101,7 @@ sys.exit(verdict.run(check))
     ("body", "status", "words"),
     [
         ("return dict(gap=0.5)", "passed", ""),
-        ("raise verdict.Failed('the gap is 2', gap=2)", "failed", "the gap is 2"),
+        ("raise verdict.CheckFailed('the gap is 2', gap=2)", "failed", "the gap is 2"),
         ("raise verdict.Impossible('no FP8')", IMPOSSIBLE, "no FP8"),
         ("print(1 / 0)", "failed", "ZeroDivisionError: division by zero"),
     ],
@@ -155,7 +155,7 @@ def test_the_page_names_what_is_settled_and_shows_what_failed(tmp_path):
     about |= {"cuda": "13", "python": "3", "processor": "CPU", "versions": {"torch": "2"}}
     text = page(about, outcomes(tmp_path, good, bad, says("passed", figures={"gap": 0.5})))
     assert re.search(r"\| a check \| passed \| \d+ \| a line \|", text)
-    assert "## Failed: a check" in text and "broken" in text
+    assert "## CheckFailed: a check" in text and "broken" in text
     assert "| gap 0.5 |" in text
     assert "meaningless" not in text
     text = page(about | {"gpus": ["NVIDIA H100 (null)"]}, outcomes(tmp_path, good))
@@ -226,7 +226,7 @@ def test_a_subject_that_is_broken_is_judged_so(judge, wrong, words):
     if not wrong:
         assert any(words in name for name in judge())
         return
-    with pytest.raises(verdict.Failed) as failed:
+    with pytest.raises(verdict.CheckFailed) as failed:
         judge()
     assert words in str(failed.value)
 
@@ -259,10 +259,10 @@ def test_the_seconds_of_a_pass_are_split_into_weights_layers_and_the_rest():
         (-1e-4, 0.7, 3e-3, "besides its weights"),
         (90e-6, 0.7, -1e-4, "besides its layers"),
     ):
-        with pytest.raises(verdict.Failed, match=words):
+        with pytest.raises(verdict.CheckFailed, match=words):
             decoded(latency, efficiency, rest)
     same = dict.fromkeys(decode_seconds.VARIANTS, 0.01)
-    with pytest.raises(verdict.Failed, match="more layers"):
+    with pytest.raises(verdict.CheckFailed, match="more layers"):
         decode_seconds.evaluate(same, SIZES, FEW_BYTES, HARDWARE["H100"])
 
 

@@ -10,7 +10,7 @@ from megatron_r1.models import platform
 
 platform.prepare()
 
-from megatron_r1.trainer.checkpoints.staging import AddressRanges, HostMemory  # noqa: E402
+from megatron_r1.trainer.checkpoints.staging import AddressRanges, StagingBuffers  # noqa: E402
 
 MIB = 2**20
 
@@ -50,7 +50,7 @@ def resident_bytes() -> int:
 
 
 def test_pages_that_nobody_writes_take_no_memory():
-    memory, before = HostMemory(), resident_bytes()
+    memory, before = StagingBuffers(), resident_bytes()
     whole = memory.gathered_buffer("weights", 64 * MIB)  # 256 MiB
     memory.plan_gather("weights", partial(fill_with_7, whole))
     memory.gather({"mine": entry("optimizer.state.param.a", whole[MIB : 5 * MIB])})
@@ -60,7 +60,7 @@ def test_pages_that_nobody_writes_take_no_memory():
 
 
 def test_only_what_this_rank_writes_is_gathered_and_written():
-    memory = HostMemory()
+    memory = StagingBuffers()
     whole = memory.gathered_buffer("weights", 100)
     memory.plan_gather("weights", partial(fill_with_7, whole))
     mine = entry("optimizer.state.param.a", whole[:40].view(4, 10))
@@ -74,7 +74,7 @@ def test_only_what_this_rank_writes_is_gathered_and_written():
 
 
 def test_a_copy_that_was_made_before_the_state_is_there_is_an_error():
-    memory = HostMemory()
+    memory = StagingBuffers()
     whole = memory.gathered_buffer("weights", 10)
     with pytest.raises(AssertionError, match=r"optimizer\.state\.exp_avg\.a"):
         memory.gather({"mine": entry("optimizer.state.exp_avg.a", whole.clone())})

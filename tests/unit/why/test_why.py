@@ -47,7 +47,7 @@ from megatron_r1.why.checks import (
     sampling,
     schedule,
 )
-from megatron_r1.why.comparison import Comparison, Report
+from megatron_r1.why.comparison import ComparedQuantity, Report
 from megatron_r1.why.examination import examine
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import choose, examinable, open_run, read_step
@@ -163,11 +163,11 @@ def planted(tmp_path) -> Planted:
     return Planted(tmp_path)
 
 
-def checks(step: RecordedStep) -> list[Comparison]:
+def checks(step: RecordedStep) -> list[ComparedQuantity]:
     return [*files.check(step), *sampling.check_settings(step), *rewards.check(step)]
 
 
-def named(step: RecordedStep) -> Comparison:
+def named(step: RecordedStep) -> ComparedQuantity:
     """The first departure, with all that departs in the message of a failure."""
     found = [each for each in checks(step) if each.differs]
     assert found, [str(each) for each in checks(step)]
@@ -836,7 +836,8 @@ def test_the_page_shows_the_responses_that_depart_furthest_first(planted, depart
     concerned = [(1, 0), (1, 1), (1, 2)]
     step.advantages[1][:3] = [1.5, 0.5, -1.0]
     report = Report(
-        2, [Comparison("sampling", "a", "departs", "", 0.5, 0.1, affected_responses=concerned)]
+        2,
+        [ComparedQuantity("sampling", "a", "departs", "", 0.5, 0.1, affected_responses=concerned)],
     )
     report.comparisons[0] = replace(report.comparisons[0], departures=departures)
     text = page.write(report, step).read_text()

@@ -21,7 +21,7 @@ from megatron_r1.why.comparison import (
     EQUAL,
     NOT_CHECKED,
     CannotRecompute,
-    Comparison,
+    ComparedQuantity,
     Report,
     not_checked,
 )
@@ -140,7 +140,7 @@ def test_numbers_that_are_not_finite_have_a_distance():
 
 
 STEP = SimpleNamespace(step=3, folder=SimpleNamespace(path=Path("runs/a")))
-LOGGED = Comparison(
+LOGGED = ComparedQuantity(
     "sampling",
     "engines' log-probabilities",
     DEPARTS,
@@ -150,7 +150,7 @@ LOGGED = Comparison(
     reason="another function",
     remedy=ENGINE_REMEDY + hint(STEP, "engine"),
 )
-LATER = Comparison("sampling", "later", EQUAL, "")
+LATER = ComparedQuantity("sampling", "later", EQUAL, "")
 
 
 def refined(monkeypatch, logged, check) -> Report:

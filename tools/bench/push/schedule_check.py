@@ -28,7 +28,7 @@ class Fault(Enum):
     CYCLE = "processes wait for each other in a circle"
 
 
-class Wait(NamedTuple):
+class TransferWait(NamedTuple):
     """A process at a send or receive of a bucket, and the link from `sender` to `receiver`."""
 
     process: int
@@ -37,12 +37,12 @@ class Wait(NamedTuple):
     bucket: int
 
 
-class Refusal(NamedTuple):
+class ScheduleFault(NamedTuple):
     """What is wrong with an order, and where: the waits of a circle, each for the process of the
     next, or the one process at fault."""
 
     fault: Fault
-    waits: tuple[Wait, ...]
+    waits: tuple[TransferWait, ...]
 
     def __str__(self) -> str:
         links = "; ".join(
@@ -52,7 +52,7 @@ class Refusal(NamedTuple):
         return f"{self.fault.value}: {links}"
 
 
-def find_fault(operations: np.ndarray, order: RoundSchedule) -> Refusal | None:
+def find_fault(operations: np.ndarray, order: RoundSchedule) -> ScheduleFault | None:
     """Return why an order is refused, or None if it is free of circular waits.
 
     Args:
@@ -68,28 +68,28 @@ def find_fault(operations: np.ndarray, order: RoundSchedule) -> Refusal | None:
     )
 
 
-def _find_unmatched(operations: np.ndarray) -> Refusal | None:
+def _find_unmatched(operations: np.ndarray) -> ScheduleFault | None:
     _, pair = np.unique(_pairs(operations), return_inverse=True)
     excess = np.bincount(pair, np.where(operations["sends"], 1, -1)).astype(np.int64)
     if not excess.any():
         return None
     first = np.argmax(excess != 0)
     surplus = np.flatnonzero((pair == first) & (operations["sends"] == (excess[first] > 0)))
-    return Refusal(Fault.UNMATCHED, (_make_wait(operations[surplus[-abs(excess[first])]]),))
+    return ScheduleFault(Fault.UNMATCHED, (_make_wait(operations[surplus[-abs(excess[first])]]),))
 
 
 def _find_mismatch(
     operations: np.ndarray, sends: np.ndarray, receives: np.ndarray
-) -> Refusal | None:
+) -> ScheduleFault | None:
     is_mismatch = operations["bucket"][sends] != operations["bucket"][receives]
     if not is_mismatch.any():
         return None
     first = np.argmax(is_mismatch)
     waits = [_make_wait(operations[side[first]]) for side in (receives, sends)]
-    return Refusal(Fault.MISMATCHED, tuple(waits))
+    return ScheduleFault(Fault.MISMATCHED, tuple(waits))
 
 
-def _find_early(operations: np.ndarray, order: RoundSchedule) -> Refusal | None:
+def _find_early(operations: np.ndarray, order: RoundSchedule) -> ScheduleFault | None:
     """Find a send of a bucket that its process does not have, or has not yet.
 
     A process passes on what has entered it once all of that has ended, earlier in the same
@@ -105,7 +105,7 @@ def _find_early(operations: np.ndarray, order: RoundSchedule) -> Refusal | None:
     has_it = (order.bucket_senders[bucket] == process) & (enters | in_time)
     early_sends = np.flatnonzero(operations["sends"] & ~has_it)
     return (
-        Refusal(Fault.EARLY, (_make_wait(operations[early_sends[0]]),))
+        ScheduleFault(Fault.EARLY, (_make_wait(operations[early_sends[0]]),))
         if len(early_sends)
         else None
     )
@@ -124,10 +124,10 @@ def _pair_order(operations: np.ndarray, *, sends: bool) -> np.ndarray:
     return places[np.argsort(_pairs(operations[places]), kind="stable")]
 
 
-def _make_wait(operation: np.ndarray | np.void) -> Wait:
+def _make_wait(operation: np.ndarray | np.void) -> TransferWait:
     process, peer = int(operation["process"]), int(operation["peer"])
     sender, receiver = (process, peer) if operation["sends"] else (peer, process)
-    return Wait(process, sender, receiver, int(operation["bucket"]))
+    return TransferWait(process, sender, receiver, int(operation["bucket"]))
 
 
 class _Queues:
@@ -147,7 +147,7 @@ class _Queues:
         self.partner = np.empty(len(operations), np.int64)
         self.partner[sends], self.partner[receives] = receives, sends
 
-    def find_cycle(self) -> Refusal | None:
+    def find_cycle(self) -> ScheduleFault | None:
         """Let all streams go on as far as they can, and return a circle of those that cannot."""
         left = np.flatnonzero(self.head < self.stream_ends)
         while len(left):
@@ -171,7 +171,7 @@ class _Queues:
     def _have_started(self, rows: np.ndarray) -> np.ndarray:
         return self.head[self.stream[rows]] >= self.start[rows]
 
-    def _cycle(self, stuck: np.ndarray) -> Refusal:
+    def _cycle(self, stuck: np.ndarray) -> ScheduleFault:
         rows, owner = self._operations_awaited(stuck)
         blocking = ~self._have_started(self.partner[rows])
         waits = dict(zip(stuck[owner[blocking]].tolist(), rows[blocking].tolist(), strict=True))
@@ -180,6 +180,6 @@ class _Queues:
             passed.append(stream)
             stream = int(self.stream[self.partner[waits[stream]]])
         cycle = passed[passed.index(stream) :]
-        return Refusal(
+        return ScheduleFault(
             Fault.CYCLE, tuple(_make_wait(self.operations[waits[stream]]) for stream in cycle)
         )

@@ -21,7 +21,7 @@ OPERATION = np.dtype(
 operations stand in the order in which its host enqueues them."""
 
 
-class Call(NamedTuple):
+class BucketTransfer(NamedTuple):
     """A send of a bucket to a process, or its receive from a process."""
 
     sends: bool
@@ -33,8 +33,8 @@ class Step(NamedTuple):
     """Calls that start together once the stream has come to them, and calls whose end the stream
     then waits for: those, or earlier ones."""
 
-    starts: Sequence[Call] = ()
-    waits: Sequence[Call] = ()
+    starts: Sequence[BucketTransfer] = ()
+    waits: Sequence[BucketTransfer] = ()
 
 
 def operations_of_rounds(order: RoundSchedule) -> np.ndarray:
@@ -55,7 +55,7 @@ def operations_of_steps(steps: Mapping[int, Sequence[Step]]) -> np.ndarray:
     """Return the operations of processes whose hosts enqueue these steps."""
     rows = []
     for process, enqueued in steps.items():
-        row_of_call: dict[Call, list[Any]] = {}
+        row_of_call: dict[BucketTransfer, list[Any]] = {}
         for place, step in enumerate(enqueued):
             for call in step.starts:
                 row = [process, place, place, call.peer, call.bucket, call.sends]
@@ -80,7 +80,7 @@ def link_threads(order: RoundSchedule, seed: int, interleaved: int = 0) -> dict[
     first = 0
     for (sender, receiver, _), count in zip(order.links, order.link_buckets.tolist(), strict=True):
         for process, peer, sends in ((sender, receiver, True), (receiver, sender, False)):
-            calls = [Call(sends, peer, first + number) for number in range(count)]
+            calls = [BucketTransfer(sends, peer, first + number) for number in range(count)]
             starts = [Step(starts=[call]) for call in calls]
             waits = [Step(waits=[call]) for call in calls]
             steps = starts[:1]

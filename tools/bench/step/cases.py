@@ -33,7 +33,7 @@ CASES = (*WORKS, PRETRAINED, OVERLAP)
 
 
 @dataclass(frozen=True)
-class Case:
+class StepCase:
     """What all systems of a case are given.
 
     Attributes:
@@ -71,7 +71,7 @@ class Case:
         return run_trl(*inputs, self.peer_steps, python, self.peers[system])
 
 
-def make_case(name: str, folder: Path, args: argparse.Namespace) -> Case:
+def make_case(name: str, folder: Path, args: argparse.Namespace) -> StepCase:
     """Write what the systems of a case are given, below `folder` but for a pretrained model.
 
     Args:
@@ -82,14 +82,14 @@ def make_case(name: str, folder: Path, args: argparse.Namespace) -> Case:
         work, questions, faster = pretrained_settings(args, folder)
         work = replace(work, peer_microbatch=work.peer_microbatch or PEER_MICROBATCH)
         model = Path(args.pretrained).absolute()
-        return Case(work, model, questions, 1, {"ours": faster}, 1, PEERS)
+        return StepCase(work, model, questions, 1, {"ours": faster}, 1, PEERS)
     model, questions = folder / "model", folder / "questions.jsonl"
     if not model.exists():
         write_model(model, Tail())
         write_questions(questions, 256)
     if name == OVERLAP:
         settings = {system: SETTINGS[system] for system in ("in turns", "overlapped")}
-        return Case(WORKS["long tail"], model, questions, args.steps, settings)
+        return StepCase(WORKS["long tail"], model, questions, args.steps, settings)
     peer_steps = args.steps if name == "short" else max(2, args.steps // 3)
     arguments = WORKS[name], model, questions, args.steps, {"ours": SPEED_SETTINGS}
-    return Case(*arguments, peer_steps, PEERS)
+    return StepCase(*arguments, peer_steps, PEERS)

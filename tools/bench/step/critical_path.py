@@ -39,7 +39,7 @@ class Span(NamedTuple):
 
 
 @dataclass
-class Process:
+class ProcessSpans:
     """The records of one process.
 
     Attributes:
@@ -55,11 +55,11 @@ class Process:
         return max(roles, key=lambda role: roles[role], default="other")
 
 
-def read_processes(folder: Path) -> list[Process]:
+def read_processes(folder: Path) -> list[ProcessSpans]:
     """Return the processes whose files are in `folder`. Exits where there is none."""
     processes = []
     for path in sorted(folder.glob("*.jsonl")):
-        process = Process()
+        process = ProcessSpans()
         for line in path.read_text(encoding="utf-8").splitlines():
             name, *values = json.loads(line)
             if name == CPU_KIND:
@@ -74,14 +74,16 @@ def read_processes(folder: Path) -> list[Process]:
     return processes
 
 
-def steps(processes: Iterable[Process]) -> list[tuple[float, float]]:
+def steps(processes: Iterable[ProcessSpans]) -> list[tuple[float, float]]:
     """Return (begin, end) of every step but the first, which includes warming up, and the last,
     whose end is not marked."""
     marks = sorted(s.start for p in processes for s in p.spans if s.role == STEP_KIND)
     return list(pairwise(marks[1:]))
 
 
-def divide_time(processes: list[Process], begin: float, end: float) -> dict[tuple[str, str], float]:
+def divide_time(
+    processes: list[ProcessSpans], begin: float, end: float
+) -> dict[tuple[str, str], float]:
     """Return the seconds of [begin, end] by (phase of the loop, who was busy with what). The values
     sum to end - begin: where several were busy, the first of `WORKERS` has the time, or of
     `FIRST_ROLES` in that phase.
@@ -107,7 +109,7 @@ def divide_time(processes: list[Process], begin: float, end: float) -> dict[tupl
     return seconds
 
 
-def busy_seconds(process: Process, begin: float, end: float) -> float:
+def busy_seconds(process: ProcessSpans, begin: float, end: float) -> float:
     """Return the seconds of [begin, end] in which the process was in a span of work.
 
     Args:
@@ -120,7 +122,7 @@ def busy_seconds(process: Process, begin: float, end: float) -> float:
     return sum(stop - start for start, stop in parts if line.at((start + stop) / 2)[0])
 
 
-def cpu_seconds(process: Process, begin: float, end: float) -> float:
+def cpu_seconds(process: ProcessSpans, begin: float, end: float) -> float:
     """Return the process's processor time in [begin, end], between its nearest records.
 
     Args:
@@ -142,7 +144,7 @@ def cpu_seconds(process: Process, begin: float, end: float) -> float:
 class _Line:
     """A process in one interval: what it does at a time."""
 
-    def __init__(self, process: Process, begin: float, end: float):
+    def __init__(self, process: ProcessSpans, begin: float, end: float):
         spans = [span for span in process.spans if span.end > begin and span.start < end]
         # The one that began last is the innermost; spans are short, so it is found by looking back.
         self._spans = sorted(spans, key=lambda span: span.start)

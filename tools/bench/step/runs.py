@@ -14,7 +14,7 @@ from typing import Any
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.base.processes.process_table import PeakMemory
 from tools.bench import host
-from tools.bench.step.cases import Case, make_case
+from tools.bench.step.cases import StepCase, make_case
 from tools.bench.step.figures import Runs
 
 
@@ -57,7 +57,7 @@ def measure(args: argparse.Namespace, about: dict[str, Any]) -> Runs:
 
 
 def _run(
-    name: str, system: str, case: Case, folder: Path, args: argparse.Namespace
+    name: str, system: str, case: StepCase, folder: Path, args: argparse.Namespace
 ) -> dict[str, Any]:
     load, worth = os.getloadavg()[0], host.cores_worth()
     with PeakMemory(every_seconds=1.0) as peak:

@@ -49,7 +49,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Case:
+class WhyCase:
     """A run of the bench.
 
     Attributes:
@@ -82,7 +82,7 @@ class Table:
     """The content of `faults.yaml`."""
 
     common: dict[str, dict[str, Any]]
-    cases: list[Case] = field(default_factory=list)
+    cases: list[WhyCase] = field(default_factory=list)
 
 
 def read_table(path: Path = TABLE) -> Table:
@@ -99,7 +99,7 @@ def read_table(path: Path = TABLE) -> Table:
     for entry in [*content["healthy"], *content["faults"]]:
         recipe = recipes[entry.get("recipe", "dense")]
         table.cases.append(
-            Case(
+            WhyCase(
                 entry["name"],
                 recipe["model"],
                 merge_settings(recipe.get("settings", {}), entry.get("settings", {})),
@@ -121,7 +121,7 @@ def _flatten(names: list[Any]) -> list[str]:
     return [entry for name in names for entry in (name if isinstance(name, list) else [name])]
 
 
-def apply_edits(case: Case) -> dict[str, str]:
+def apply_edits(case: WhyCase) -> dict[str, str]:
     """Return the changed source files of a case: path in the overlay → text.
 
     Raises:
@@ -146,7 +146,7 @@ def apply_edits(case: Case) -> dict[str, str]:
     return texts
 
 
-def write_overlay(case: Case, folder: Path) -> Path:
+def write_overlay(case: WhyCase, folder: Path) -> Path:
     """Write the packages with the case's edits; files that it does not change are hard links.
 
     Args:

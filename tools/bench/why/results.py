@@ -18,7 +18,7 @@ from typing import Any
 from megatron_r1.base.files import atomic_write
 from tools.bench.host import ROOT
 from tools.bench.why import examination, runs
-from tools.bench.why.cases import Case, read_table
+from tools.bench.why.cases import WhyCase, read_table
 from tools.bench.why.table import as_lines, as_page, between_markers, summary, verdict
 
 PART_SECONDS = 140 * 60.0
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"cases": results}
 
 
-def _result_of(folder: Path, case: Case, seed: int) -> Path:
+def _result_of(folder: Path, case: WhyCase, seed: int) -> Path:
     return folder / "results" / f"{_name_to_slug(case.name)}-{seed}.json"
 
 
@@ -81,7 +81,7 @@ def _name_to_slug(name: str) -> str:
 
 
 def _make(
-    seeded_cases: list[tuple[Case, int]],
+    seeded_cases: list[tuple[WhyCase, int]],
     common: dict[str, Any],
     folder: Path,
     args: argparse.Namespace,
@@ -109,7 +109,7 @@ def _make(
 
 
 def _case(
-    case: Case,
+    case: WhyCase,
     seed: int,
     common: dict[str, Any],
     folder: Path,

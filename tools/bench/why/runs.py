@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from megatron_r1.pipeline.stages import merge_settings
 from tools.bench import host
-from tools.bench.why.cases import Case, check_imports, write_overlay
+from tools.bench.why.cases import WhyCase, check_imports, write_overlay
 from tools.bench.why.models import base_model
 
 LIMIT_SECONDS = 400
@@ -34,7 +34,7 @@ class Ran(NamedTuple):
     error: str
 
 
-def settings_of(case: Case, common: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
+def settings_of(case: WhyCase, common: dict[str, Any], seed: int, folder: Path) -> dict[str, Any]:
     """Return the recipe of a case.
 
     Args:
@@ -52,7 +52,7 @@ def settings_of(case: Case, common: dict[str, Any], seed: int, folder: Path) -> 
 
 
 def run_case(
-    case: Case, common: dict[str, Any], seed: int, folder: Path, place: Path
+    case: WhyCase, common: dict[str, Any], seed: int, folder: Path, place: Path
 ) -> tuple[Ran, Path]:
     """Make the run of a case, from nothing.
 

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from tools.bench import host
-from tools.bench.why.cases import Case
+from tools.bench.why.cases import WhyCase
 from tools.evidence.records import head
 
 NAMED = "named"
@@ -26,7 +26,7 @@ MAX_SHOWN_CHARACTERS = 150
 Result = Mapping[str, Any]
 
 
-def verdict(case: Case, result: Result) -> str:
+def verdict(case: WhyCase, result: Result) -> str:
     """Return what `why` made of a case.
 
     It is named (the right quantity first, with its cause), quantity (without its cause), wrong
