@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from code_answers import PATIENT, fenced, needs_sandbox, processes_of, why_not
 from r1_grading import RewardPool, code
-from r1_grading.sandbox import host, programs, seccomp
+from r1_grading.sandbox import programs, requirements, seccomp
 from r1_grading.sandbox.run import SandboxError, sealed_file
 from refusals import refused
 from waiting import wait_until
@@ -30,7 +30,12 @@ HEADERS = {"x86_64": "asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
 @pytest.fixture
 def another_machine(monkeypatch):
     """Nothing is known of the machine yet, and nothing may be started on it."""
-    caches = (host.launcher, host.interpreter, host.compiler, programs.require_sandbox)
+    caches = (
+        requirements.launcher,
+        requirements.interpreter,
+        requirements.compiler,
+        programs.require_sandbox,
+    )
     for cache in caches:
         cache.cache_clear()
     with monkeypatch.context() as patch:
@@ -88,7 +93,7 @@ def test_such_a_machine_is_refused_before_bubblewrap_starts(another_machine):
 
 @needs_sandbox
 def test_without_a_compiler_cpp_is_refused_and_python_is_not(another_machine, tmp_path):
-    another_machine.setattr(host, "COMPILER", str(tmp_path / "g++"))
+    another_machine.setattr(requirements, "COMPILER", str(tmp_path / "g++"))
     with refused("g++", Cause.NOT_INSTALLED, "apt-get install g++"):
         code.grade("", TRUTH, language="cpp")
     assert code.grade(fenced("print(42)"), TRUTH, limits=PATIENT).reward == 1.0
@@ -105,7 +110,7 @@ def test_without_a_compiler_cpp_is_refused_and_python_is_not(another_machine, tm
     ],
 )
 def test_a_bubblewrap_that_makes_no_sandbox_is_refused(another_machine, script, shown):
-    another_machine.setattr(host, "launcher", lambda: ("/bin/sh", "-c", script, "bwrap"))
+    another_machine.setattr(requirements, "launcher", lambda: ("/bin/sh", "-c", script, "bwrap"))
     remedy = "kernel.unprivileged_userns_clone=1"
     with refused("sandbox", Cause.FAILED, shown, remedy) as caught:
         code.grade("", TRUTH)
@@ -114,13 +119,13 @@ def test_a_bubblewrap_that_makes_no_sandbox_is_refused(another_machine, script, 
 
 @needs_sandbox
 def test_a_sandbox_that_cannot_be_built_for_a_moment_is_tried_again(monkeypatch, tmp_path):
-    launcher, failed = shlex.join(host.launcher()), tmp_path / "failed"
+    launcher, failed = shlex.join(requirements.launcher()), tmp_path / "failed"
     script = f'[ -e {failed} ] && exec {launcher} "$@"; : > {failed}; echo busy >&2; exit 1'
-    monkeypatch.setattr(host, "launcher", lambda: ("/bin/sh", "-c", script, "bwrap"))
+    monkeypatch.setattr(requirements, "launcher", lambda: ("/bin/sh", "-c", script, "bwrap"))
     assert code.grade(fenced("print(42)"), TRUTH, limits=PATIENT).reward == 1.0
     assert failed.exists()
     always = ("/bin/sh", "-c", "echo busy >&2; exit 1")
-    monkeypatch.setattr(host, "launcher", lambda: always)
+    monkeypatch.setattr(requirements, "launcher", lambda: always)
     with pytest.raises(SandboxError, match="busy"):
         code.grade(fenced("print(42)"), TRUTH)
 
@@ -170,7 +175,7 @@ def test_a_grader_that_is_killed_takes_its_sandbox_along(before):
         expected = 2 if os.geteuid() == 0 else 1  # bwrap, and the program where it can be seen
         wait_until(lambda: len(processes_of(name)) >= expected)
         if os.geteuid() == 0:
-            wait_until(lambda: set(map(owner, processes_of(name))) == {host.NOBODY})
+            wait_until(lambda: set(map(owner, processes_of(name))) == {requirements.NOBODY})
             if not before:
                 wait_until(lambda: any(not is_bwrap(pid) for pid in processes_of(name)))
         os.kill(grader.pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ import sys
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import parse
-from megatron_r1.rehearse.preflight import findings, folder, host, rank
+from megatron_r1.rehearse.preflight import findings, folder, node_probes, rank
 from megatron_r1.rehearse.settings import PreflightConfig
 
 
@@ -27,11 +27,11 @@ def main() -> None:
     settings = PreflightConfig(
         slowest=0.01, output=f"{out}/found.json", calibration=f"{out}/rates.yaml"
     )
-    product_rate, versions = rank.product_rate, host.versions
+    product_rate, versions = rank.product_rate, node_probes.versions
     if number == "2":
         rank.product_rate = lambda: product_rate() / 1e6
     if number == "3":
-        host.versions = lambda: versions() | {"torch": "1.0"}
+        node_probes.versions = lambda: versions() | {"torch": "1.0"}
     facts = rank.run(config, settings)
     if facts:
         try:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from command_line import command, command_of, environment, members
 from lookup_base import ROOT, lines
-from r1_grading.sandbox.host import SandboxUnavailable
 from r1_grading.sandbox.programs import require_sandbox
+from r1_grading.sandbox.requirements import SandboxUnavailable
 
 from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.controller.rollouts.group_records import decode

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from r1_grading.base.errors import Cause, shorten
-from r1_grading.sandbox import host
+from r1_grading.sandbox import requirements
 from r1_grading.sandbox.limits import Budget, Limits
 from r1_grading.sandbox.run import SandboxError, run
 
@@ -107,7 +107,7 @@ def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
         source: the program's text in C++.
         standard: a key of `STANDARDS`.
         budget: the compiler's limits."""
-    command = f"{shlex.quote(host.compiler())} -std={standard.replace('c++', 'gnu++')}"
+    command = f"{shlex.quote(requirements.compiler())} -std={standard.replace('c++', 'gnu++')}"
     command += f" {COMPILER_OPTIONS} -o main main.cpp >&2 && exec cat main"
     files = {"main.cpp": source.encode("utf-8", "replace")}
     outcome = run(("/usr/bin/sh", "-c", command), budget, files=files, compiler=True)
@@ -129,20 +129,20 @@ def require_sandbox(language: str) -> None:
     """
     release = re.match(r"(\d+)\.(\d+)", platform.release())
     if release and tuple(map(int, release.groups())) < OLDEST_KERNEL:
-        raise host.SandboxUnavailable(
+        raise requirements.SandboxUnavailable(
             f"graded programs need Linux {'.'.join(map(str, OLDEST_KERNEL))} or newer, this is "
             f"{platform.release()}: run them on a newer system",
             key="Linux",
             cause=Cause.UNSUPPORTED,
         )
-    host.launcher()
+    requirements.launcher()
     if language == "cpp":
-        host.compiler()
+        requirements.compiler()
     program = python_script("print(6 * 7)")
     try:
         outcome = run(program.command, Limits().program(), files=program.files)
     except SandboxError as error:
-        raise host.SandboxUnavailable(
+        raise requirements.SandboxUnavailable(
             f"graded programs run in a sandbox or not at all, and it cannot be built ({error}): "
             "allow user namespaces (Debian: sysctl kernel.unprivileged_userns_clone=1; Ubuntu: "
             "sysctl kernel.apparmor_restrict_unprivileged_userns=0; Docker: --security-opt "
@@ -153,7 +153,7 @@ def require_sandbox(language: str) -> None:
         ) from None
     if outcome.stdout != b"42\n":
         message = shorten(outcome.stderr.decode("utf-8", "replace"), 300)
-        raise host.SandboxUnavailable(
+        raise requirements.SandboxUnavailable(
             f"a trivial program fails in the sandbox (status {outcome.status}: {message}): "
             "install the system's Python (apt-get install python3)",
             key="sandbox",
@@ -164,5 +164,14 @@ def require_sandbox(language: str) -> None:
 def _python_program(function: str, names: dict[str, str], source: str, *arguments: str) -> Program:
     # -s -S: no site-packages; -B: no .pyc files. Not -I, which would drop PYTHONHASHSEED.
     starter = f"FUNCTION, NAMES = {function!r}, {names!r}\n{PROGRAM_SOURCE}"
-    command = (host.interpreter()[0], "-s", "-S", "-B", "-c", starter, "main.py", *arguments)
+    command = (
+        requirements.interpreter()[0],
+        "-s",
+        "-S",
+        "-B",
+        "-c",
+        starter,
+        "main.py",
+        *arguments,
+    )
     return Program(command, {"main.py": source.encode("utf-8", "replace")})

@@ -32,7 +32,7 @@ from typing import BinaryIO, Literal
 import psutil
 
 from r1_grading.base.errors import RunError, shorten
-from r1_grading.sandbox import host
+from r1_grading.sandbox import requirements
 from r1_grading.sandbox.limits import Budget
 from r1_grading.sandbox.seccomp import build_filter
 
@@ -233,9 +233,9 @@ NAMESPACES = (
     "--unshare-all",
     "--unshare-user",
     "--uid",
-    str(host.NOBODY),
+    str(requirements.NOBODY),
     "--gid",
-    str(host.NOBODY),
+    str(requirements.NOBODY),
     "--hostname",
     "sandbox",
     "--die-with-parent",
@@ -315,7 +315,7 @@ def launch(
     stack.callback(os.close, status_read)
     filter_file = stack.enter_context(os.fdopen(filter_write, "wb"))
     arguments = [
-        *host.launcher(),
+        *requirements.launcher(),
         *NAMESPACES,
         *_mount_options(compiler, budget.disk_bytes),
         *options,
@@ -373,7 +373,12 @@ def _mount_options(compiler: bool, disk_bytes: int) -> tuple[str, ...]:
     if compiler:
         arguments += ["--symlink", "usr/bin", "/bin", "--size", str(disk_bytes), "--tmpfs", WORK]
     else:
-        arguments += [*host.interpreter()[1], "--ro-bind", host.PRLIMIT, host.PRLIMIT]
+        arguments += [
+            *requirements.interpreter()[1],
+            "--ro-bind",
+            requirements.PRLIMIT,
+            requirements.PRLIMIT,
+        ]
         arguments += ["--dir", WORK]
     return (*arguments, "--dev-bind", "/dev/null", "/dev/null", "--chdir", WORK)
 
@@ -389,7 +394,7 @@ def _prlimit_command(budget: Budget) -> list[str]:
         "nofile": NUM_OPEN_FILES,
         **dict.fromkeys(("core", "memlock", "msgqueue"), 0),
     }
-    arguments = [host.PRLIMIT]
+    arguments = [requirements.PRLIMIT]
     for name, value in limits.items():
         hard_limit = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
         value = value if hard_limit == resource.RLIM_INFINITY else min(value, hard_limit)

@@ -19,7 +19,7 @@ import platform
 import struct
 
 from r1_grading.base.errors import Cause
-from r1_grading.sandbox.host import SandboxUnavailable
+from r1_grading.sandbox.requirements import SandboxUnavailable
 
 ALLOWED = """
 read 0 63 | write 1 64 | readv 19 65 | writev 20 66 | pread64 17 67 | pwrite64 18 68 |

@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from r1_grading.sandbox import host
+from r1_grading.sandbox import requirements
 from r1_grading.sandbox.limits import Limits
 from r1_grading.sandbox.run import SETUP_SECONDS, SandboxError, SandboxProcess, launch
 
@@ -37,7 +37,7 @@ class PythonSession:
     def __init__(self, limits: Limits) -> None:
         self._stack = contextlib.ExitStack()
         self._output_bytes = int(limits.output_mib * 2**20)
-        command = (host.interpreter()[0], "-s", "-S", "-B", "-u", "-c", SESSION_SOURCE)
+        command = (requirements.interpreter()[0], "-s", "-S", "-B", "-u", "-c", SESSION_SOURCE)
         with contextlib.ExitStack() as stack:
             budget = limits.program()
             self._sandbox = launch(stack, command, budget, subprocess.PIPE, {})

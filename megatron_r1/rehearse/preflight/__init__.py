@@ -1,7 +1,7 @@
 """Checks of nodes, links and files before a long run (docs/preflight.md).
 
 - `rank`: measures on every rank.
-- `host`: the node, and its connection to rank 0's, with its clock.
+- `node_probes`: the node, and its connection to rank 0's, with its clock.
 - `folder`: the run folder.
 - `links`: the collectives of the parallel axes, and the links between nodes.
 - `facts`: the measurements, as ranks send them to rank 0.

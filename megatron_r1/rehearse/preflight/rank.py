@@ -13,7 +13,7 @@ from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.models.platform import trainer_store
-from megatron_r1.rehearse.preflight import host, links
+from megatron_r1.rehearse.preflight import links, node_probes
 from megatron_r1.rehearse.preflight.facts import (
     LinkRate,
     MemoryUsage,
@@ -52,9 +52,11 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
     progress.start()
     progress.begin_step("versions and memory", START_TIMES)
     # Before this process and its neighbors hold any of it.
-    device_memory = host.device_memory(placement.local_rank)
+    device_memory = node_probes.device_memory(placement.local_rank)
     versions, memory = (
-        (host.versions(), host.host_memory()) if placement.is_node_leader else ({}, None)
+        (node_probes.versions(), node_probes.host_memory())
+        if placement.is_node_leader
+        else ({}, None)
     )
     progress.begin_step("join of the process groups", START_TIMES)
     groups = distributed.initialize(config.parallel, config.run.seed).groups
@@ -145,20 +147,20 @@ def _node_facts(
         memory: the memory of its host; None: the rank leads no node."""
     node_facts, clock = None, None
     if placement.rank == 0:
-        clock = host.ClockServer(placement.num_nodes)
+        clock = node_probes.ClockServer(placement.num_nodes)
         progress.store.set("clock", str(clock.port))
     if memory is not None:
         port = int(progress.store.get("clock"))
-        offset, unreachable = host.clock_offset(os.environ["MASTER_ADDR"], port)
-        ports = host.unavailable_ports(config, placement)
-        sandbox = host.sandbox_problem()
+        offset, unreachable = node_probes.clock_offset(os.environ["MASTER_ADDR"], port)
+        ports = node_probes.unavailable_ports(config, placement)
+        sandbox = node_probes.sandbox_problem()
         node_facts = NodeFacts(
             versions=versions,
             memory=memory,
             ports=ports,
             unreachable=unreachable,
             clock_offset=offset,
-            lookup_seconds=host.lookup_seconds(os.environ["MASTER_ADDR"]),
+            lookup_seconds=node_probes.lookup_seconds(os.environ["MASTER_ADDR"]),
             sandbox=sandbox,
         )
     progress.barrier("clocks read")

@@ -5,8 +5,8 @@ import random
 import signal
 
 import pytest
-from r1_grading.sandbox.host import SandboxUnavailable
 from r1_grading.sandbox.programs import require_sandbox
+from r1_grading.sandbox.requirements import SandboxUnavailable
 
 from megatron_r1.agents.environment import (
     SHIPPED_ENVIRONMENTS,

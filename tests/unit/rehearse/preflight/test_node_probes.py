@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_r1.config import load, parse
-from megatron_r1.rehearse.preflight import folder, host, rank
+from megatron_r1.rehearse.preflight import folder, node_probes, rank
 from megatron_r1.rehearse.preflight.facts import RankPlacement
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.reporting.run_folder import RunFolder
@@ -44,41 +44,41 @@ def test_a_port_of_the_recipe_that_is_taken_is_named():
         port = taken.getsockname()[1]
         config = parse({"run": {"health_port": port}, "rollout": {"hosts_port": 0}})
         fault = f"port {port}: Address already in use"
-        assert host.unavailable_ports(config, ALONE) == {"run.health_port": fault}
+        assert node_probes.unavailable_ports(config, ALONE) == {"run.health_port": fault}
 
 
 def test_the_clock_of_another_host_is_compared_over_a_connection(monkeypatch):
-    server = host.ClockServer(1)
-    offset, unreachable = host.clock_offset("127.0.0.1", server.port)
+    server = node_probes.ClockServer(1)
+    offset, unreachable = node_probes.clock_offset("127.0.0.1", server.port)
     assert unreachable == "" and abs(offset) < 1
     real = time.time
-    server_thread_time = iter([real() - 100] * host.CLOCK_PROBES)
-    monkeypatch.setattr(host.struct, "pack", _packing(server_thread_time))
-    offset, _ = host.clock_offset("127.0.0.1", server.port)
+    server_thread_time = iter([real() - 100] * node_probes.CLOCK_PROBES)
+    monkeypatch.setattr(node_probes.struct, "pack", _packing(server_thread_time))
+    offset, _ = node_probes.clock_offset("127.0.0.1", server.port)
     assert 99 < offset < 130
     server.close()
     monkeypatch.undo()
-    offset, unreachable = host.clock_offset("127.0.0.1", server.port)
+    offset, unreachable = node_probes.clock_offset("127.0.0.1", server.port)
     assert unreachable.startswith(f"127.0.0.1:{server.port}: ")
 
 
 def test_names_are_looked_up_at_once_and_as_torch_asks_for_them(monkeypatch):
-    asked, all_ask = [], threading.Barrier(host.LOOKUPS)
+    asked, all_ask = [], threading.Barrier(node_probes.LOOKUPS)
 
     def answer(address, flags):
         asked.append(address[0])
         all_ask.wait()
         raise socket.gaierror(socket.EAI_AGAIN, "no answer")
 
-    monkeypatch.setattr(host.socket, "getnameinfo", answer)
-    assert host.lookup_seconds("127.0.0.1") > 0
-    assert asked == ["::ffff:127.0.0.1"] * host.LOOKUPS
-    assert host.lookup_seconds("::1") > 0
-    assert asked[host.LOOKUPS :] == ["::1"] * host.LOOKUPS
+    monkeypatch.setattr(node_probes.socket, "getnameinfo", answer)
+    assert node_probes.lookup_seconds("127.0.0.1") > 0
+    assert asked == ["::ffff:127.0.0.1"] * node_probes.LOOKUPS
+    assert node_probes.lookup_seconds("::1") > 0
+    assert asked[node_probes.LOOKUPS :] == ["::1"] * node_probes.LOOKUPS
 
 
 def _packing(times):
-    pack = host.struct.pack
+    pack = node_probes.struct.pack
     return lambda form, value: pack(form, next(times))
 
 
