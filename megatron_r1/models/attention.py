@@ -194,7 +194,7 @@ class CoreAttention(MegatronModule):
         if packed_seq_params is None:
             assert self.group.size() == 1, "context parallelism works on packed batches"
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-            out = _attend(q, k, v, self.softmax_scale, self.softmax_offset, self.window)
+            out = _attend_causally(q, k, v, self.softmax_scale, self.softmax_offset, self.window)
             return out.permute(2, 0, 1, 3).flatten(2)
         prefixes = marked_prefixes(packed_seq_params.cu_seqlens_q)
         cu_seqlens = packed_seq_params.cu_seqlens_q.long()
@@ -257,10 +257,12 @@ def attend_packed(
     buckets = LengthBuckets(lengths)
     queries, keys, values = (buckets.pad(x) for x in (query, key, value))
     batches = zip(queries, keys, values, strict=True)
-    return buckets.unpad([_attend(q, k, v, scale, sink_logits, window) for q, k, v in batches])
+    return buckets.unpad(
+        [_attend_causally(q, k, v, scale, sink_logits, window) for q, k, v in batches]
+    )
 
 
-def _attend(
+def _attend_causally(
     query: Tensor,
     key: Tensor,
     value: Tensor,

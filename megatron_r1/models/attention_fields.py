@@ -55,7 +55,7 @@ def attention_fields(hf_config: HFConfig) -> dict[str, Any]:
             key="layer_types",
             cause=Cause.UNSUPPORTED,
         )
-    fields = _latent(hf_config) if family.latent_attention else _grouped_query(hf_config)
+    fields = _latent_fields(hf_config) if family.latent_attention else _grouped_query(hf_config)
     if family.attention_sinks:
         fields["softmax_type"] = "learnable"
     if family.sliding_windows:
@@ -69,7 +69,7 @@ def model_arguments(hf_config: HFConfig) -> dict[str, Any]:
     """Return the arguments of GPTModel besides the configuration."""
     if model_family(hf_config).latent_attention:
         return {"position_embedding_type": "rope"}
-    rope = _rope(hf_config)
+    rope = _rope_settings(hf_config)
     return {
         "position_embedding_type": "rope",
         "rotary_base": rope["rope_theta"],
@@ -101,7 +101,7 @@ def rope_scaling(hf_config: HFConfig) -> dict[str, Any] | None:
     have others."""
     if (
         model_family(hf_config).latent_attention
-        or (rope := _rope(hf_config))["rope_type"] != "llama3"
+        or (rope := _rope_settings(hf_config))["rope_type"] != "llama3"
     ):
         return None
     require_keys(rope, *_ROPE_KEYS["llama3"])
@@ -113,7 +113,7 @@ def yarn_scaling(hf_config: HFConfig) -> dict[str, Any] | None:
     Megatron's own fields."""
     if (
         model_family(hf_config).latent_attention
-        or (rope := _rope(hf_config))["rope_type"] != "yarn"
+        or (rope := _rope_settings(hf_config))["rope_type"] != "yarn"
     ):
         return None
     names = ("factor", "rope_theta", "original_max_position_embeddings")
@@ -133,12 +133,12 @@ def yarn_scaling(hf_config: HFConfig) -> dict[str, Any] | None:
 
 def has_qkv_bias(hf_config: HFConfig) -> bool:
     """Return whether query, key and value have biases."""
-    return _flag(hf_config, model_family(hf_config).qkv_bias)
+    return _config_flag(hf_config, model_family(hf_config).qkv_bias)
 
 
 def has_qk_norm(hf_config: HFConfig) -> bool:
     """Return whether each head's query and key are normalized."""
-    return _flag(hf_config, model_family(hf_config).qk_norm)
+    return _config_flag(hf_config, model_family(hf_config).qk_norm)
 
 
 def attention_divisions(
@@ -166,7 +166,7 @@ def attention_divisions(
     return rules
 
 
-def _flag(hf_config: HFConfig, value: bool | str) -> bool:
+def _config_flag(hf_config: HFConfig, value: bool | str) -> bool:
     return bool(hf_config.get(value)) if isinstance(value, str) else value
 
 
@@ -182,7 +182,7 @@ def _grouped_query(hf_config: HFConfig) -> dict[str, Any]:
             cause=Cause.INDIVISIBLE,
         )
     if (
-        num_rotated := int(size * _rope(hf_config)["partial_rotary_factor"])
+        num_rotated := int(size * _rope_settings(hf_config)["partial_rotary_factor"])
     ) % 2 or not num_rotated:
         raise UserError(
             f"config.json: {num_rotated} numbers of a head are rotated (head_dim, or hidden_size / "
@@ -198,7 +198,7 @@ def _grouped_query(hf_config: HFConfig) -> dict[str, Any]:
     }
 
 
-def _latent(hf_config: HFConfig) -> dict[str, Any]:
+def _latent_fields(hf_config: HFConfig) -> dict[str, Any]:
     require_keys(hf_config, "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     require_keys(hf_config, KEY_VALUE_HEADS)  # transformers' default is DeepSeek-V3's 128
     if "q_lora_rank" not in hf_config:
@@ -272,7 +272,7 @@ def rope_parameters(hf_config: HFConfig) -> dict[str, Any]:
     return rope
 
 
-def _rope(hf_config: HFConfig) -> dict[str, Any]:
+def _rope_settings(hf_config: HFConfig) -> dict[str, Any]:
     """Return the rotary settings, all of them known.
 
     Raises:
@@ -315,7 +315,7 @@ def _rope(hf_config: HFConfig) -> dict[str, Any]:
 
 def _latent_rope(hf_config: HFConfig) -> dict[str, Any]:
     """Return Megatron's fields of latent attention's rotary embedding, plain or YaRN."""
-    rope = _rope(hf_config)
+    rope = _rope_settings(hf_config)
     fields = {"rotary_base": rope["rope_theta"]}
     if rope["rope_type"] == "default":
         # The softmax scale reads the factor whatever the rope_type is (multi_latent_attention.py).

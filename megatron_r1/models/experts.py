@@ -33,7 +33,7 @@ def expert_fields(hf_config: HFConfig) -> dict[str, Any]:
         "moe_router_enable_expert_bias": function == "sigmoid",
         # With softmax Megatron normalizes the chosen scores unless this is set;
         # `models.megatron_replacements` reads it so with sigmoid too.
-        "moe_router_pre_softmax": not _normalizes(hf_config),
+        "moe_router_pre_softmax": not _normalizes_topk(hf_config),
         "moe_router_topk_scaling_factor": hf_config.get("routed_scaling_factor") or 1.0,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
@@ -43,7 +43,7 @@ def expert_fields(hf_config: HFConfig) -> dict[str, Any]:
     }
 
 
-def _normalizes(hf_config: HFConfig) -> bool:
+def _normalizes_topk(hf_config: HFConfig) -> bool:
     """Return whether the weights of a token's experts sum to 1, before they are scaled."""
     setting = hf_config.get("norm_topk_prob")
     return model_family(hf_config).normalizes_topk if setting is None else setting

@@ -15,12 +15,12 @@ for wgrad, in columns of tokens where fprop and dgrad have rows of features. Dee
 MXFP8 (OCP Microscaling Formats 1.0): 32 for all three, scales that are powers of two.
 
 The emulation computes the three products in plain PyTorch, in Megatron's linear layers
-(`_emulate`). A product's operands are what their FP8 copies give back in fp32, and the sums are
-fp32. That is what the matrix units compute: a product of two e4m3 numbers has 8 significant bits,
-and where scales are powers of two the product with them is exact as well. What differs is the
-order of the sums, and that fp32 has all 32 bits here (Hopper's own accumulator keeps about 14 of
-them, which is why DeepSeek-V3 and Transformer Engine add up in fp32 every 128 terms). The scale of
-a tile is Transformer Engine's (recipe_common.cuh, compute_scale_from_amax):
+(`_emulate_linear_layers`). A product's operands are what their FP8 copies give back in fp32, and
+the sums are fp32. That is what the matrix units compute: a product of two e4m3 numbers has 8
+significant bits, and where scales are powers of two the product with them is exact as well. What
+differs is the order of the sums, and that fp32 has all 32 bits here (Hopper's own accumulator keeps
+about 14 of them, which is why DeepSeek-V3 and Transformer Engine add up in fp32 every 128 terms).
+The scale of a tile is Transformer Engine's (recipe_common.cuh, compute_scale_from_amax):
 
     scale = largest / amax |tile|      the largest e4m3 number is 448, the largest e5m2 57,344
     scale = 1                          where amax is 0
@@ -155,7 +155,10 @@ class _Product(torch.autograd.Function):
         ctx.recipe = recipe
         ctx.save_for_backward(x, weight)
         tokens = x.reshape(-1, x.shape[-1])
-        y = _round(tokens, recipe.input_tile, recipe) @ _round(weight, recipe.weight_tile, recipe).T
+        y = (
+            _round_operand(tokens, recipe.input_tile, recipe)
+            @ _round_operand(weight, recipe.weight_tile, recipe).T
+        )
         return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -165,19 +168,19 @@ class _Product(torch.autograd.Function):
         dy = dy.reshape(-1, weight.shape[0])
         dx = dweight = None
         if ctx.needs_input_grad[0]:
-            columns = _round(weight, recipe.weight_tile[::-1], recipe)
-            dx = _round(dy, recipe.gradient_tile, recipe, recipe.gradient_dtype) @ columns
+            columns = _round_operand(weight, recipe.weight_tile[::-1], recipe)
+            dx = _round_operand(dy, recipe.gradient_tile, recipe, recipe.gradient_dtype) @ columns
             dx = dx.to(x.dtype).view(x.shape)
         if ctx.needs_input_grad[1]:
             # Both quantized from high precision, as in Transformer Engine, not from FP8 rows.
             tokens = x.reshape(-1, x.shape[-1])
-            tokens = _round(tokens, recipe.input_tile[::-1], recipe)
-            dy = _round(dy, recipe.gradient_tile[::-1], recipe, recipe.gradient_dtype)
+            tokens = _round_operand(tokens, recipe.input_tile[::-1], recipe)
+            dy = _round_operand(dy, recipe.gradient_tile[::-1], recipe, recipe.gradient_dtype)
             dweight = (dy.T @ tokens).to(weight.dtype)
         return dx, dweight, None
 
 
-def _round(x: Tensor, tile: Tile, recipe: FP8Recipe, dtype: torch.dtype = E4M3) -> Tensor:
+def _round_operand(x: Tensor, tile: Tile, recipe: FP8Recipe, dtype: torch.dtype = E4M3) -> Tensor:
     return round_to_fp8(x, tile, dtype, recipe.power_of_two)
 
 
@@ -203,13 +206,13 @@ def round_to_fp8(x: Tensor, tile: Tile, dtype: torch.dtype, power_of_two: bool) 
         values = values.new_zeros(blocks_down * rows, blocks_across * columns)
         values[: x.shape[0], : x.shape[1]] = x
     values = values.view(blocks_down, rows, blocks_across, columns)
-    scale = _scale(values.abs().amax(dim=(1, 3), keepdim=True), dtype, power_of_two)
+    scale = _tile_scales(values.abs().amax(dim=(1, 3), keepdim=True), dtype, power_of_two)
     rounded_values = (values * scale).to(dtype).float().mul_(1.0 / scale)
     rounded_values = rounded_values.view(blocks_down * rows, blocks_across * columns)
     return rounded_values[: x.shape[0], : x.shape[1]] if cut_off else rounded_values
 
 
-def _scale(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
+def _tile_scales(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
     """Return the fp32 factor of each tile; NaN where `amax` is not finite."""
     # A tensor, not a number: dividing a number by a CUDA tensor computes a reciprocal first.
     max_value = amax.new_tensor(torch.finfo(dtype).max)
@@ -223,7 +226,7 @@ def _scale(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
 LINEAR = (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear)
 
 
-def _emulate(model: torch.nn.Module, recipe: FP8Recipe) -> None:
+def _emulate_linear_layers(model: torch.nn.Module, recipe: FP8Recipe) -> None:
     """Make every linear layer of `model` but the head compute as `recipe` does.
 
     Megatron's linear layers, and our ReplicatedLinear, compute their product in the method
@@ -280,7 +283,7 @@ def apply(model: torch.nn.Module, fp8: FP8Config) -> None:
         return
     check_sizes(model, recipe)
     if not platform.has_gpu():
-        _emulate(model, recipe)
+        _emulate_linear_layers(model, recipe)
 
 
 def token_multiple(fp8: FP8Config) -> int:

@@ -164,7 +164,7 @@ def persistent_bytes(
         optimizer_shards: the ranks that share dense parameters, and those that share experts.
         moments: the dtype of the moments on this device."""
     per_parameter = parameter_bytes(config.model.dtype, moments)
-    num_dense, num_expert = _padded(counts, optimizer_shards)
+    num_dense, num_expert = _gradient_buffer_sizes(counts, optimizer_shards)
     num_sharded = num_dense / optimizer_shards[0] + num_expert / optimizer_shards[1]
     values = num_dense + num_expert + counts.frozen
     return {
@@ -206,7 +206,9 @@ def reference_bytes(config: Config, counts: ParameterCounts) -> int:
     return num_changing * BYTES[config.model.dtype] + FP32_BYTES * counts.buffers
 
 
-def _padded(counts: ParameterCounts, optimizer_shards: tuple[int, int]) -> tuple[int, int]:
+def _gradient_buffer_sizes(
+    counts: ParameterCounts, optimizer_shards: tuple[int, int]
+) -> tuple[int, int]:
     """Return the values in the gradient buffers of dense and of expert parameters."""
     multiples = (math.lcm(num_shards, 128) for num_shards in optimizer_shards)
     sizes = (counts.dense_padded, counts.expert_padded)

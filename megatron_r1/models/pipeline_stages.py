@@ -71,9 +71,9 @@ def pipeline_stages(
     Raises:
         UserError: a layout that Megatron would refuse or silently build differently, or fewer
             layers than chunks."""
-    layout = layout or _spread(num_layers, pipeline, virtual, num_mtp)
+    layout = layout or _balanced_layout(num_layers, pipeline, virtual, num_mtp)
     groups = parse_layout(layout)
-    _check(layout, groups, num_layers, pipeline, virtual, num_mtp)
+    _check_layout(layout, groups, num_layers, pipeline, virtual, num_mtp)
     stages: list[list[ModelChunk]] = [[] for _ in range(pipeline)]
     start = 0
     for index, group in enumerate(groups):
@@ -111,11 +111,11 @@ def uneven_layout(
 
     Raises:
         UserError: fewer layers than chunks."""
-    layout = _spread(num_layers, pipeline, virtual, num_mtp)
+    layout = _balanced_layout(num_layers, pipeline, virtual, num_mtp)
     return layout if num_layers % (pipeline * virtual) else None
 
 
-def _spread(num_layers: int, pipeline: int, virtual: int, num_mtp: int) -> str:
+def _balanced_layout(num_layers: int, pipeline: int, virtual: int, num_mtp: int) -> str:
     chunks = pipeline * virtual
     length, num_extra = divmod(num_layers, chunks)
     if not length:
@@ -135,10 +135,10 @@ def _spread(num_layers: int, pipeline: int, virtual: int, num_mtp: int) -> str:
 def parse_layout(layout: str) -> list[str]:
     """Expand "Et|(tt|)*2mL" to ["Et", "tt", "tt", "mL"]; UserError for other syntax."""
     text = re.sub(r"[,\s]", "", layout)
-    return "".join(_unrolled(text, layout)).split("|")
+    return "".join(_unrolled_items(text, layout)).split("|")
 
 
-def _unrolled(text: str, layout: str) -> Iterator[str]:
+def _unrolled_items(text: str, layout: str) -> Iterator[str]:
     position = 0
     while position < len(text):
         match = _ITEM.match(text, position)
@@ -153,11 +153,11 @@ def _unrolled(text: str, layout: str) -> Iterator[str]:
         if item:
             yield item * int(repeats or 1)
         else:
-            yield "".join(_unrolled(group, layout)) * int(num_times)
+            yield "".join(_unrolled_items(group, layout)) * int(num_times)
         position = match.end()
 
 
-def _check(
+def _check_layout(
     layout: str, groups: Sequence[str], num_layers: int, pipeline: int, virtual: int, num_mtp: int
 ) -> None:
     """Raise UserError where a layout does not have each layer once, in Megatron's order."""

@@ -117,7 +117,7 @@ def create_store(
     Raises:
         OSError: where the port is taken.
     """
-    listener = _listen("" if everywhere else address, port)
+    listener = _create_listener("" if everywhere else address, port)
     port = listener.getsockname()[1]
     store = dist.TCPStore(
         address,
@@ -131,7 +131,7 @@ def create_store(
     return store
 
 
-def _listen(address: str, port: int) -> socket.socket:
+def _create_listener(address: str, port: int) -> socket.socket:
     if address:
         family, _, _, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         is_loopback = str(place[0]).startswith("127.") or place[0] == "::1"

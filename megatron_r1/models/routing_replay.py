@@ -158,7 +158,7 @@ class LayerReplay:
             self._pass.counts = counts
 
 
-def _attach(experts: MoELayer, moe_index: int | None) -> LayerReplay:
+def _attach_replay(experts: MoELayer, moe_index: int | None) -> LayerReplay:
     """Return the replay of a layer of experts, which its router and dispatcher now call."""
     replay = LayerReplay(experts.router, moe_index)
     experts.router.router_replay = replay
@@ -192,13 +192,13 @@ class RoutingReplay:
             for layer in model.decoder.layers:
                 if hasattr(layer.mlp, "router") and (shape is not None or recomputes):
                     moe_index = None if shape is None else len(self.layers)
-                    replays.append(_attach(layer.mlp, moe_index))
+                    replays.append(_attach_replay(layer.mlp, moe_index))
                     if shape is not None:
                         self.layers.append(shape.moe_layers.index(layer.layer_number - 1))
             mtp_block = getattr(model, "mtp", None)
             for mtp_layer in mtp_block.layers if mtp_block is not None and recomputes else ():
                 if hasattr(mtp_layer.transformer_layer.mlp, "router"):
-                    replays.append(_attach(mtp_layer.transformer_layer.mlp, None))
+                    replays.append(_attach_replay(mtp_layer.transformer_layer.mlp, None))
 
     def begin(self, chunk: torch.nn.Module, recorded: RecordedRouting | None) -> None:
         """Prepare a forward pass of `chunk` over the tokens of `recorded`.

@@ -168,10 +168,10 @@ class _PrefixAttention(torch.autograd.Function):
 
             out = exp(lse_o - lse) out_o + exp(lse_p - lse) out_p,  lse = log(exp lse_o + exp lse_p)
         """
-        size, accumulation_dtype = _sizes(query, key, value)
+        size, accumulation_dtype = _flash_size_and_dtype(query, key, value)
         batches = zip(*(segments.buckets.pad(x, size) for x in (query, key, value)), strict=True)
         segment_results = [
-            flash_forward(*_heads(*batch), 0.0, True, attn_mask=None, scale=scale)
+            flash_forward(*_repeated_heads(*batch), 0.0, True, attn_mask=None, scale=scale)
             for batch in batches
         ]
         out = segments.buckets.unpad([part.to(accumulation_dtype) for part, _ in segment_results])
@@ -179,7 +179,9 @@ class _PrefixAttention(torch.autograd.Function):
             [part.to(accumulation_dtype)[..., None] for _, part in segment_results]
         )
         for rows, prefix in segments.links:
-            part = _heads(*(_row(x, size) for x in (query[rows], key[prefix], value[prefix])))
+            part = _repeated_heads(
+                *(_padded_row(x, size) for x in (query[rows], key[prefix], value[prefix]))
+            )
             out_p, lse_p = flash_forward(*part, 0.0, False, attn_mask=None, scale=scale)
             out_p = out_p[0].transpose(0, 1).to(accumulation_dtype)
             lse_p = lse_p[0].t()[..., None].to(accumulation_dtype)
@@ -201,20 +203,22 @@ class _PrefixAttention(torch.autograd.Function):
         segments."""
         query, key, value, out, lse = ctx.saved_tensors
         segments, buckets = ctx.segments, ctx.segments.buckets
-        size, accumulation_dtype = _sizes(query, key, value)
+        size, accumulation_dtype = _flash_size_and_dtype(query, key, value)
         tensors = [buckets.pad(x, size) for x in (grad, query, key, value, out)]
         segment_lses = [x[..., 0] for x in buckets.pad(lse, 1)]
         segment_gradients: list[list[Tensor]] = [[], [], []]
         for g, q, k, v, o, segment_lse in zip(*tensors, segment_lses, strict=True):
             # A padded query has grad 0, and so any finite lse will do.
-            parts = _gradients((g, q, k, v, o), segment_lse, True, ctx.scale)
+            parts = _chunk_gradients((g, q, k, v, o), segment_lse, True, ctx.scale)
             for gradients, part in zip(segment_gradients, parts, strict=True):
                 gradients.append(part.to(accumulation_dtype))
         d_query, d_key, d_value = (buckets.unpad(parts) for parts in segment_gradients)
         for rows, prefix in segments.links:
             operands = grad[rows], query[rows], key[prefix], value[prefix], out[rows]
             row_lse = lse[rows][..., 0].t()[None]
-            parts = _gradients([_row(x, size) for x in operands], row_lse, False, ctx.scale)
+            parts = _chunk_gradients(
+                [_padded_row(x, size) for x in operands], row_lse, False, ctx.scale
+            )
             d_rows, d_prefix_key, d_prefix_value = (
                 part[0].transpose(0, 1).to(accumulation_dtype) for part in parts
             )
@@ -225,23 +229,25 @@ class _PrefixAttention(torch.autograd.Function):
         return *(d[..., : x.shape[2]].to(x.dtype) for d, x in pairs), None, None
 
 
-def _sizes(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, torch.dtype]:
+def _flash_size_and_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, torch.dtype]:
     """Return the one head size that flash attention takes, and the dtype of sums over chunks."""
     size = max(key.shape[2], value.shape[2])
     return size, torch.promote_types(query.dtype, torch.float32)
 
 
-def _row(x: Tensor, size: int) -> Tensor:
+def _padded_row(x: Tensor, size: int) -> Tensor:
     """Return (t, heads, …) as (1, heads, t, size), filled with zeros."""
     return torch.nn.functional.pad(x, (0, size - x.shape[2])).transpose(0, 1)[None].contiguous()
 
 
-def _heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _repeated_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     heads = query.shape[1]
     return query, repeat_kv(key, heads), repeat_kv(value, heads)
 
 
-def _gradients(tensors: Sequence[Tensor], lse: Tensor, causal: bool, scale: float) -> list[Tensor]:
+def _chunk_gradients(
+    tensors: Sequence[Tensor], lse: Tensor, causal: bool, scale: float
+) -> list[Tensor]:
     """Return the gradients of query, key and value of one chunk.
 
     Args:
@@ -251,6 +257,6 @@ def _gradients(tensors: Sequence[Tensor], lse: Tensor, causal: bool, scale: floa
         scale: factor of the scores before the softmax."""
     grad, query, key, value, out = tensors
     heads = key.shape[1]
-    operands = (grad, *_heads(query, key, value), out, lse.contiguous())
+    operands = (grad, *_repeated_heads(query, key, value), out, lse.contiguous())
     parts = flash_backward(*operands, 0.0, causal, attn_mask=None, scale=scale)
     return [parts[0], *(sum_kv_gradients(part, heads) for part in parts[1:])]

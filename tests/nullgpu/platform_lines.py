@@ -18,7 +18,7 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.base.processes import children
 from megatron_r1.models import platform
 
-NETWORK = {"ranks_share_host", "trainer_store", "create_store", "_listen"}
+NETWORK = {"ranks_share_host", "trainer_store", "create_store", "_create_listener"}
 run: set[tuple[str, int]] = set()
 
 

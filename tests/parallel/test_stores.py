@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from megatron_r1.models.platform import _listen
+from megatron_r1.models.platform import _create_listener
 
 HERE = Path(__file__).parent
 EVERYWHERE = ("::", "0.0.0.0")
@@ -40,21 +40,21 @@ def own_addresses():
 
 @pytest.mark.parametrize("address", own_addresses())
 def test_an_address_of_this_host_is_the_only_one(address):
-    with _listen(address, 0) as listening:
+    with _create_listener(address, 0) as listening:
         bound = listening.getsockname()[0]
     is_name_for_loopback = address.startswith("127.") and address != "127.0.0.1"
     assert bound == address or (is_name_for_loopback and bound in EVERYWHERE)
 
 
 def test_an_address_that_is_translated_on_the_way_listens_everywhere():
-    with _listen("192.0.2.1", 0) as listening:  # RFC 5737: of no host
+    with _create_listener("192.0.2.1", 0) as listening:  # RFC 5737: of no host
         assert listening.getsockname()[0] in EVERYWHERE
 
 
 def test_a_host_whose_name_is_its_own_loopback_listens_everywhere(monkeypatch):
     place = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", 0))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: place)
-    with _listen("node-0", 0) as listening:
+    with _create_listener("node-0", 0) as listening:
         assert listening.getsockname()[0] in EVERYWHERE
 
 
@@ -63,4 +63,4 @@ def test_a_port_that_is_taken_is_an_error():
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(OSError, match="in use"),
     ):
-        _listen("127.0.0.1", taken.getsockname()[1])
+        _create_listener("127.0.0.1", taken.getsockname()[1])

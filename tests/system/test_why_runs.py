@@ -125,7 +125,7 @@ def overwrite(folder: Path, step: int, key: str, change) -> None:
     stored = DistributedCheckpoint(checkpoint)
     shape = stored.shapes[key]
     changed = change(stored.read(key, (0,) * len(shape), shape))
-    for chunks in stored._chunks[key].values():
+    for chunks in stored._chunks_by_start[key].values():
         for chunk in chunks:
             ranges = zip(chunk.starts, chunk.sizes, strict=True)
             values = changed[tuple(slice(at, at + size) for at, size in ranges)].contiguous()

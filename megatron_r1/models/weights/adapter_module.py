@@ -55,7 +55,7 @@ class Adapter(torch.nn.Module):
             copy_gradient_attributes(
                 factor, weight, counts=not entry.is_replicated or group.rank() == 0
             )
-        blocks = _blocks(a_entry, b_entry)
+        blocks = _block_mask(a_entry, b_entry)
         self._is_plain = blocks.shape[1] == 1 and bool(blocks.all())
         self.register_buffer("_blocks", blocks.to(self.b), persistent=False)
         # A rank's gradient of a replicated factor is then a part of the whole: of other tokens, or
@@ -95,7 +95,7 @@ class Adapter(torch.nn.Module):
         return (self._blocks[:, :, None] * self.b[:, None]).flatten(1)
 
 
-def _blocks(a_entry: LayoutEntry, b_entry: LayoutEntry) -> Tensor:
+def _block_mask(a_entry: LayoutEntry, b_entry: LayoutEntry) -> Tensor:
     """Return (out, blocks), 1 where a row of B belongs to a block of A."""
     names = [piece.hf_name.removesuffix(A) for piece in a_entry.pieces]
     mask = torch.zeros(b_entry.shape[0], len(names))

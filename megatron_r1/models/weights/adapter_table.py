@@ -39,7 +39,7 @@ def adapter_table(hf_config: HFConfig, lora: LoraConfig) -> WeightTable:
         dense_layers = [[rule for rule in layer if not rule.is_expert] for layer in base.layers]
         base = replace(base, layers=dense_layers)
     modules = {
-        _module(source)
+        _module_name(source)
         for layer in base.layers
         for rule in layer
         for source in (rule.sources if _is_linear(rule) else ())
@@ -53,7 +53,7 @@ def adapter_table(hf_config: HFConfig, lora: LoraConfig) -> WeightTable:
                 key="model.lora.targets",
                 cause=Cause.UNKNOWN,
             )
-    layers = [[a for rule in layer for a in _adapter(rule, lora)] for layer in base.layers]
+    layers = [[a for rule in layer for a in _adapter_rules(rule, lora)] for layer in base.layers]
     return WeightTable([], layers, [], [], num_experts=base.num_experts)
 
 
@@ -158,7 +158,7 @@ class _Chosen:
         return shape, factor_pieces
 
 
-def _adapter(rule: WeightRule, lora: LoraConfig) -> Iterator[WeightRule]:
+def _adapter_rules(rule: WeightRule, lora: LoraConfig) -> Iterator[WeightRule]:
     """Yield the rules of A and B of one Megatron weight, none if it is no target.
 
     A has a block of `rank` rows per layer. The factor on the side that is split over ranks is split
@@ -168,7 +168,7 @@ def _adapter(rule: WeightRule, lora: LoraConfig) -> Iterator[WeightRule]:
     targets = [
         source
         for source in rule.sources
-        if lora.targets is None or any(_ends_with(_module(source), t) for t in lora.targets)
+        if lora.targets is None or any(_ends_with(_module_name(source), t) for t in lora.targets)
     ]
     if not targets:
         return
@@ -176,11 +176,13 @@ def _adapter(rule: WeightRule, lora: LoraConfig) -> Iterator[WeightRule]:
     # Transformer Engine has the experts of a layer in one module, with weight0, weight1, …
     te_name = rule.te_name.replace(".weight{e}", ".lora.{e}") if rule.te_name else None
     megatron = rule.megatron_name.replace(".weight", ".lora")
-    factors_a = tuple(_factor(source, A, (lora.rank, source.shape[1])) for source in targets)
-    factors_b = tuple(_factor(source, B, (source.shape[0], lora.rank)) for source in rule.sources)
+    factors_a = tuple(_factor_source(source, A, (lora.rank, source.shape[1])) for source in targets)
+    factors_b = tuple(
+        _factor_source(source, B, (source.shape[0], lora.rank)) for source in rule.sources
+    )
     split_b: Split = replicated if by_rows else rule.split
     if len(targets) < len(rule.sources):
-        split_b = _Chosen(split_b, frozenset(_factor(s, B, ()).name for s in targets))
+        split_b = _Chosen(split_b, frozenset(_factor_source(s, B, ()).name for s in targets))
     by_name = {
         "a": (factors_a, row_parallel if by_rows else replicated_stack),
         "b": (factors_b, split_b),
@@ -190,7 +192,7 @@ def _adapter(rule: WeightRule, lora: LoraConfig) -> Iterator[WeightRule]:
         yield WeightRule(f"{megatron}.{name}", sources, split, te_factor)
 
 
-def _factor(source: Source, ending: str, shape: Shape) -> Source:
+def _factor_source(source: Source, ending: str, shape: Shape) -> Source:
     return Source(source.name.removesuffix(".weight") + ending, shape)
 
 
@@ -199,7 +201,7 @@ def _is_linear(rule: WeightRule) -> bool:
     return ".linear_" in rule.megatron_name and len(rule.sources[0].shape) == 2
 
 
-def _module(source: Source) -> str:
+def _module_name(source: Source) -> str:
     return source.name.removesuffix(".weight").replace("{e}.", "")
 
 

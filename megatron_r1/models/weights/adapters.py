@@ -57,7 +57,7 @@ def attach_adapters(
     Raises:
         UserError: for an unknown target.
     """
-    table, fingerprint = adapter_table(hf_config, lora), _fingerprint(chunks, hf_config)
+    table, fingerprint = adapter_table(hf_config, lora), _model_fingerprint(chunks, hf_config)
     shapes = adapter_shapes(table)
     for chunk in chunks:
         chunk.base_fingerprint, chunk.adapter_shapes = fingerprint, shapes
@@ -70,11 +70,11 @@ def attach_adapters(
             if is_first:
                 a_entry, b_entry = entries[name], entries[f"{name[:-1]}b"]
                 weight = getattr(chunk.get_submodule(path), f"weight{number.rstrip('.')}")
-                adapter = _adapter(chunk, weight, a_entry, b_entry, lora)
-                _initialize(adapter, shapes, seed)
+                adapter = _create_adapter(chunk, weight, a_entry, b_entry, lora)
+                _initialize_factor_a(adapter, shapes, seed)
                 by_layer[path].append(adapter)
         for path, adapters in by_layer.items():
-            _attach(chunk.get_submodule(path), adapters)
+            _attach_to_layer(chunk.get_submodule(path), adapters)
         if chunk.pre_process:
             # A recomputed layer gets no gradients at all where its input needs none.
             chunk.embedding.register_forward_hook(_needs_gradient)
@@ -107,7 +107,7 @@ def adapter_pieces(
         yield factor, entry.pieces, entry.is_owner and replicas.rank() == 0
 
 
-def _adapter(
+def _create_adapter(
     chunk: GPTModel, weight: Tensor, a_entry: LayoutEntry, b_entry: LayoutEntry, lora: LoraConfig
 ) -> Adapter:
     groups = process_groups([chunk])
@@ -118,7 +118,7 @@ def _adapter(
     return adapter
 
 
-def _attach(layer: torch.nn.Module, adapters: list[Adapter]) -> None:
+def _attach_to_layer(layer: torch.nn.Module, adapters: list[Adapter]) -> None:
     if hasattr(layer, "weight"):
         layer.add_module("lora", adapters[0])
         layer.register_forward_hook(add_product)
@@ -128,7 +128,7 @@ def _attach(layer: torch.nn.Module, adapters: list[Adapter]) -> None:
 
 
 @torch.no_grad()
-def _initialize(adapter: Adapter, shapes: dict[str, Shape], seed: int) -> None:
+def _initialize_factor_a(adapter: Adapter, shapes: dict[str, Shape], seed: int) -> None:
     for piece in adapter.entries[0].pieces:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{piece.hf_name}".encode()))
         shape = shapes[piece.hf_name]
@@ -142,7 +142,7 @@ def _needs_gradient(module: torch.nn.Module, inputs: tuple[Any, ...], out: Tenso
     return out.requires_grad_() if torch.is_grad_enabled() and not out.requires_grad else out
 
 
-def _fingerprint(chunks: Sequence[torch.nn.Module], hf_config: HFConfig) -> int:
+def _model_fingerprint(chunks: Sequence[torch.nn.Module], hf_config: HFConfig) -> int:
     """Return a number that depends on every bit of the whole model's weights, not on the layout.
 
     It is the sum of all elements' bits, each tensor's times a number made of its name, modulo 2^64.

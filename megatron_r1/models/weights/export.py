@@ -146,7 +146,7 @@ def write_pieces(
 
     def create() -> None:
         for path, plan in plans.items():
-            _create(unfinished_paths[path], plan)
+            _create_file(unfinished_paths[path], plan)
         _require_room(plans)
 
     def write() -> None:
@@ -217,12 +217,12 @@ def _write_parameter(
         part = part_of(piece.hf_name)
         if part is not None:
             if part.name in files.home:
-                regions.add(part, piece, _values(parameter, piece))
+                regions.add(part, piece, _piece_values(parameter, piece))
             continue
         names = [n for n in (piece.hf_name, *copies.get(piece.hf_name, ())) if n in files.home]
         if not names:
             continue
-        values = _values(parameter, piece)
+        values = _piece_values(parameter, piece)
         rows = max(1, BLOCK_BYTES // max(1, values[:1].nbytes))
         for first, block in zip(range(0, len(values), rows), values.split(rows), strict=True):
             for name in names:
@@ -265,7 +265,7 @@ class _StackedRegions:
             raise ValueError(f"{names}: a parameter has gate or up of an expert without the other")
 
 
-def _values(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
+def _piece_values(parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
     span = slice(piece.local_start, piece.local_start + piece.length)
     if parameter.dim() == 1:
         return parameter[span]
@@ -362,7 +362,7 @@ def _require_room(plans: Mapping[Path, FilePlan]) -> None:
             raise OSError(errno.ENOSPC, text, str(folder))
 
 
-def _create(path: Path, plan: FilePlan) -> None:
+def _create_file(path: Path, plan: FilePlan) -> None:
     """Create a file of its full size, of which only the header has bytes. Reserving the others is
     the work of one rank, which writes all of them where the file system cannot reserve."""
     with open(path, "wb") as file:

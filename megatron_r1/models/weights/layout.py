@@ -146,7 +146,7 @@ def layout_from_table(weight_table: WeightTable, shard: Shard) -> dict[str, Layo
     entries: dict[str, LayoutEntry] = {}
 
     def add(rule: WeightRule, megatron: str, prefix: str, owner: bool = True) -> None:
-        for name, entry in _entries(rule, prefix, shard, weight_table.num_experts):
+        for name, entry in _rule_entries(rule, prefix, shard, weight_table.num_experts):
             entries[megatron + name] = replace(entry, is_owner=entry.is_owner and owner)
 
     if shard.embedding or shard.mtp:
@@ -186,7 +186,7 @@ def _prefixed_rules(weight_table: WeightTable, with_mtp: bool) -> Iterator[tuple
     yield from (("", rule) for rule in weight_table.final_norm + weight_table.head)
 
 
-def _entries(
+def _rule_entries(
     rule: WeightRule, prefix: str, shard: Shard, num_experts: int
 ) -> Iterator[tuple[str, LayoutEntry]]:
     """Yield (Megatron parameter, entry) of a rule, once per expert that the rank has.

@@ -39,11 +39,13 @@ def local_pieces(
             rule's."""
     for tensor, entry in local_entries(model_chunks, hf_config):
         # Replicas hold the same values; the first of them owns the pieces.
-        first = _replicas(model_chunks, entry).rank() == 0
+        first = _replica_group(model_chunks, entry).rank() == 0
         yield tensor, entry.pieces, entry.is_owner and first
 
 
-def _replicas(model_chunks: Sequence[torch.nn.Module], entry: LayoutEntry) -> dist.ProcessGroup:
+def _replica_group(
+    model_chunks: Sequence[torch.nn.Module], entry: LayoutEntry
+) -> dist.ProcessGroup:
     """Return the ranks that hold the same values of a tensor."""
     groups = process_groups(model_chunks)
     return groups.expt_dp if entry.is_expert else groups.dp_cp
@@ -140,7 +142,7 @@ def load_hf(
 
     Raises:
         UserError: naming every missing, unexpected or mis-shaped tensor."""
-    _load(model_chunks, hf_config, HFWeights(path, stored or hf_config))
+    _load_weights(model_chunks, hf_config, HFWeights(path, stored or hf_config))
 
 
 def load_megatron(
@@ -162,7 +164,7 @@ def load_megatron(
 
     Raises:
         UserError: naming every missing, unexpected or mis-shaped tensor."""
-    _load(model_chunks, hf_config, MegatronWeights(path, stored or hf_config))
+    _load_weights(model_chunks, hf_config, MegatronWeights(path, stored or hf_config))
 
 
 def initialize_score_head(
@@ -178,10 +180,10 @@ def initialize_score_head(
     with torch.no_grad():
         for parameter, pieces, _ in local_pieces(model_chunks, hf_config):
             if [piece.hf_name for piece in pieces] == [SCORE]:
-                parameter.copy_(_draw(SCORE, tuple(parameter.shape), std, seed))
+                parameter.copy_(_draw_normal(SCORE, tuple(parameter.shape), std, seed))
 
 
-def _load(
+def _load_weights(
     model_chunks: Sequence[torch.nn.Module],
     hf_config: HFConfig,
     weights: HFWeights | MegatronWeights,
@@ -190,7 +192,7 @@ def _load(
     with weights, torch.no_grad():
         weights.check(has_mtp(model_chunks))
         entries = [
-            (parameter, entry.pieces, _replicas(model_chunks, entry))
+            (parameter, entry.pieces, _replica_group(model_chunks, entry))
             for parameter, entry in local_entries(model_chunks, hf_config)
             if not (lacks_score_head and [piece.hf_name for piece in entry.pieces] == [SCORE])
         ]
@@ -257,12 +259,12 @@ def initialize(
                 if len(shape) == 1:
                     values = torch.full(shape, float(piece.hf_name.endswith("norm.weight")))
                 else:
-                    values = _draw(piece.hf_name, shape, std, seed)
+                    values = _draw_normal(piece.hf_name, shape, std, seed)
                 values = values.narrow(piece.dim, piece.hf_start, piece.length)
                 parameter.narrow(piece.dim, piece.local_start, piece.length).copy_(values)
 
 
-def _draw(name: str, shape: Shape, std: float, seed: int) -> torch.Tensor:
+def _draw_normal(name: str, shape: Shape, std: float, seed: int) -> torch.Tensor:
     # A CPU's numbers, also with a GPU; crc32, because hash() is salted in every process.
     generator = torch.Generator()
     generator.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))

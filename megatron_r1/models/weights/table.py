@@ -194,7 +194,7 @@ def column_parallel(
         rank: the rank within the group that splits the parameter.
         num_ranks: the number of ranks of that group.
     """
-    return _interleave(sources, num_blocks=num_ranks, blocks=range(rank, rank + 1))
+    return _interleave_sources(sources, num_blocks=num_ranks, blocks=range(rank, rank + 1))
 
 
 def row_parallel(
@@ -209,7 +209,7 @@ def row_parallel(
     """
     (source,) = sources
     height, width = source.shape
-    length = _divide(width, num_ranks, source)
+    length = _part_length(width, num_ranks, source)
     return (height, length), [Piece(source.name, 1, rank * length, 0, length)]
 
 
@@ -264,9 +264,11 @@ class QueryGroups:
         if num_groups % num_ranks == 0:
             num_local = num_groups // num_ranks
             local_groups = range(rank * num_local, (rank + 1) * num_local)
-            return _interleave(sources, num_blocks=num_groups, blocks=local_groups)
+            return _interleave_sources(sources, num_blocks=num_groups, blocks=local_groups)
         all_groups = range(num_groups)
-        (height, *width), pieces = _interleave(sources, num_blocks=num_groups, blocks=all_groups)
+        (height, *width), pieces = _interleave_sources(
+            sources, num_blocks=num_groups, blocks=all_groups
+        )
         if height % num_ranks:
             raise UserError(
                 f"parallel.tensor={num_ranks} does not divide the {height} rows of query, key and "
@@ -300,12 +302,12 @@ def pieces_of_rows(pieces: Iterable[Piece], start: int, length: int) -> Iterator
             )
 
 
-def _interleave(
+def _interleave_sources(
     sources: tuple[Source, ...], *, num_blocks: int, blocks: range
 ) -> tuple[Shape, list[Piece]]:
     """Cut each source into `num_blocks` runs of rows; return the chosen blocks in order, in each of
     them the runs of all sources one below the other."""
-    lengths = [_divide(source.shape[0], num_blocks, source) for source in sources]
+    lengths = [_part_length(source.shape[0], num_blocks, source) for source in sources]
     pieces, end = [], 0
     for block in blocks:
         for source, length in zip(sources, lengths, strict=True):
@@ -314,7 +316,7 @@ def _interleave(
     return (end, *sources[0].shape[1:]), pieces
 
 
-def _divide(size: int, num_parts: int, source: Source) -> int:
+def _part_length(size: int, num_parts: int, source: Source) -> int:
     if size % num_parts:
         key = "parallel.expert_tensor" if "{e}" in source.name else "parallel.tensor"
         raise UserError(
@@ -329,9 +331,11 @@ def _divide(size: int, num_parts: int, source: Source) -> int:
 def weight_table(hf_config: HFConfig) -> WeightTable:
     """Return the rules for this `config.json`, MTP layers included; UserError for an unknown
     architecture."""
-    dense_rules = [*_attention(hf_config), *_dense_mlp(hf_config)]
+    dense_rules = [*_attention_rules(hf_config), *_dense_mlp(hf_config)]
     sparse_rules = (
-        [*_attention(hf_config), *_experts(hf_config)] if hf_config.get("n_routed_experts") else []
+        [*_attention_rules(hf_config), *_expert_rules(hf_config)]
+        if hf_config.get("n_routed_experts")
+        else []
     )
     kinds = sparse_layers(hf_config)
     layers = [sparse_rules if is_sparse else dense_rules for is_sparse in kinds]
@@ -352,15 +356,15 @@ def weight_table(hf_config: HFConfig) -> WeightTable:
         final_norm=[weight_rule("decoder.final_layernorm", "model.norm", (hidden,), replicated)],
         head=[head_rule],
         # An MTP layer has the structure of the last decoder layer.
-        mtp=[_mtp(hf_config, layers[-1])] * num_mtp,
+        mtp=[_mtp_rules(hf_config, layers[-1])] * num_mtp,
         duplicate_of=duplicate_of,
         num_experts=hf_config.get("n_routed_experts") or 0,
     )
 
 
-def _attention(hf_config: HFConfig) -> list[WeightRule]:
+def _attention_rules(hf_config: HFConfig) -> list[WeightRule]:
     return (
-        _latent(hf_config)
+        _latent_rules(hf_config)
         if model_family(hf_config).latent_attention
         else _grouped_query(hf_config)
     )
@@ -410,7 +414,7 @@ def _bias_rule(
     )
 
 
-def _latent(hf_config: HFConfig) -> list[WeightRule]:
+def _latent_rules(hf_config: HFConfig) -> list[WeightRule]:
     """Return the rules of latent attention: queries and keys with values, each down and up
     projected."""
     hidden = hf_config["hidden_size"]
@@ -456,7 +460,7 @@ def _dense_mlp(hf_config: HFConfig) -> list[WeightRule]:
     ]
 
 
-def _experts(hf_config: HFConfig) -> list[WeightRule]:
+def _expert_rules(hf_config: HFConfig) -> list[WeightRule]:
     hidden = hf_config["hidden_size"]
     intermediate_size = hf_config["moe_intermediate_size"]
     experts = hf_config["n_routed_experts"]
@@ -499,7 +503,7 @@ def _expert_biases(hf_config: HFConfig, local: str, router: str) -> list[WeightR
     ]
 
 
-def _mtp(hf_config: HFConfig, decoder_layer: list[WeightRule]) -> list[WeightRule]:
+def _mtp_rules(hf_config: HFConfig, decoder_layer: list[WeightRule]) -> list[WeightRule]:
     hidden, prefix = hf_config["hidden_size"], "transformer_layer."
     return [
         weight_rule("enorm", "enorm", (hidden,), replicated),

@@ -105,7 +105,7 @@ class DistributedCheckpoint:
         out = torch.empty(tuple(sizes), dtype=self.dtypes[key])
         num_covered = 0
         for chunk in self._overlap_candidates(key, starts, sizes):
-            overlap = _overlap(starts, sizes, chunk)
+            overlap = _overlapping_box(starts, sizes, chunk)
             if overlap is None:
                 continue
             first, size = overlap
@@ -154,7 +154,7 @@ class DistributedCheckpoint:
 
         Args:
             key: the tensor's key."""
-        for chunk in (chunk for bucket in self._chunks[key].values() for chunk in bucket):
+        for chunk in (chunk for bucket in self._chunks_by_start[key].values() for chunk in bucket):
             # Files are called __RANK_NUMBER.distcp.
             rank = int(chunk.file.removeprefix("__").partition("_")[0])
             yield rank, list(chunk.starts), list(chunk.sizes)
@@ -174,7 +174,7 @@ class DistributedCheckpoint:
         return ranks
 
     @cached_property
-    def _chunks(self) -> dict[str, dict[int, list[_StoredChunk]]]:
+    def _chunks_by_start(self) -> dict[str, dict[int, list[_StoredChunk]]]:
         """The chunks of each key, by their start along the first axis."""
         sizes = {
             (key, tuple(chunk.offsets)): tuple(chunk.sizes)
@@ -195,7 +195,7 @@ class DistributedCheckpoint:
 
     def _overlap_candidates(self, key: str, starts: Box, sizes: Box) -> list[_StoredChunk]:
         """Return the chunks that may overlap the rectangle, of stacked tensors only its layers."""
-        buckets = self._chunks[key]
+        buckets = self._chunks_by_start[key]
         if len(starts) == 3:
             layers = range(starts[0], starts[0] + sizes[0])
             candidates = [chunk for index in layers for chunk in buckets.get(index, [])]
@@ -308,7 +308,7 @@ def _read_metadata(folder: Path) -> Metadata:
         ) from error
 
 
-def _overlap(starts: Box, sizes: Box, chunk: _StoredChunk) -> tuple[Box, Box] | None:
+def _overlapping_box(starts: Box, sizes: Box, chunk: _StoredChunk) -> tuple[Box, Box] | None:
     first = tuple(max(a, b) for a, b in zip(starts, chunk.starts, strict=True))
     ends = zip(starts, sizes, chunk.starts, chunk.sizes, first, strict=True)
     size = tuple(min(s + n, c + m) - f for s, n, c, m, f in ends)

@@ -108,13 +108,15 @@ class HFWeights:
         Raises:
             UserError: after `check`, where a copy that the folder has differs from its original.
         """
-        values = self._read(name, dim, start, length)
+        values = self._read_slice(name, dim, start, length)
         for copy in self._repeated.get(name, ()):
-            if not torch.equal(self._read(copy, dim, start, length).to(values.dtype), values):
-                raise UserError(self._differing(copy, name), key="weights", cause=Cause.CONFLICT)
+            if not torch.equal(self._read_slice(copy, dim, start, length).to(values.dtype), values):
+                raise UserError(
+                    self._difference_message(copy, name), key="weights", cause=Cause.CONFLICT
+                )
         return values
 
-    def _read(self, name: str, dim: int, start: int, length: int) -> Tensor:
+    def _read_slice(self, name: str, dim: int, start: int, length: int) -> Tensor:
         if part := stacked_part(self.hf_config, name):
             return self._read_stacked(part, dim, start, length)
         name = name if name in self._stored else self.duplicate_of.get(name, name)
@@ -138,7 +140,7 @@ class HFWeights:
             name, block_starts, tuple(e - o for e, o in zip(ends, block_starts, strict=True))
         )
         blocks = tuple(x - f for x, f in zip(last, first, strict=True))
-        scales = _scales(
+        scales = _read_scales(
             self._home[published_layout.scale_name(name)],
             published_layout.scale_name(name),
             first,
@@ -163,7 +165,7 @@ class HFWeights:
         blocks = quantized_blocks.blocks_name(name)
         scales = quantized_blocks.scales_name(name)
         experts = range(self._stored[blocks].shape[0])
-        parts = [(self._expert(blocks, i), self._expert(scales, i)) for i in experts]
+        parts = [(self._read_expert(blocks, i), self._read_expert(scales, i)) for i in experts]
         return torch.stack([quantized_blocks.dequantize_mxfp4(*part).T for part in parts])
 
     def _read_stacked(self, part: StackedPart, dim: int, start: int, length: int) -> Tensor:
@@ -174,7 +176,7 @@ class HFWeights:
             )
             return part.select(self.read_stored(part.name, (part.expert, *starts), (1, *sizes))[0])
         blocks, scales = (
-            self._expert(name, part.expert)
+            self._read_expert(name, part.expert)
             for name in (
                 quantized_blocks.blocks_name(part.name),
                 quantized_blocks.scales_name(part.name),
@@ -184,7 +186,7 @@ class HFWeights:
             dim, start, length
         )
 
-    def _expert(self, name: str, expert: int) -> Tensor:
+    def _read_expert(self, name: str, expert: int) -> Tensor:
         expert_shape = self._stored[name].shape[1:]
         return self.read_stored(name, (expert, *(0 for _ in expert_shape)), (1, *expert_shape))[0]
 
@@ -203,7 +205,9 @@ class HFWeights:
         scale = published_layout.scale_name(name)
         if (stored_scale := self._stored.get(scale)) is None:
             return None
-        return _scales(self._home[scale], scale, (0,) * len(stored_scale.shape), stored_scale.shape)
+        return _read_scales(
+            self._home[scale], scale, (0,) * len(stored_scale.shape), stored_scale.shape
+        )
 
     def check(self, with_mtp: bool) -> None:
         """Raise UserError naming every missing, unexpected or mis-shaped tensor."""
@@ -265,7 +269,7 @@ class HFWeights:
         if problems:
             raise UserError(
                 f"checkpoint {self.path} does not fit its config.json: {'; '.join(problems)}"
-                + _hint(missing_names, extra_names, has_unreadable, hf_config),
+                + _mismatch_hint(missing_names, extra_names, has_unreadable, hf_config),
                 key="weights",
                 cause=Cause.CONFLICT,
             )
@@ -291,7 +295,7 @@ class HFWeights:
                 names_by_content.setdefault(original, []).append(copy)
         return names_by_content
 
-    def _differing(self, copy: str, original: str) -> str:
+    def _difference_message(self, copy: str, original: str) -> str:
         remedy = "leave the MTP layers out (model.mtp: none)"
         if copy == "lm_head.weight":
             remedy = "set tie_word_embeddings to false in config.json, or remove the tensor"
@@ -321,12 +325,14 @@ class HFWeights:
         ]
 
 
-def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf_config: HFConfig) -> str:
+def _mismatch_hint(
+    missing: list[str], extra: list[str], is_unreadable: bool, hf_config: HFConfig
+) -> str:
     """Return what to do about tensors that do not fit."""
     mtp = str(hf_config["num_hidden_layers"])
     if is_unreadable:
         return "; load the model with transformers and save it in bfloat16 or float32"
-    if missing and extra and (prefix := _prefix(missing, extra)):
+    if missing and extra and (prefix := _differing_prefix(missing, extra)):
         difference = f"begin with {prefix}" if prefix != _BODY else f"lack {_BODY}"
         return (
             f"; the names {difference}: save the model itself (an AutoModelForCausalLM; of PEFT "
@@ -344,7 +350,7 @@ def _hint(missing: list[str], extra: list[str], is_unreadable: bool, hf_config: 
     return "; fetch the folder again, or correct the key of config.json that differs"
 
 
-def _prefix(missing: list[str], extra: list[str]) -> str:
+def _differing_prefix(missing: list[str], extra: list[str]) -> str:
     """Return the prefix that turns every missing name into an unexpected one, or `_BODY` if all
     unexpected names lack that prefix; "" if the names differ in another way."""
     extra_names, missing_names = set(extra), set(missing)
@@ -384,10 +390,10 @@ class KnownScales:
         start = first // published_layout.FP8_BLOCK_SIZE
         end = -(-(first + count) // published_layout.FP8_BLOCK_SIZE)
         columns = self._home[scale].tensors[scale].shape[1]
-        return _scales(self._home[scale], scale, (start, 0), (end - start, columns))
+        return _read_scales(self._home[scale], scale, (start, 0), (end - start, columns))
 
 
-def _scales(
+def _read_scales(
     file: SafetensorsFile, name: str, starts: Sequence[int], sizes: Sequence[int]
 ) -> Tensor:
     """Return a rectangle of stored scales as their values, fp32."""

@@ -104,7 +104,7 @@ def stored_layout(
     first_axes: dict[str, list[int]] = {}
     for name, entry in layout(hf_config, shard).items():
         key, index = _stored_name(name, stacked)
-        runs = tuple(_run(piece, entry.shape) for piece in entry.pieces)
+        runs = tuple(_run_of_rows(piece, entry.shape) for piece in entry.pieces)
         result.slots.append(StoredParameter(key, index, entry.shape, runs))
         sizes = first_axes.setdefault(key, [0] * len(index))
         for axis, position in enumerate(index):
@@ -128,7 +128,7 @@ def _stored_name(name: str, stacked: bool) -> tuple[str, tuple[int, ...]]:
     return name, index
 
 
-def _run(piece: Piece, shape: Shape) -> Piece:
+def _run_of_rows(piece: Piece, shape: Shape) -> Piece:
     if piece.dim == 0:
         return piece
     assert (piece.hf_start, piece.local_start, piece.length) == (0, 0, shape[1]), (
@@ -151,7 +151,7 @@ class MegatronWeights:
         self.path, self.hf_config = Path(folder), hf_config
         self.checkpoint = DistributedCheckpoint(folder)
         self.with_mtp = any(key.startswith("mtp.") for key in self.checkpoint.shapes)
-        self.layout = self._recognize()
+        self.layout = self._recognize_layout()
         self.duplicate_of = weight_table(hf_config).duplicate_of
         self._runs = self.layout.slots_by_hf_name()
         self._check_shapes()
@@ -213,7 +213,7 @@ class MegatronWeights:
                 cause=Cause.CONFLICT,
             )
 
-    def _recognize(self) -> StoredLayout:
+    def _recognize_layout(self) -> StoredLayout:
         """Return the layout whose tensors are all in the checkpoint."""
         if any(key.startswith("adapters.") for key in self.checkpoint.shapes):
             raise UserError(

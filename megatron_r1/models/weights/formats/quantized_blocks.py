@@ -40,10 +40,10 @@ def quantize_fp8(
     q, scale = quantize_blockwise(x)
     if power_of_two:
         scale = _next_power_of_two(scale)
-        q = _codes(x, scale)
+        q = _fp8_codes(x, scale)
     if known_scales is None:
         return q, scale
-    candidate = _codes(x, known_scales)
+    candidate = _fp8_codes(x, known_scales)
     exact_values = dequantize_blockwise(candidate, known_scales, dtype=torch.float32)
     is_exact_block = _whole_blocks(exact_values == x) | _whole_blocks(
         exact_values.bfloat16().float() == x
@@ -53,7 +53,7 @@ def quantize_fp8(
     return q.view(torch.float8_e4m3fn), torch.where(is_exact_block, known_scales, scale)
 
 
-def _codes(x: Tensor, scale: Tensor) -> Tensor:
+def _fp8_codes(x: Tensor, scale: Tensor) -> Tensor:
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
     return (x * spread_scales(inverse, x.shape)).to(torch.float8_e4m3fn)
 

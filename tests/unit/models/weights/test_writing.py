@@ -121,7 +121,7 @@ def test_each_rank_writes_its_own_bytes_and_no_others(tmp_path, monkeypatch, blo
     values["tied"] = values["rows"]
     plan = plan_file({name: (shape, torch.bfloat16) for name, shape in SHAPES.items()})
     path = tmp_path / "x.safetensors"
-    export._create(path, plan)
+    export._create_file(path, plan)
     written, upstream = [], os.pwrite
 
     def pwrite(file, buffer, at):
