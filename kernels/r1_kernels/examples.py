@@ -80,7 +80,12 @@ def row_statistics(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
         ("bf16, padded", BF16, vocab, vocab - 1),
     ):
         logits = torch.randn(tokens, columns, dtype=dtype, device=device)
-        arguments = logits, _targets(sizes, device), _shard(columns, num_real, vocab), 1.0
+        arguments = (
+            logits,
+            _random_targets(sizes, device),
+            _first_rank_shard(columns, num_real, vocab),
+            1.0,
+        )
         yield ExampleLaunch(f"row_statistics {name}", arguments, dtype.itemsize, logits.numel())
 
 
@@ -93,9 +98,9 @@ def logits_gradient(sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]
             logits = torch.randn(sizes.num_tokens, vocab, dtype=dtype, device=device)
             rows = torch.randn(5, sizes.num_tokens, device=device).unbind()
             upstream = RowUpstream._make([*rows[:4], rows[4] if "entropy" in variant else None])
-            shard = _shard(vocab, vocab - ("padded" in variant), vocab)
+            shard = _first_rank_shard(vocab, vocab - ("padded" in variant), vocab)
             target = logits if out_dtype == dtype else torch.empty_like(logits, dtype=out_dtype)
-            arguments = logits, _targets(sizes, device), shard, 1.0, upstream, target
+            arguments = logits, _random_targets(sizes, device), shard, 1.0, upstream, target
             name = f"logits_gradient {names[dtype]} to {names[out_dtype]}{variant}"
             yield ExampleLaunch(
                 name, arguments, dtype.itemsize + out_dtype.itemsize, logits.numel()
@@ -192,14 +197,14 @@ def _make_kept_arguments(
     offsets = count * torch.arange(tokens + 1, device=device)
     logits = torch.randn(tokens, vocab, dtype=dtype, device=device)
     kept_ids = KeptIds(ids, offsets[:-1], offsets[1:])
-    return logits, ids[kept_ids.starts].long(), _shard(vocab, vocab, vocab), kept_ids
+    return logits, ids[kept_ids.starts].long(), _first_rank_shard(vocab, vocab, vocab), kept_ids
 
 
-def _targets(sizes: ExampleSizes, device: str) -> Tensor:
+def _random_targets(sizes: ExampleSizes, device: str) -> Tensor:
     return torch.randint(sizes.vocab_size, (sizes.num_tokens,), device=device)
 
 
-def _shard(num_columns: int, num_real: int, vocab_size: int) -> VocabShard:
+def _first_rank_shard(num_columns: int, num_real: int, vocab_size: int) -> VocabShard:
     """Return the first rank's shard. Without a group: a primitive works on one rank alone."""
     return VocabShard(
         first_column=0,

@@ -223,14 +223,14 @@ def head_softmax(
             head.logits(hidden[rows], buffer), targets[rows], chunk_kept_ids
         )
         if pending_store:
-            _store(out, *pending_store)
+            _store_statistics(out, *pending_store)
         pending_store = rows, statistics
     if pending_store:
-        _store(out, *pending_store)
+        _store_statistics(out, *pending_store)
     return out
 
 
-def _store(out: RowSoftmax, rows: Rows, pending: PendingStatistics) -> None:
+def _store_statistics(out: RowSoftmax, rows: Rows, pending: PendingStatistics) -> None:
     for tensor, part in zip(out, pending.wait(), strict=True):
         tensor[rows] = part
 

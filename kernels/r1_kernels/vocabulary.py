@@ -149,7 +149,7 @@ class PendingStatistics:
     def wait(self) -> RowSoftmax:
         """Combine the ranks' parts. A row of only -inf has no softmax: NaN."""
         if self.work is None:
-            return self._softmax(*self.parts[0])
+            return self._row_softmax(*self.parts[0])
         self.work.wait()
         peaks, totals, moments, target_logits = self.parts.unbind(1)
         peak = peaks.amax(0)
@@ -159,9 +159,9 @@ class PendingStatistics:
         total = (decay_factors * totals).sum(0)
         # The floor avoids 0 · -inf for a shard of banned tokens (logits at the lowest fp32).
         moment = (decay_factors * (moments + shifts.clamp(min=-1000.0) * totals)).sum(0)
-        return self._softmax(peak, total, moment, target_logits.sum(0))
+        return self._row_softmax(peak, total, moment, target_logits.sum(0))
 
-    def _softmax(
+    def _row_softmax(
         self, peak: Tensor, total: Tensor, moment: Tensor, target_logit: Tensor
     ) -> RowSoftmax:
         log_total = total.log()

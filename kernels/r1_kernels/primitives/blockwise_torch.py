@@ -20,12 +20,12 @@ def quantize_blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
     scale_inv = x.new_empty((-(-x.shape[0] // block[0]), blocks_across), dtype=torch.float32)
     # Not a Python number: CUDA tensors divided by one are multiplied by its rounded reciprocal.
     max_value = scale_inv.new_full((), E4M3_MAX)
-    for rows, block_rows in _stripes(x.shape, block):
-        values = _blocks(x[rows], block)
+    for rows, block_rows in _row_stripes(x.shape, block):
+        values = _padded_blocks(x[rows], block)
         amax = values.abs().amax(dim=(1, 3)).clamp_(min=SMALLEST_AMAX)
         scale_inv[block_rows] = scale = amax / max_value
         values *= (1.0 / scale)[:, None, :, None]
-        q[rows] = _cropped(values, q[rows].shape)
+        q[rows] = _cropped_matrix(values, q[rows].shape)
     return q, scale_inv
 
 
@@ -43,14 +43,14 @@ def dequantize_blocks(
     Returns:
         (M, N) of `dtype`."""
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    for rows, block_rows in _stripes(q.shape, block):
-        values = _blocks(q[rows], block)
+    for rows, block_rows in _row_stripes(q.shape, block):
+        values = _padded_blocks(q[rows], block)
         values *= scale_inv[block_rows, None, :, None]
-        out[rows] = _cropped(values, out[rows].shape)
+        out[rows] = _cropped_matrix(values, out[rows].shape)
     return out
 
 
-def _stripes(shape: torch.Size, block: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+def _row_stripes(shape: torch.Size, block: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
     """Yield slices of rows and of rows of blocks that cover a matrix from the top."""
     rows, columns = shape
     count = max(1, STRIPE_ELEMENTS // max(1, block[0] * columns))
@@ -59,7 +59,7 @@ def _stripes(shape: torch.Size, block: tuple[int, int]) -> Iterator[tuple[slice,
         yield slice(first * block[0], min(last * block[0], rows)), slice(first, last)
 
 
-def _blocks(stripe: Tensor, block: tuple[int, int]) -> Tensor:
+def _padded_blocks(stripe: Tensor, block: tuple[int, int]) -> Tensor:
     """Copy to fp32 as (block rows, rows, block columns, columns), edge blocks padded with 0."""
     rows, columns = stripe.shape
     blocks_down, blocks_across = -(-rows // block[0]), -(-columns // block[1])
@@ -70,6 +70,6 @@ def _blocks(stripe: Tensor, block: tuple[int, int]) -> Tensor:
     return padded_stripe.view(blocks_down, block[0], blocks_across, block[1])
 
 
-def _cropped(values: Tensor, shape: torch.Size) -> Tensor:
+def _cropped_matrix(values: Tensor, shape: torch.Size) -> Tensor:
     blocks_down, rows, blocks_across, columns = values.shape
     return values.view(blocks_down * rows, blocks_across * columns)[: shape[0], : shape[1]]

@@ -81,7 +81,7 @@ def _e4m3_value(code):
 
 
 @triton.jit
-def _tile(rows, columns, TILE_ROWS: tl.constexpr, RUN: tl.constexpr):
+def _program_tile(rows, columns, TILE_ROWS: tl.constexpr, RUN: tl.constexpr):
     """Return this program's tile: its rows, columns, mask, column of blocks and their number.
 
     Rows are int64, so that all offsets are. A thread holds at most RUN adjacent elements of a
@@ -108,7 +108,7 @@ def _quantize_kernel(
     HARDWARE_CAST: tl.constexpr,  # the device converts to e4m3 itself
 ):
     """Quantize one tile of TILE_ROWS x 128; grid (tiles,), neighbors in one row of blocks."""
-    row, column, in_bounds, block_column, across = _tile(rows, columns, TILE_ROWS, WIDTH)
+    row, column, in_bounds, block_column, across = _program_tile(rows, columns, TILE_ROWS, WIDTH)
     address = row[:, None] * x_stride + column[None, :]
     values = tl.load(x + address, mask=in_bounds, other=0.0).to(tl.float32)
     amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
@@ -144,7 +144,7 @@ def _dequantize_kernel(
     HARDWARE_CAST: tl.constexpr,
 ):
     """Restore one tile of TILE_ROWS x 128; grid as of `_quantize_kernel`."""
-    row, column, in_bounds, block_column, across = _tile(rows, columns, TILE_ROWS, RUN)
+    row, column, in_bounds, block_column, across = _program_tile(rows, columns, TILE_ROWS, RUN)
     codes = tl.load(q + row[:, None] * q_stride + column[None, :], mask=in_bounds, other=0)
     block = row // BLOCK_ROWS * across + block_column
     scale = tl.load(scale_inv + block, mask=row < rows, other=0.0)
@@ -170,7 +170,7 @@ def quantize_blocks(x: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
         dtype=torch.float32,
         device=x.device,
     )
-    _launch(
+    _launch_tiles(
         _quantize_kernel,
         (x, q.view(torch.uint8), scale_inv, rows, columns, x.stride(0)),
         BLOCK_ROWS=block[0],
@@ -200,7 +200,7 @@ def dequantize_blocks(
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     # Without the limit a thread would load 16 codes and, through shared memory and spilled
     # registers (sm_80), pass half of what it computed to another thread's 16-byte stores.
-    _launch(
+    _launch_tiles(
         _dequantize_kernel,
         (codes, scale_inv.contiguous(), out, *q.shape, codes.stride(0)),
         BLOCK_ROWS=block[0],
@@ -211,7 +211,7 @@ def dequantize_blocks(
     return out
 
 
-def _launch(kernel, arguments: tuple[Any, ...], *, TILE_ROWS: int, **settings) -> None:
+def _launch_tiles(kernel, arguments: tuple[Any, ...], *, TILE_ROWS: int, **settings) -> None:
     """Launch one program per tile.
 
     Args:

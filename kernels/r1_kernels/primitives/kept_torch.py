@@ -50,7 +50,7 @@ def kept_statistics(
         (4, T) fp32 (fp64 for fp64 logits), `vocabulary.STATISTICS`; the logit of a target that was
         not kept is NaN."""
     ids = _shard_ids(kept_ids, shard)
-    z = _gathered(logits, ids.rows, ids.columns).to(accumulation_dtype(logits.dtype))
+    z = _gathered_logits(logits, ids.rows, ids.columns).to(accumulation_dtype(logits.dtype))
     peak = torch.segment_reduce(z, "max", lengths=ids.lengths, initial=float("-inf"))
     x = _below_peak(z, peak, ids.rows, scale)
     e = x.exp()
@@ -93,7 +93,7 @@ def kept_gradient(
         and in this shard; the others are not defined."""
     entropy, peak, log_total, grad_logprobs, grad_entropy = upstream
     ids = _shard_ids(kept_ids, shard)
-    z = _gathered(logits, ids.rows, ids.columns).to(peak.dtype)
+    z = _gathered_logits(logits, ids.rows, ids.columns).to(peak.dtype)
     log_p = _below_peak(z, peak, ids.rows, scale) - log_total[ids.rows]
     grad = grad_logprobs * scale
     has_gradient = grad != 0
@@ -151,7 +151,7 @@ def _shard_ids(kept_ids: KeptIds, shard: VocabShard) -> _ShardIds:
     return _ShardIds(places, rows, columns, lengths)
 
 
-def _gathered(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def _gathered_logits(logits: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Return logits[rows, columns], (n,)."""
     if not logits.is_contiguous():
         return logits[rows, columns]

@@ -242,7 +242,7 @@ def kept_statistics(
             kept_statistics_kernel[(rows,)](
                 logits,
                 targets.contiguous(),
-                *_listed(kept_ids),
+                *_contiguous_ids(kept_ids),
                 out,
                 logits.stride(0),
                 rows,
@@ -287,7 +287,7 @@ def kept_gradient(
             kept_gradient_kernel[(len(logits),)](
                 logits,
                 targets.contiguous(),
-                *_listed(kept_ids),
+                *_contiguous_ids(kept_ids),
                 *upstream_arguments(upstream),
                 values,
                 logits.stride(0),
@@ -317,7 +317,7 @@ def kept_scatter(values: Tensor, shard: VocabShard, kept_ids: KeptIds, out: Tens
         with torch.cuda.device_of(out):
             kept_scatter_kernel[(rows,)](
                 values.contiguous(),
-                *_listed(kept_ids),
+                *_contiguous_ids(kept_ids),
                 out,
                 out.stride(0),
                 shard.first_column,
@@ -331,6 +331,6 @@ def kept_scatter(values: Tensor, shard: VocabShard, kept_ids: KeptIds, out: Tens
     return out
 
 
-def _listed(kept_ids: KeptIds) -> tuple[Tensor, Tensor, Tensor]:
+def _contiguous_ids(kept_ids: KeptIds) -> tuple[Tensor, Tensor, Tensor]:
     """Return the three tensors of the kept ids, each with adjacent elements."""
     return kept_ids.token_ids.contiguous(), kept_ids.starts.contiguous(), kept_ids.ends.contiguous()

@@ -48,7 +48,7 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     kl = torch.zeros_like(ratio)
     if tokens.ref_logprobs is not None:
         g = torch.where(unmasked, tokens.ref_logprobs - logprobs, 0.0)
-        kl, d_kl = _kl(g, settings.kl_estimator)
+        kl, d_kl = _kl_estimate(g, settings.kl_estimator)
         token_loss = token_loss + settings.kl_beta * kl
         grad_logprob = grad_logprob + weight * settings.kl_beta * d_kl
     return PolicyTerms(
@@ -77,7 +77,7 @@ def _ppo_surrogate(
     return surrogate, is_clipped
 
 
-def _kl(g: Tensor, estimator: KLEstimator) -> tuple[Tensor, Tensor]:
+def _kl_estimate(g: Tensor, estimator: KLEstimator) -> tuple[Tensor, Tensor]:
     """Return the estimate from g = ref - logprob, and its derivative by the log-probability."""
     if estimator == "k1":
         return -g, torch.ones_like(g)

@@ -82,19 +82,19 @@ _MAX_LOG_RATIO = tl.constexpr(MAX_LOG_RATIO)
 
 
 @triton.jit
-def _read(tensor, token, in_bounds):
+def _load_fp32(tensor, token, in_bounds):
     """Return (BLOCK,) fp32 elements, 0 outside."""
     return tl.load(tensor + token, mask=in_bounds, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _exp(x):
+def _capped_exp(x):
     """Return e^x, its exponent capped; NaN stays NaN, which `tl.minimum` would drop."""
     return tl.exp(tl.where(x > _MAX_LOG_RATIO, _MAX_LOG_RATIO, x))
 
 
 @triton.jit
-def _surrogate(
+def _clipped_surrogate(
     log_ratio,
     logprob,
     advantage,
@@ -106,7 +106,7 @@ def _surrogate(
     """Return the surrogate, whether a clip is active, and `scale` times its derivatives.
 
     They are by the log-ratio and, cispo's, by the log-probability itself."""
-    ratio = _exp(log_ratio)
+    ratio = _capped_exp(log_ratio)
     clipped_ratio = tl.where(ratio < 1.0 - limits.clip_low, 1.0 - limits.clip_low, ratio)
     clipped_ratio = tl.where(ratio > 1.0 + limits.clip_high, 1.0 + limits.clip_high, clipped_ratio)
     clipped = clipped_ratio * advantage
@@ -130,7 +130,7 @@ def _surrogate(
 
 
 @triton.jit
-def _kl(g, ESTIMATOR: tl.constexpr):
+def _kl_estimate(g, ESTIMATOR: tl.constexpr):
     """Return estimate 1 to 3 of KL at g = ref_logprob - logprob, and its derivative by logprob."""
     if ESTIMATOR == 1:
         kl = -g
@@ -154,11 +154,11 @@ def _kl(g, ESTIMATOR: tl.constexpr):
 
 
 @triton.jit
-def _importance(rollout_log_ratio, unmasked, cap, HAS_ROLLOUT: tl.constexpr):
+def _importance_weight(rollout_log_ratio, unmasked, cap, HAS_ROLLOUT: tl.constexpr):
     """Return min(e^rollout_log_ratio, cap), 1 without rollout_logprobs, 0 where masked."""
     importance = tl.where(unmasked, 1.0, 0.0)
     if HAS_ROLLOUT:
-        rollout_ratio = _exp(rollout_log_ratio)
+        rollout_ratio = _capped_exp(rollout_log_ratio)
         importance = tl.where(unmasked, tl.where(rollout_ratio > cap, cap, rollout_ratio), 0.0)
     return importance
 
@@ -191,25 +191,25 @@ def policy_terms_kernel(
     block = tl.program_id(0).to(tl.int64)
     token = block * BLOCK + tl.arange(0, BLOCK)
     in_bounds = token < num_tokens
-    weight = _read(tokens.weights, token, in_bounds)
-    logprob = _read(tokens.logprobs, token, in_bounds)
-    old = _read(tokens.old_logprobs, token, in_bounds)
-    advantage = _read(tokens.advantages, token, in_bounds)
+    weight = _load_fp32(tokens.weights, token, in_bounds)
+    logprob = _load_fp32(tokens.logprobs, token, in_bounds)
+    old = _load_fp32(tokens.old_logprobs, token, in_bounds)
+    advantage = _load_fp32(tokens.advantages, token, in_bounds)
     log_ratio = logprob - old
     if HAS_LOG_RATIO:
-        log_ratio = _read(tokens.log_ratio, token, in_bounds)
+        log_ratio = _load_fp32(tokens.log_ratio, token, in_bounds)
     rollout_log_ratio = old
     if HAS_ROLLOUT:
-        rollout_log_ratio = old - _read(tokens.rollout_logprobs, token, in_bounds)
-    g = _read(tokens.ref_logprobs, token, in_bounds) - logprob if HAS_REF else logprob
+        rollout_log_ratio = old - _load_fp32(tokens.rollout_logprobs, token, in_bounds)
+    g = _load_fp32(tokens.ref_logprobs, token, in_bounds) - logprob if HAS_REF else logprob
     # Tokens that do not count may hold NaN: replaced before the arithmetic, not after. A weight of
     # NaN counts, so that it shows in the loss.
     unmasked = (weight > 0.0) | (weight != weight)
     weight = tl.where(unmasked, weight, 0.0)
     advantage = tl.where(unmasked, advantage, 0.0)
     log_ratio = tl.where(unmasked, log_ratio, 0.0)
-    importance = _importance(rollout_log_ratio, unmasked, limits.importance_cap, HAS_ROLLOUT)
-    surrogate, is_clipped, grad_log_ratio, grad_logprob = _surrogate(
+    importance = _importance_weight(rollout_log_ratio, unmasked, limits.importance_cap, HAS_ROLLOUT)
+    surrogate, is_clipped, grad_log_ratio, grad_logprob = _clipped_surrogate(
         log_ratio,
         tl.where(unmasked, logprob, 0.0),
         advantage,
@@ -221,13 +221,13 @@ def policy_terms_kernel(
     token_loss = -importance * surrogate
     kl = tl.zeros((BLOCK,), tl.float32)
     if HAS_REF:
-        kl, d_kl = _kl(tl.where(unmasked, g, 0.0), ESTIMATOR)
+        kl, d_kl = _kl_estimate(tl.where(unmasked, g, 0.0), ESTIMATOR)
         token_loss += limits.kl_beta * kl
         grad_kl = weight * limits.kl_beta * d_kl  # 0 where the weight is
         # Not 0 + grad_kl: the compiler may not drop it, because of -0.
         grad_logprob = grad_logprob + grad_kl if IS_CISPO else grad_kl
     tl.store(loss + block, tl.sum(weight * token_loss, 0))
-    ratio = tl.where(unmasked, _exp(log_ratio), 0.0)
+    ratio = tl.where(unmasked, _capped_exp(log_ratio), 0.0)
     clipped = tl.where(is_clipped, 1.0, 0.0)
     rows = (grad_log_ratio, grad_logprob, ratio, clipped, kl, importance)
     _store_rows(outputs, token, num_tokens, in_bounds, rows)
@@ -267,7 +267,7 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     if count:
         with torch.cuda.device_of(logprobs):
             policy_terms_kernel[(blocks,)](
-                _pointers(tensors),
+                _valid_pointers(tensors),
                 loss,
                 outputs,
                 count,
@@ -285,7 +285,7 @@ def policy_terms(tokens: TokenTensors, settings: PolicySettings) -> PolicyTerms:
     return PolicyTerms(loss, *outputs.unbind())
 
 
-def _pointers(tokens: TokenTensors) -> TokenTensors:
+def _valid_pointers(tokens: TokenTensors) -> TokenTensors:
     """Return the tensors with a valid pointer for each that the kernel does not read."""
     return TokenTensors._make(tokens.logprobs if t is None else t for t in tokens)
 

@@ -44,7 +44,7 @@ def target_column(targets, row, first_column, end):
 
 
 @triton.jit
-def _terms(z, base, to_base2):
+def _softmax_terms(z, base, to_base2):
     """Return e = 2^x and e x of (LANES, VECTOR) logits, x being their distance from `base`."""
     x = (z - base[:, None]) * to_base2
     e = tl.exp2(x)
@@ -69,9 +69,9 @@ def fold_logits(loaded, peak, total, moment, to_base2):
     # A lane that has read only -inf has no maximum to subtract and no sums to scale.
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     shift = tl.where(peak == float("-inf"), 0.0, (peak - base) * to_base2)
-    sum_e, sum_ex = _terms(loaded[0], base, to_base2)
+    sum_e, sum_ex = _softmax_terms(loaded[0], base, to_base2)
     for i in tl.static_range(1, len(loaded)):
-        e, ex = _terms(loaded[i], base, to_base2)
+        e, ex = _softmax_terms(loaded[i], base, to_base2)
         sum_e += e
         sum_ex += ex
     fade = tl.exp2(shift)

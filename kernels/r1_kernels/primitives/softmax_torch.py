@@ -29,7 +29,7 @@ def row_statistics(logits: Tensor, targets: Tensor, shard: VocabShard, scale: fl
         out[0], out[1:] = float("-inf"), 0.0
         return out
     peak, total, moment, target_logit = out.unbind()
-    tiles = _tiles(logits)
+    tiles = _tile_starts(logits)
     # Allocated once: new memory for every tile costs more than the arithmetic on it.
     scratch = out.new_empty(2, min(len(logits), tiles.step), shard.num_real)
     for start in tiles:
@@ -70,7 +70,7 @@ def logits_gradient(
             logits).
         out: (T, V_local) float; it may be `logits` itself."""
     entropy, peak, log_total, grad_logprobs, grad_entropy = upstream
-    tiles = _tiles(logits)
+    tiles = _tile_starts(logits)
     for start in tiles:
         rows = slice(start, start + tiles.step)
         grad = grad_logprobs[rows] * scale
@@ -109,6 +109,6 @@ def _below_peak(z: Tensor, peak: Tensor, scale: float, out: Tensor) -> Tensor:
     return out if scale == 1.0 else out.mul_(scale)
 
 
-def _tiles(logits: Tensor) -> range:
+def _tile_starts(logits: Tensor) -> range:
     """Return the first rows of the tiles, as a range whose step is the rows per tile."""
     return range(0, len(logits), max(1, TILE_ELEMENTS // max(1, logits.shape[-1])))
