@@ -180,7 +180,7 @@ class Dispatcher:
     def set_engines(self, engines: Iterable[Engine]) -> None:
         """Set the engines that receive work."""
         self.engines = list(engines)
-        self._schedule()
+        self._schedule_assignment()
 
     async def acquire(self, request: DispatchedRequest) -> Engine:
         """Wait until an engine is assigned to `request`, and return the engine; `release` it after
@@ -193,7 +193,7 @@ class Dispatcher:
         max_length, arrival = request.expected.longest, next(self._arrivals)
         priority = (request.step, not request.avoid, -max_length, arrival)
         heapq.heappush(self._waiting, (priority, request, future))
-        self._schedule()
+        self._schedule_assignment()
         try:
             return await future
         except asyncio.CancelledError:
@@ -207,7 +207,7 @@ class Dispatcher:
         engine.num_running -= request.num_sequences
         engine.num_occupied -= request.mean_occupied_slots
         engine.tokens_expected -= request.cost_tokens
-        self._schedule()
+        self._schedule_assignment()
 
     def fail(self, error: Exception) -> None:
         """Raise `error` in every waiting `acquire`."""
@@ -216,13 +216,13 @@ class Dispatcher:
                 future.set_exception(error)
         self._waiting = []
 
-    def _schedule(self) -> None:
+    def _schedule_assignment(self) -> None:
         # In the next turn of the event loop all groups of a batch have arrived, and can be ordered.
         if not self._is_scheduled:
             self._is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._assign)
+            asyncio.get_running_loop().call_soon(self._assign_engines)
 
-    def _assign(self) -> None:
+    def _assign_engines(self) -> None:
         """Assign engines to waiting requests while an engine has room. A request that avoids all
         engines with room is passed by those behind it."""
         self._is_scheduled = False

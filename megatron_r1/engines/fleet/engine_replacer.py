@@ -63,7 +63,7 @@ class EngineReplacer:
     def begin(self) -> None:
         """Watch the engines from now on."""
         self._watching = [
-            asyncio.create_task(self._watch()),
+            asyncio.create_task(self._watch_engines()),
             asyncio.create_task(self._check_liveness()),
         ]
 
@@ -107,22 +107,22 @@ class EngineReplacer:
         if engine.server.is_lost and any(up_engine is not engine for up_engine in self.state.up):
             self.state.notify(f"{death}; the other engines go on without it")
             self.state.remove(engine)
-            self._start(engine.stop())
+            self._start_task(engine.stop())
             return
         self.state.mark_down(engine)
         if self.num_restarts >= self.max_restarts:
             self.state.fail(death)
             raise death
-        self._start(self._revive(engine, death))
+        self._start_task(self._restart_engine(engine, death))
 
     def retire(self, engine: Engine, reason: EngineError) -> None:
         """Begin to replace an engine that still works, if restarts are left. The engine gets no new
         groups, and is replaced once those in flight are back, or after DRAIN_SECONDS."""
         if engine.accepts_groups and self.num_restarts < self.max_restarts:
             self.state.set_accepts_groups(engine, False)
-            self._start(self._drain_and_replace(engine, reason))
+            self._start_task(self._drain_and_replace(engine, reason))
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -136,7 +136,7 @@ class EngineReplacer:
         else:  # others have used up the last restart, so it serves on
             self.state.set_accepts_groups(engine, True)
 
-    async def _revive(self, dead: Engine, reason: EngineError) -> None:
+    async def _restart_engine(self, dead: Engine, reason: EngineError) -> None:
         """Start a replacement; if it does not start, try again while restarts are left, and then
         fail the fleet. A start for which the trainer has no weights costs no restart."""
         pause_seconds = FIRST_PAUSE_SECONDS
@@ -162,7 +162,7 @@ class EngineReplacer:
             self.state.fail(error)
             raise
 
-    async def _watch(self) -> None:
+    async def _watch_engines(self) -> None:
         """Find ended engines, so that calls waiting for them fail at once."""
         while True:
             for engine in list(self.state.engines):

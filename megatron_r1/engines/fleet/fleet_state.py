@@ -29,7 +29,7 @@ class FleetState:
     def begin(self) -> None:
         """Start to accept `generate` and `compute_logprobs` calls."""
         self._refusal = ""
-        self._update()
+        self._update_dispatcher()
 
     def fail(self, reason: Exception) -> None:
         """Refuse every waiting and later call, with this reason."""
@@ -44,7 +44,7 @@ class FleetState:
     def set_accepts_groups(self, engine: Engine, accepts_groups: bool) -> None:
         """Let an engine take new groups, or stop it from taking them."""
         engine.accepts_groups = accepts_groups
-        self._update()
+        self._update_dispatcher()
 
     def mark_up(self, engine: Engine, replaced: Engine, *, is_asleep: bool = False) -> None:
         """Let an engine with the current weights serve instead of another engine, or again. One
@@ -56,7 +56,7 @@ class FleetState:
             is_asleep: whether it has no weights yet."""
         engine.is_up, engine.accepts_groups, engine.is_asleep = True, not is_asleep, is_asleep
         self.engines[self.engines.index(replaced)] = engine
-        self._update()
+        self._update_dispatcher()
 
     def wake(self, engine: Engine) -> None:
         """Let an engine serve that was put up asleep, and has the weights now."""
@@ -67,7 +67,7 @@ class FleetState:
         """Exclude a dead engine from calls and pushes; `engines` keeps it until a replacement is
         up."""
         engine.is_up = engine.accepts_groups = False
-        self._update()
+        self._update_dispatcher()
 
     def remove(self, engine: Engine) -> None:
         """Exclude an engine for good; harmless if it has left."""
@@ -75,5 +75,5 @@ class FleetState:
         if engine in self.engines:
             self.engines.remove(engine)
 
-    def _update(self) -> None:
+    def _update_dispatcher(self) -> None:
         self.dispatcher.set_engines(engine for engine in self.engines if engine.accepts_groups)

@@ -204,7 +204,7 @@ class LocalEngines:
         for order in orders:
             slots = set(range(self.num_engines)) - {e.slot for e in self._engines.values()}
             if order.engine not in self._engines and slots:
-                self._engines[order.engine] = self._start(order, min(slots))
+                self._engines[order.engine] = self._start_engine(order, min(slots))
 
     def reports(self) -> list[EngineReport]:
         """Return the state of every engine of this host."""
@@ -219,7 +219,7 @@ class LocalEngines:
                 engine.stopping.join()
         self._engines = {}
 
-    def _start(self, order: EngineOrder, slot: int) -> LocalEngine:
+    def _start_engine(self, order: EngineOrder, slot: int) -> LocalEngine:
         log = self.logs / Path(order.log).name if self.logs else Path(order.log)
         settings = dict(order.settings)
         environment = dict(settings.pop("extra_env", None) or {})
@@ -273,20 +273,20 @@ class EngineHost:
         while time.monotonic() - waiting_since < self.options.patience:
             address = self.options.controller or published_address(self.options.folder)
             if address is None:
-                self._print(f"waiting for a run in {self.options.folder}")
+                self._print_new_message(f"waiting for a run in {self.options.folder}")
                 time.sleep(REPORT_SECONDS)
             else:
-                reason = self._serve(address)
+                reason = self._serve_controller(address)
                 if reason is StopReason.FINISHED:
                     return 0
                 if reason is StopReason.SILENT:
                     waiting_since = time.monotonic()
             if self.is_signalled:
                 return EXIT_BY_SIGNAL
-        self._print(f"no controller for {self.options.patience:g} seconds: leaving")
+        self._print_new_message(f"no controller for {self.options.patience:g} seconds: leaving")
         return EXIT_WITHOUT_CONTROLLER
 
-    def _serve(self, address: str) -> StopReason:
+    def _serve_controller(self, address: str) -> StopReason:
         """Follow the controller at `address` until it is gone, then stop all engines.
 
         Raises:
@@ -295,20 +295,20 @@ class EngineHost:
         options = self.options
         file = options.token_file or (options.folder and options.folder / TOKEN_FILE)
         link = HostLink(address, known_token(file))
-        self._print(f"connecting to the controller at {address}")
+        self._print_new_message(f"connecting to the controller at {address}")
         try:
             try:
-                reason = self._follow(link)
+                reason = self._follow_orders(link)
             finally:
                 if self.engines is not None:
                     self.engines.stop()
             if reason in (StopReason.FINISHED, StopReason.SIGNALLED):
-                link.send(self._report([], is_leaving=True))
+                link.send(self._host_report([], is_leaving=True))
             return reason
         finally:
             link.close()
 
-    def _follow(self, link: HostLink) -> StopReason:
+    def _follow_orders(self, link: HostLink) -> StopReason:
         """Report what runs here and start or stop what is ordered, until the controller ends it or
         is silent for too long."""
         reason, patience = StopReason.UNANSWERED, FIRST_ANSWER_SECONDS
@@ -319,13 +319,13 @@ class EngineHost:
                 return StopReason.SIGNALLED
             orders = link.receive(POLL_SECONDS)
             if orders is not None:
-                self._print(f"in the run at {link.address}")
+                self._print_new_message(f"in the run at {link.address}")
                 heard_at, patience = time.monotonic(), orders.silence_seconds
                 reason = StopReason.SILENT
                 if orders.refusal:
                     raise UserError(orders.refusal, key="megatron-r1 host", cause=Cause.CONFLICT)
                 if orders.is_finished:
-                    self._print("the run is over")
+                    self._print_new_message("the run is over")
                     return StopReason.FINISHED
                 if self.engines is None:
                     # Only now the address by which the controller's host reaches this one is known.
@@ -335,23 +335,23 @@ class EngineHost:
                     )
                 self.engines.apply_orders(orders.engines)
             elif link.was_refused():
-                self._print(f"{link.address} refuses this token: is it of another run?")
+                self._print_new_message(f"{link.address} refuses this token: is it of another run?")
             engines = self.engines.reports() if self.engines else []
             if engines != sent_engines or time.monotonic() - sent_at > REPORT_SECONDS:
-                link.send(self._report(engines))
+                link.send(self._host_report(engines))
                 sent_engines, sent_at = engines, time.monotonic()
         if reason is StopReason.SILENT:
-            self._print(f"no word from {link.address} for {patience:g} seconds")
+            self._print_new_message(f"no word from {link.address} for {patience:g} seconds")
         return reason
 
-    def _report(self, engines: list[EngineReport], is_leaving: bool = False) -> HostReport:
+    def _host_report(self, engines: list[EngineReport], is_leaving: bool = False) -> HostReport:
         memory = shared_memory_identity()
         return HostReport(self.name, self.options.engines, memory, engines, is_leaving)
 
     def _on_signal(self, *_: object) -> None:
         self.is_signalled = True
 
-    def _print(self, message: str) -> None:
+    def _print_new_message(self, message: str) -> None:
         if message != self._last_message:
             print(f"{self.name}: {message}", flush=True)
             self._last_message = message

@@ -220,14 +220,14 @@ class HostPool:
         self._notified_at = time.monotonic()
         self._lock = threading.RLock()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="engine-hosts", daemon=True)
+        self._thread = threading.Thread(target=self._serve_hosts, name="engine-hosts", daemon=True)
         self._thread.start()
 
     @property
     def num_free(self) -> int:
         """Engines that could be started now, besides those that already wait."""
         with self._lock:
-            free_slots, count = self._free(), 0
+            free_slots, count = self._free_slots(), 0
             while hosts := _choose_hosts(free_slots, self.hosts_per_engine):
                 free_slots |= {host: free_slots[host] - 1 for host in hosts}
                 count += 1
@@ -249,7 +249,7 @@ class HostPool:
         with self._lock:
             if engine in self._waiting:
                 self._waiting.remove(engine)
-            self._withdraw(engine)
+            self._withdraw_engine(engine)
 
     def still_has(self, engine: RemoteEngine) -> bool:
         """Return whether a host still reports the engine."""
@@ -266,20 +266,22 @@ class HostPool:
         self._closing = True
         self._thread.join()
 
-    def _run(self) -> None:
+    def _serve_hosts(self) -> None:
         """Until closed: hear hosts, place engines that wait, send orders that changed; then
         dismiss the hosts."""
         sent_at, sent_orders = 0.0, dict[bytes, HostOrders]()
         while not self._closing:
-            self._listen()
+            self._receive_reports()
             with self._lock:
                 self._end_failed_engines()
                 self._place_waiting()
                 self._notify_waiting()
-                orders = {identity: self._orders(host) for identity, host in self._hosts.items()}
+                orders = {
+                    identity: self._orders_for_host(host) for identity, host in self._hosts.items()
+                }
                 if orders != sent_orders or time.monotonic() - sent_at > REPORT_SECONDS:
                     for identity, order in orders.items():
-                        self._send(identity, order)
+                        self._send_orders(identity, order)
                     sent_orders, sent_at = orders, time.monotonic()
                 self._drop_silent()
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -287,12 +289,14 @@ class HostPool:
         while self._hosts and time.monotonic() < deadline:
             with self._lock:
                 for identity in list(self._hosts):
-                    if not self._send(identity, HostOrders(self.silence_seconds, is_finished=True)):
+                    if not self._send_orders(
+                        identity, HostOrders(self.silence_seconds, is_finished=True)
+                    ):
                         del self._hosts[identity]
-            self._listen()
+            self._receive_reports()
         self._socket.close()
 
-    def _listen(self) -> None:
+    def _receive_reports(self) -> None:
         """Receive reports for POLL_SECONDS, and no longer: with many hosts another report is always
         waiting."""
         deadline = time.monotonic() + POLL_SECONDS
@@ -304,16 +308,16 @@ class HostPool:
                 report = msgspec.msgpack.decode(b"".join(payload), type=HostReport)
             except msgspec.MsgspecError as error:
                 with self._lock:
-                    self._refuse(
+                    self._refuse_host(
                         identity,
                         f"a host's report cannot be read ({error}): start hosts and run from the "
                         "same commit",
                     )
                 continue
             with self._lock:
-                self._receive(identity, report)
+                self._update_host(identity, report)
 
-    def _receive(self, identity: bytes, report: HostReport) -> None:
+    def _update_host(self, identity: bytes, report: HostReport) -> None:
         """Update a host's record from its report: a new host, news of its engines, or its
         farewell."""
         timestamp, host = time.monotonic(), self._hosts.get(identity)
@@ -321,10 +325,10 @@ class HostPool:
             if self._closing:
                 self._hosts.pop(identity, None)
             elif host is not None:
-                self._lose(identity, "is leaving")
+                self._drop_host(identity, "is leaving")
             return
         if self._memory and report.shared_memory != self._memory:
-            self._refuse(
+            self._refuse_host(
                 identity,
                 f"host {report.name} does not share this host's memory, through which weights "
                 "travel (/dev/shm): start it on this host, or set push.transport: gloo",
@@ -343,9 +347,9 @@ class HostPool:
                 if engine_report.state == "ended" and part.ended_at is None:
                     part.ended_at = timestamp
 
-    def _refuse(self, identity: bytes, refusal: str) -> None:
+    def _refuse_host(self, identity: bytes, refusal: str) -> None:
         """Send the reason to the host, which ends with it, and notify of each reason once."""
-        self._send(identity, HostOrders(self.silence_seconds, refusal=refusal))
+        self._send_orders(identity, HostOrders(self.silence_seconds, refusal=refusal))
         if not self._hosts:
             self.refusal = refusal
         if refusal not in self._notified_refusals:
@@ -370,12 +374,12 @@ class HostPool:
                 engine.first_ended_part = first
                 if first.host is not None:
                     first.host.num_deaths += 1
-                self._withdraw(engine)
+                self._withdraw_engine(engine)
 
     def _place_waiting(self) -> None:
         """Place engines in the order of their arrival, so that those on many hosts get them."""
         while self._waiting:
-            hosts = _choose_hosts(self._free(), len(self._waiting[0].parts))
+            hosts = _choose_hosts(self._free_slots(), len(self._waiting[0].parts))
             if not hosts:
                 return
             engine = self._waiting.pop(0)
@@ -398,21 +402,21 @@ class HostPool:
                     f"host{'s' * (num_hosts > 1)} to come ({self.describe()})"
                 )
 
-    def _withdraw(self, engine: RemoteEngine) -> None:
+    def _withdraw_engine(self, engine: RemoteEngine) -> None:
         """Order every host of `engine` to stop its part."""
         self._placed.pop(engine.name, None)
         for host in self._hosts.values():
             host.assigned.pop(engine.name, None)
 
-    def _free(self) -> dict[HostRecord, int]:
+    def _free_slots(self) -> dict[HostRecord, int]:
         return {host: host.num_free for host in self._hosts.values()}
 
-    def _orders(self, host: HostRecord) -> HostOrders:
+    def _orders_for_host(self, host: HostRecord) -> HostOrders:
         orders = [part.engine.order(part) for _, part in sorted(host.assigned.items())]
         # The host gives up first, so that an engine never runs twice.
         return HostOrders(self.silence_seconds * 2 / 3, [order for order in orders if order])
 
-    def _send(self, identity: bytes, orders: HostOrders) -> bool:
+    def _send_orders(self, identity: bytes, orders: HostOrders) -> bool:
         """Return whether the connection is open; if not, `_drop_silent` acts on it."""
         try:
             self._socket.send_multipart([identity, msgspec.msgpack.encode(orders)], zmq.NOBLOCK)
@@ -426,15 +430,17 @@ class HostPool:
         timestamp = time.monotonic()
         for identity, host in list(self._hosts.items()):
             if timestamp - host.last_report_at > self.silence_seconds:
-                self._lose(identity, f"was not heard from for {self.silence_seconds:g} seconds")
+                self._drop_host(
+                    identity, f"was not heard from for {self.silence_seconds:g} seconds"
+                )
             elif timestamp - max(host.last_reached_at, host.last_report_at) > UNREACHABLE_SECONDS:
-                self._lose(identity, "closed its connection")
+                self._drop_host(identity, "closed its connection")
 
-    def _lose(self, identity: bytes, how: str) -> None:
+    def _drop_host(self, identity: bytes, how: str) -> None:
         host = self._hosts.pop(identity)
         engines = [part.engine for part in host.assigned.values()]
         for engine in engines:
             engine.lost_because = f"host {host.name} {how}"
-            self._withdraw(engine)
+            self._withdraw_engine(engine)
         count = len(engines)
         self.notify(f"host {host.name} {how}; {count} engine{'s' * (count != 1)} lost with it")

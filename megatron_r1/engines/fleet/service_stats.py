@@ -53,7 +53,7 @@ class ServiceStats:
         """Count a served group, and forget those that are too old."""
         self._faults.append(False)
         self._groups.append(group)
-        self._forget(group.at)
+        self._drop_old_groups(group.at)
 
     def add_fault(self) -> bool:
         """Count an unusable reply; return whether too many of the last ones were unusable."""
@@ -74,10 +74,10 @@ class ServiceStats:
     def is_known(self, timestamp: float) -> bool:
         """Return whether the engine has served for a whole window, and enough groups in it to be
         compared with others."""
-        self._forget(timestamp)
+        self._drop_old_groups(timestamp)
         return timestamp - self.started_at >= self.window and len(self._groups) >= ENOUGH_GROUPS
 
-    def _forget(self, timestamp: float) -> None:
+    def _drop_old_groups(self, timestamp: float) -> None:
         while self._groups and self._groups[0].at <= timestamp - self.window:
             self._groups.popleft()
 

@@ -65,7 +65,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         Raises:
             ValueError: a field is missing, unknown or of another type.
         """
-        return _decode(init_dict, PushInitInfo)
+        return _decode_message(init_dict, PushInitInfo)
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> PushUpdateInfo:
         """Return the message that vLLM hands over as a dict.
@@ -73,7 +73,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         Raises:
             ValueError: a field is missing, unknown or of another type.
         """
-        return _decode(update_dict, PushUpdateInfo)
+        return _decode_message(update_dict, PushUpdateInfo)
 
     def init_transfer_engine(self, init_info: PushInitInfo) -> None:
         """Record what this rank needs, publish it, and begin to receive. Called again when another
@@ -90,7 +90,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         parallel = self.vllm_config.parallel_config
         self._rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         try:
-            table = self._table(init_info)
+            table = self._slot_table(init_info)
             previous_receiver, self._receiver = self._receiver, None
             memory = None
             if previous_receiver is not None:
@@ -111,7 +111,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             rendezvous.publish_rank_failure(self._rank, f"{type(error).__name__}: {error}")
             raise
 
-    def _table(self, init_info: PushInitInfo) -> SlotTable:
+    def _slot_table(self, init_info: PushInitInfo) -> SlotTable:
         """Return what this rank needs, recorded once, and set where each parameter is received."""
         if init_info.adapter is not None:
             return self._adapter_table(init_info.adapter, init_info.tensors)
@@ -154,12 +154,12 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         receiver = self._receiver
         assert receiver is not None, "start_weight_update comes first"
         if self.balancer is None or self._adapter is not None:
-            self._load(receiver, update_info)
+            self._load_push(receiver, update_info)
         else:
             self._load_with_balancer(receiver, update_info, self.balancer)
         receiver.free_memory()
 
-    def _load(self, receiver: Receiver, update_info: PushUpdateInfo) -> None:
+    def _load_push(self, receiver: Receiver, update_info: PushUpdateInfo) -> None:
         """Wait for the push, load it and verify it."""
         push_number = update_info.push_number
         receiver.received_chunks.wait(push_number, update_info.timeout_seconds)
@@ -183,7 +183,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
         # Before anything that fails on one rank alone: the others would wait for it here.
         expert_placement.stop_rebalancing(balancer, ranks.cpu_group)
         try:
-            self._load(receiver, update_info)
+            self._load_push(receiver, update_info)
         except Exception as error:  # vLLM's loaders may raise anything
             expert_placement.raise_on_every_rank(error, ranks.cpu_group)
             raise
@@ -206,7 +206,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             self._receiver = None
 
 
-def _decode(fields: dict[str, Any], kind: type[Message]) -> Message:
+def _decode_message(fields: dict[str, Any], kind: type[Message]) -> Message:
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:

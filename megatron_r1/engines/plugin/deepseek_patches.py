@@ -27,7 +27,7 @@ def correct_deepseek_classes() -> None:
     def load_model_cls(self: Any) -> Any:
         model = upstream(self)
         if DEEPSEEK_MODELS in sys.modules:
-            _correct(sys.modules[DEEPSEEK_MODELS])
+            _correct_classes(sys.modules[DEEPSEEK_MODELS])
         for name in MTP_MODELS:
             if name in sys.modules:
                 load_copies_into_drafters(sys.modules[name])
@@ -37,7 +37,7 @@ def correct_deepseek_classes() -> None:
 
 
 @functools.cache  # a second call would wrap each patch in itself
-def _correct(models: Any) -> None:
+def _correct_classes(models: Any) -> None:
     gather_single_tokens(models.DeepseekV2DecoderLayer)
     for attention in (models.DeepseekV2Attention, models.DeepseekV2MLAAttention):
         _use_released_epsilon(attention)

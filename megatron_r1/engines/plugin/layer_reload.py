@@ -56,7 +56,7 @@ class SavedKernelState:
         self._objects: dict[int, tuple[Any, dict[str, Any]]] = {}
         method = getattr(layer, "quant_method", None)
         if method is not None:
-            self._note(method, is_root=True)
+            self._save_attributes(method, is_root=True)
 
     def restore(self, in_use: Collection[torch.Tensor]) -> None:
         """Put this state back, with the values of the present one.
@@ -67,7 +67,7 @@ class SavedKernelState:
         Raises:
             ValueError: where the present state has another form, or a value other than a tensor
                 that has changed: the kernel would compute with the old one."""
-        has_new_values = {_storage(tensor) for tensor in in_use}
+        has_new_values = {_storage_id(tensor) for tensor in in_use}
         visited_ids: set[int] = set()
         states = [(vars(holder), values_before) for holder, values_before in self._objects.values()]
         for present_values, values_before in [
@@ -77,7 +77,7 @@ class SavedKernelState:
             for old_tensor, new_tensor in _changed_tensors(
                 values_before, present_values, type(self._layer).__name__, visited_ids
             ):
-                if _storage(old_tensor) not in has_new_values:
+                if _storage_id(old_tensor) not in has_new_values:
                     old_tensor.data.copy_(new_tensor)
         vars(self._layer).update(self._tensors)
         for present_values, values_before in states:
@@ -85,14 +85,14 @@ class SavedKernelState:
                 del present_values[name]
             present_values.update(values_before)
 
-    def _note(self, value: Any, *, is_root: bool = False) -> None:
-        """Note the attributes of an object, and of all that it refers to."""
+    def _save_attributes(self, value: Any, *, is_root: bool = False) -> None:
+        """Save the attributes of an object, and of all that it refers to."""
         if isinstance(value, dict | list | tuple):
             for item in value.values() if isinstance(value, dict) else value:
-                self._note(item)
+                self._save_attributes(item)
         elif (is_root or _has_state(value)) and id(value) not in self._objects:
             self._objects[id(value)] = value, dict(vars(value))
-            self._note(vars(value))
+            self._save_attributes(vars(value))
 
 
 def _plain_tensors(layer: torch.nn.Module) -> dict[str, Any]:
@@ -126,12 +126,12 @@ def _changed_tensors(
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise ValueError(f"{path}: {old.shape} {old.dtype} became {new.shape} {new.dtype}")
-        if not new.is_meta and _storage(old) != _storage(new):
+        if not new.is_meta and _storage_id(old) != _storage_id(new):
             yield old, new
         return
     if type(old) is not type(new):
         raise ValueError(f"{path}: {type(old).__name__} became {type(new).__name__}")
-    old_parts, new_parts = _parts(old), _parts(new)
+    old_parts, new_parts = _parts_by_name(old), _parts_by_name(new)
     if old_parts is None or new_parts is None:
         if old != new:
             raise ValueError(f"{path}: {old} became {new}")
@@ -151,7 +151,7 @@ def _changed_tensors(
             yield from _changed_tensors(old_parts[name], part, f"{path}.{name}", visited_ids)
 
 
-def _parts(value: Any) -> dict[Any, Any] | None:
+def _parts_by_name(value: Any) -> dict[Any, Any] | None:
     """Return what an object consists of, by name; None for a value or an object without parts."""
     if isinstance(value, dict):
         return value
@@ -167,7 +167,7 @@ def _parts(value: Any) -> dict[Any, Any] | None:
     return vars(value) if hasattr(value, "__dict__") and not isinstance(value, type) else None
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def _storage_id(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
@@ -234,7 +234,9 @@ def _load_layer(
     in_checkpoint = get_layer_tensors(layer)
     for name, tensor in in_checkpoint.items():
         if tensor.is_meta:
-            setattr(layer, name, _materialized(tensor, received.get(name), info.restore_device))
+            setattr(
+                layer, name, _materialized_tensor(tensor, received.get(name), info.restore_device)
+            )
     load_biases(layer, received, in_use[0])
     if not is_lookup_only(layer, model):
         _post_process(layer)
@@ -251,7 +253,7 @@ def _load_layer(
     to_kernel_form(layer, info)
 
 
-def _materialized(
+def _materialized_tensor(
     form: torch.Tensor, values: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
     """Return `values`, or undefined ones, with the class and attributes of a parameter in

@@ -71,7 +71,7 @@ class LoadCheck:
         arrived_placements = {self._owners[slot] for slot in changed}
         num_bytes = CPU_BYTES if current_platform.is_cpu() else GPU_BYTES
         self._scales_before = {
-            placement: _checksums(_tensors_in_use([placement]))
+            placement: _value_checksums(_tensors_in_use([placement]))
             for placement in self._scales
             if placement in arrived_placements
         }
@@ -86,7 +86,7 @@ class LoadCheck:
             size = sum(tensor.nbytes for tensor in tensors)
             if not tensors or (size > SMALL_BYTES and size > num_bytes):
                 continue
-            self._before.append((layer, new_placements[0], _checksums(tensors)))
+            self._before.append((layer, new_placements[0], _value_checksums(tensors)))
             if size > SMALL_BYTES:
                 num_bytes -= size
                 self._layers_by_last_check.remove(layer)
@@ -108,12 +108,12 @@ class LoadCheck:
         wrong_placements = [
             placement
             for placement in loaded
-            if placement.parameter.is_live and not _equals(placement, memory)
+            if placement.parameter.is_live and not _equals_received(placement, memory)
         ]
         wrong_placements += [
             placement
             for layer, placement, checksums_before in self._before
-            if _checksums(_tensors_in_use(layer)) == checksums_before
+            if _value_checksums(_tensors_in_use(layer)) == checksums_before
         ]
         wrong_placements += [
             placement for placement in self._scales if self._is_old(placement, memory)
@@ -130,12 +130,12 @@ class LoadCheck:
         in_use = _tensors_in_use([placed])
         if not in_use:
             return False
-        if in_use[0].shape == placed.parameter.shape and _equals(placed, memory):
+        if in_use[0].shape == placed.parameter.shape and _equals_received(placed, memory):
             self._kept_scales.add(placed)
             return False
         if placed in self._kept_scales:
             return True
-        return self._scales_before.get(placed) == _checksums(in_use) and _has_powers_of_two(
+        return self._scales_before.get(placed) == _value_checksums(in_use) and _has_powers_of_two(
             placed.value(memory)
         )
 
@@ -156,11 +156,11 @@ def _tensors_in_use(layer: Sequence[PlacedParameter]) -> list[torch.Tensor]:
     return [t for t in tensors if t is not None and t.numel() and not t.is_meta]
 
 
-def _equals(placed: PlacedParameter, memory: torch.Tensor) -> bool:
+def _equals_received(placed: PlacedParameter, memory: torch.Tensor) -> bool:
     in_use = getattr(placed.parameter.layer, placed.parameter.name)
-    return _checksums([in_use]) == _checksums([placed.value(memory).to(in_use.device)])
+    return _value_checksums([in_use]) == _value_checksums([placed.value(memory).to(in_use.device)])
 
 
 @torch.no_grad()
-def _checksums(tensors: Sequence[torch.Tensor]) -> list[int]:
+def _value_checksums(tensors: Sequence[torch.Tensor]) -> list[int]:
     return [checksum(t.reshape(-1, t.shape[-1] if t.dim() > 1 else 1)) for t in tensors]

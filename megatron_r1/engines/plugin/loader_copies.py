@@ -178,7 +178,7 @@ def record_copies(
     for model, prefix in zip(models, ("", "drafter"), strict=False):
         titles |= dict(model.named_modules(memo, prefix))
     layers = list(titles.values())
-    tied_parameters = _tied(layers)
+    tied_parameters = _tied_parameters(layers)
     loaders: list[Any] = [*models]  # torch's annotations allow tensors and modules as attributes
     torchao = [getattr(loader, "_do_torchao_reload", False) for loader in loaders]
     infos = [to_checkpoint_form(layer) for layer in layers]
@@ -235,33 +235,33 @@ class _Recorder(TorchDispatchMode):
                     dtype=tensor.dtype,
                     is_live=not tensor.is_meta,
                 )
-                self._parameters.setdefault(_storage(tensor), parameter)
+                self._parameters.setdefault(_storage_id(tensor), parameter)
 
     def source(self, name: str, shape: Sequence[int]) -> tuple[str, torch.Tensor]:
         """Return the (name, tensor) that a loader receives for the HF tensor `name`."""
         tensor = torch.empty(tuple(shape), dtype=torch.bfloat16, device="meta")
-        self._sources[_storage(tensor)] = (name, tensor)
+        self._sources[_storage_id(tensor)] = (name, tensor)
         return name, tensor
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.copy_.default:
-            self._record(*args[:2])
+            self._record_copy(*args[:2])
             return args[0]
         return func(*args, **(kwargs or {}))
 
-    def _record(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        parameter = self._parameters.get(_storage(target))
+    def _record_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        parameter = self._parameters.get(_storage_id(target))
         if parameter is None:
             return  # a temporary tensor of the loader
-        named_source = self._sources.get(_storage(source))
+        named_source = self._sources.get(_storage_id(source))
         if named_source is None:
             raise ValueError(
                 f"the loader of {parameter.title} computes with its tensors, where only copies "
                 "can be received piece by piece; push whole tensors instead"
             )
         name, source_tensor = named_source
-        rectangle = _rectangle(source, source_tensor)
-        pitch = _pitch(target)
+        rectangle = _view_rectangle(source, source_tensor)
+        pitch = _row_pitch(target)
         if rectangle is None or pitch is None:
             raise ValueError(
                 f"the loader of {parameter.title} takes elements of {name} (shape "
@@ -295,7 +295,7 @@ class _Recorder(TorchDispatchMode):
                 )
 
 
-def _tied(layers: list[torch.nn.Module]) -> set[tuple[torch.nn.Module, str]]:
+def _tied_parameters(layers: list[torch.nn.Module]) -> set[tuple[torch.nn.Module, str]]:
     """Return (layer, name) of parameters that an earlier layer has too."""
     parameter_ids: set[int] = set()
     tied_parameters = set()
@@ -307,16 +307,16 @@ def _tied(layers: list[torch.nn.Module]) -> set[tuple[torch.nn.Module, str]]:
     return tied_parameters
 
 
-def _storage(tensor: torch.Tensor) -> int:
+def _storage_id(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _rectangle(view: torch.Tensor, tensor: torch.Tensor) -> tuple[int, int, int, int] | None:
+def _view_rectangle(view: torch.Tensor, tensor: torch.Tensor) -> tuple[int, int, int, int] | None:
     """Return (top, bottom, left, right) of a view in the contiguous `tensor`, or None."""
     columns = tensor.shape[1] if tensor.dim() > 1 else 1
     if tensor.dim() > 2 or view.numel() == 0:
         return None
-    flat_view = view.reshape(-1, 1) if tensor.dim() < 2 else _matrix(view)
+    flat_view = view.reshape(-1, 1) if tensor.dim() < 2 else _squeezed_view(view)
     if tensor.dim() == 2 and flat_view.dim() < 2:
         if view.numel() % columns:
             return None
@@ -330,11 +330,11 @@ def _rectangle(view: torch.Tensor, tensor: torch.Tensor) -> tuple[int, int, int,
     return top, top + height, column, column + width
 
 
-def _pitch(view: torch.Tensor) -> int | None:
+def _row_pitch(view: torch.Tensor) -> int | None:
     """Return the elements between a view's rows, or None where a row is not contiguous."""
     if view.dim() == 1:
         return view.stride(0)
-    rows = _matrix(view)
+    rows = _squeezed_view(view)
     if rows.dim() == 1:
         return rows.shape[0]
     if rows.dim() != 2 or (rows.shape[1] > 1 and rows.stride(1) != 1):
@@ -342,7 +342,7 @@ def _pitch(view: torch.Tensor) -> int | None:
     return rows.stride(0) if rows.shape[0] > 1 else rows.shape[1]
 
 
-def _matrix(view: torch.Tensor) -> torch.Tensor:
+def _squeezed_view(view: torch.Tensor) -> torch.Tensor:
     """Return a view without dimensions of size 1, except rows and columns."""
     if view.dim() >= 2 and view.shape[:-2].numel() == 1:
         return view.view(view.shape[-2:])

@@ -85,7 +85,9 @@ def lay_out(
         placements.append(PlacedParameter(parameter, end, _num_rows(parameter, own_copies)))
         end += -(-parameter.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     slots = [
-        _slot(placement, copy) for placement in placements for copy in copies[placement.parameter]
+        _slot_of_copy(placement, copy)
+        for placement in placements
+        for copy in copies[placement.parameter]
     ]
     return placements, SlotTable(end, slots, num_buffers=2 if in_place else 1)
 
@@ -96,7 +98,7 @@ def _num_rows(parameter: CheckpointParameter, copies: Sequence[LoaderCopy]) -> i
     return max(copy.offset // parameter.strides[0] + copy.height for copy in copies)
 
 
-def _slot(placement: PlacedParameter, copy: LoaderCopy) -> Slot:
+def _slot_of_copy(placement: PlacedParameter, copy: LoaderCopy) -> Slot:
     size = placement.parameter.dtype.itemsize
     dtype = str(placement.parameter.dtype).removeprefix("torch.")
     offset, pitch = placement.offset + copy.offset * size, copy.pitch * size

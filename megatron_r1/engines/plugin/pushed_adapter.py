@@ -58,7 +58,7 @@ class PushedAdapter:
             for name, module in self._manager.modules.items()
             for index, layer in enumerate(self._manager.packed_modules.get(name, [name]))
         }
-        self.table = self._placed(tensors)
+        self.table = self._factor_slot_table(tensors)
         self._factors: dict[str, torch.Tensor] = {}
         lora.pushed = self
 
@@ -106,23 +106,23 @@ class PushedAdapter:
                 f"engine computes with: {names}"
             )
 
-    def _placed(self, tensors: Sequence[tuple[str, Sequence[int]]]) -> SlotTable:
+    def _factor_slot_table(self, tensors: Sequence[tuple[str, Sequence[int]]]) -> SlotTable:
         dtype: torch.dtype = self._lora.lora_config.lora_dtype
         slots, end = [], 0
         for name, (rows, columns) in tensors:
-            if self._layer(name)[0] in self._layers:
+            if self._layer_of_factor(name)[0] in self._layers:
                 pitch = columns * dtype.itemsize
                 form = str(dtype).removeprefix("torch.")
                 slots.append(Slot(name, 0, rows, 0, columns, end, pitch, form))
                 end += -(-rows * pitch // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         return SlotTable(end, slots)
 
-    def _layer(self, name: str) -> tuple[str, bool]:
+    def _layer_of_factor(self, name: str) -> tuple[str, bool]:
         """Return the name of a factor's layer in vLLM, and whether it is the factor A."""
         return parse_fine_tuned_lora_name(self._prefix + name, self._renames)
 
     def _is_used(self, name: str, factor: torch.Tensor) -> bool:
-        layer, is_a = self._layer(name)
+        layer, is_a = self._layer_of_factor(name)
         module, index = self._layers[layer]
         slots = self._manager.lora_index_to_id
         if REQUEST.lora_int_id not in slots:

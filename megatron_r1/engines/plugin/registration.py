@@ -19,14 +19,14 @@ def register() -> None:
         if name not in WeightTransferEngineFactory._registry:
             backend = "megatron_r1.engines.plugin.backend", "PushTransferEngine"
             WeightTransferEngineFactory.register_engine(name, *backend)
-    _patch()
+    _patch_vllm()
     dump_stacks_on_signal()
     if multiprocessing.parent_process() is not None:
         children.die_with_parent()
 
 
 @functools.cache  # a second call would wrap each patch in itself
-def _patch() -> None:
+def _patch_vllm() -> None:
     from vllm.platforms import current_platform
 
     from megatron_r1.engines.plugin import (

@@ -47,7 +47,7 @@ async def generate(request: GenerateRequest, raw_request: Request) -> Response:
     for choice in output.outputs:
         handler._raise_if_error(choice.finish_reason, output.request_id)
     has_top_k = request.sampling_params.top_k > 0
-    return StreamingResponse(_chunks(output.outputs, has_top_k), media_type=MEDIA_TYPE)
+    return StreamingResponse(_reply_chunks(output.outputs, has_top_k), media_type=MEDIA_TYPE)
 
 
 async def _last_output(request: object, outputs: AsyncIterator[Any], *_: object) -> Any:
@@ -59,15 +59,15 @@ async def _last_output(request: object, outputs: AsyncIterator[Any], *_: object)
     return last_output
 
 
-async def _chunks(choices: list[CompletionOutput], has_top_k: bool) -> AsyncIterator[bytes]:
+async def _reply_chunks(choices: list[CompletionOutput], has_top_k: bool) -> AsyncIterator[bytes]:
     routed_rows = [choice.routed_experts for choice in choices]
-    masks = [_mask(choice) if has_top_k else None for choice in choices]
+    masks = [_encoded_mask(choice) if has_top_k else None for choice in choices]
     descriptions = [
         {
             "finish_reason": choice.finish_reason or "stop",
             "num_tokens": len(choice.token_ids),
             "weight_versions": choice.weight_versions or [],
-            "routed_experts": None if rows is None else _described(rows),
+            "routed_experts": None if rows is None else _array_description(rows),
             "sampling_mask": None if mask is None else len(mask),
         }
         for choice, rows, mask in zip(choices, routed_rows, masks, strict=True)
@@ -76,13 +76,13 @@ async def _chunks(choices: list[CompletionOutput], has_top_k: bool) -> AsyncIter
     yield len(header).to_bytes(4, "little") + header
     for choice, mask in zip(choices, masks, strict=True):
         ids = np.array(choice.token_ids, "<i4")
-        yield ids.tobytes() + _logprobs(choice, ids).tobytes() + (mask or b"")
+        yield ids.tobytes() + _choice_logprobs(choice, ids).tobytes() + (mask or b"")
     for rows in routed_rows:
         if rows is not None:
             yield np.ascontiguousarray(rows).tobytes()
 
 
-def _mask(choice: CompletionOutput) -> bytes | None:
+def _encoded_mask(choice: CompletionOutput) -> bytes | None:
     """Return the kept ids of every token in the form of `models.sampling_mask`: counts, then ids,
     int32; None where the engine returns none."""
     if choice.sampling_mask is None:
@@ -92,11 +92,11 @@ def _mask(choice: CompletionOutput) -> bytes | None:
     return counts.tobytes() + np.fromiter(chain.from_iterable(kept_ids), "<i4").tobytes()
 
 
-def _described(rows: np.ndarray) -> dict[str, Any]:
+def _array_description(rows: np.ndarray) -> dict[str, Any]:
     return {"dtype": rows.dtype.str, "shape": rows.shape}
 
 
-def _logprobs(choice: CompletionOutput, ids: np.ndarray) -> np.ndarray:
+def _choice_logprobs(choice: CompletionOutput, ids: np.ndarray) -> np.ndarray:
     """Return the sampled tokens' log-probabilities; NaN, which clients refuse, for a token that the
     engine gives none for."""
     flat_logprobs: Any = choice.logprobs

@@ -28,8 +28,8 @@ async def swap_weights(
     weight_version: Annotated[str, Body()],
     resume: Annotated[bool, Body()] = True,
 ) -> JSONResponse:
-    """Swap as `_swap` does. Where the engine's core ends meanwhile, reply so at once: vLLM's call
-    to it never returns then, and its server, which waits for open calls, does not end.
+    """Swap as `_pause_and_swap` does. Where the engine's core ends meanwhile, reply so at once:
+    vLLM's call to it never returns then, and its server, which waits for open calls, does not end.
 
     Args:
         request: the HTTP request, whose app has the engine.
@@ -37,16 +37,16 @@ async def swap_weights(
         weight_version: the version that the loaded weights get.
         resume: whether generation continues after the swap."""
     engine = engine_client(request)
-    swap = asyncio.ensure_future(_swap(engine, update_info, weight_version, resume))
+    swap = asyncio.ensure_future(_pause_and_swap(engine, update_info, weight_version, resume))
     while not swap.done():
         await asyncio.wait({swap}, timeout=DEATH_SECONDS)
         if engine.errored and not swap.done():
             swap.cancel()
-            return _failed(CORE_ENDED, "the engine's core has ended in the middle of a push")
+            return _failure_reply(CORE_ENDED, "the engine's core has ended in the middle of a push")
     return swap.result()
 
 
-async def _swap(
+async def _pause_and_swap(
     engine: Any,
     update_info: dict[str, Any] | list[dict[str, Any]],
     weight_version: str,
@@ -74,7 +74,7 @@ async def _swap(
         except Exception as error:  # of another process, whose class is lost
             for kind in STATUS_OF_FAILURE:
                 if kind in str(error):
-                    return _failed(kind, str(error).partition(f"{kind}: ")[2])
+                    return _failure_reply(kind, str(error).partition(f"{kind}: ")[2])
             raise
         await engine.finish_weight_update(weight_version)
     if not await engine.reset_prefix_cache(reset_running_requests=True):
@@ -84,7 +84,7 @@ async def _swap(
     return JSONResponse({"weight_version": weight_version})
 
 
-def _failed(kind: str, error: str) -> JSONResponse:
+def _failure_reply(kind: str, error: str) -> JSONResponse:
     return JSONResponse({"kind": kind, "error": error}, status_code=STATUS_OF_FAILURE[kind])
 
 

@@ -150,12 +150,12 @@ class EngineClient:
             try:
                 return parse_responses(body, *expected)
             except ValueError as error:
-                raise self._unusable(body, error) from error
+                raise self._unusable_reply_error(body, error) from error
 
         # vLLM without our plugin sends JSON all the same.
         accept = {"Accept": f"{MEDIA_TYPE}, application/json"}
         call = {"token_ids": list(prompt_token_ids), "sampling_params": sampling}
-        responses = await self._exchange("POST", GENERATE_PATH, call, read, accept)
+        responses = await self._send_request("POST", GENERATE_PATH, call, read, accept)
         if len(responses) != n:
             raise EngineFault(f"{self.url}: asked for {n} responses, got {len(responses)}")
         return [replace(response, engine=self.name) for response in responses]
@@ -182,7 +182,7 @@ class EngineClient:
         try:
             return parse_prompt_logprobs(body, token_ids, first)
         except ValueError as error:
-            raise self._unusable(body, error) from error
+            raise self._unusable_reply_error(body, error) from error
 
     async def pause(self, mode: Literal["keep", "wait", "abort"] = "keep") -> None:
         """Stop sampling: `keep` freezes running sequences, `wait` lets them end, `abort` returns
@@ -278,9 +278,9 @@ class EngineClient:
             method: the HTTP method.
             path: the path with its query.
             json: the body, encoded as JSON; None: no body."""
-        return await self._exchange(method, path, json, aiohttp.ClientResponse.read)
+        return await self._send_request(method, path, json, aiohttp.ClientResponse.read)
 
-    async def _exchange(
+    async def _send_request(
         self,
         method: str,
         path: str,
@@ -323,7 +323,7 @@ class EngineClient:
             raise ConnectionBroken(message) from error
         raise _refusal_error(self.url + path, reply.status, body)
 
-    def _unusable(self, body: bytes, error: ValueError) -> EngineFault:
+    def _unusable_reply_error(self, body: bytes, error: ValueError) -> EngineFault:
         return EngineFault(f"{self.url}{GENERATE_PATH}: {error}: {_shorten_body(body)}")
 
 

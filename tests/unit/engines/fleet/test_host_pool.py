@@ -168,8 +168,8 @@ def test_hosts_that_never_fall_silent_leave_the_pool_time_for_its_work():
             assert self.num_heard < 300_000, "it does nothing but listen"
             return b"one of them", report
 
-    pool = SimpleNamespace(_socket=Endless(), _lock=nullcontext(), _receive=lambda *_: None)
-    HostPool._listen(pool)
+    pool = SimpleNamespace(_socket=Endless(), _lock=nullcontext(), _update_host=lambda *_: None)
+    HostPool._receive_reports(pool)
     assert pool._socket.num_heard
 
 
