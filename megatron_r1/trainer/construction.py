@@ -132,10 +132,10 @@ def round_moments(optimizer: Any, config: Config) -> None:
     if config.optimizer.moments == "float32" or platform.has_gpu():
         return
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        part.optimizer.register_step_post_hook(_round)
+        part.optimizer.register_step_post_hook(_round_moments)
 
 
-def _round(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _round_moments(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for state in optimizer.state.values():
         for name in _MOMENTS:
             state[name].copy_(state[name].bfloat16())
@@ -201,7 +201,7 @@ def build_chunks(
         return chunks
     # Before anything reads it: a flipped bit in a weight would train without an error.
     if config.model.checkpoint:
-        _verify(Path(config.model.checkpoint), config)
+        _verify_checkpoint(Path(config.model.checkpoint), config)
     body = body_hf_config(config, hf_config)
     if config.model.checkpoint:
         weights.load_megatron(chunks, hf_config, config.model.checkpoint, body)
@@ -235,7 +235,7 @@ def body_hf_config(config: Config, hf_config: HFConfig) -> HFConfig | None:
     return None if has_score_head(folder_hf_config) else folder_hf_config
 
 
-def _verify(checkpoint: Path, config: Config) -> None:
+def _verify_checkpoint(checkpoint: Path, config: Config) -> None:
     """Raise UserError, on every rank, where `checkpoint` differs from its manifest."""
     if checkpoint_folders.check_initial_checkpoint(checkpoint) is not None:
         return  # there is no manifest

@@ -74,7 +74,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=_chunks(parallel),
+        virtual_pipeline_model_parallel_size=_virtual_pipeline_size(parallel),
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
@@ -123,6 +123,6 @@ def leave_process_groups() -> None:
     dist.destroy_process_group()
 
 
-def _chunks(parallel: ParallelConfig) -> int | None:
+def _virtual_pipeline_size(parallel: ParallelConfig) -> int | None:
     chunks = num_chunks(parallel)
     return chunks if chunks > 1 else None

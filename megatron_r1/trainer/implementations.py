@@ -36,11 +36,11 @@ def describe_implementations(trainer: Trainer) -> dict[str, str]:
     classes: dict[str, set[str]] = {}
     for chunk in trainer.model_chunks:
         for name, module in chunk.named_modules():
-            role = _role(name)
+            role = _module_role(name)
             if role and not isinstance(module, IdentityOp):
-                classes.setdefault(role, set()).add(_origin(type(module)))
+                classes.setdefault(role, set()).add(_class_label(type(module)))
             if (dispatcher := getattr(module, "token_dispatcher", None)) is not None:
-                classes.setdefault("dispatcher", set()).add(_origin(type(dispatcher)))
+                classes.setdefault("dispatcher", set()).add(_class_label(type(dispatcher)))
     parts = {role: ", ".join(sorted(kinds)) for role, kinds in classes.items()}
     config = trainer.transformer_config
     if "attention" in parts and config.transformer_impl == "transformer_engine":
@@ -52,32 +52,34 @@ def describe_implementations(trainer: Trainer) -> dict[str, str]:
     if (lora := trainer.config.model.lora) is not None:
         count = num_adapter_parameters(trainer.hf_config, lora)
         parts["adapters"] = f"rank {lora.rank}, {count / 1e6:,.2f}M parameters, all that is trained"
-    parts["optimizer"] = _optimizer(trainer.optimizer)
-    parts["gradient reduction"] = _reduction(trainer.ddp_chunks[0].ddp_config)
-    parts["loss head"] = "r1_kernels, in " + (_triton() if platform.has_gpu() else "PyTorch")
+    parts["optimizer"] = _optimizer_description(trainer.optimizer)
+    parts["gradient reduction"] = _reduction_description(trainer.ddp_chunks[0].ddp_config)
+    parts["loss head"] = "r1_kernels, in " + (
+        _triton_description() if platform.has_gpu() else "PyTorch"
+    )
     return parts
 
 
-def _role(name: str) -> str | None:
+def _module_role(name: str) -> str | None:
     last_name = name.rpartition(".")[2]
     return next(
         (role for role, names in MODULE_ROLES.items() if re.fullmatch(names, last_name)), None
     )
 
 
-def _origin(kind: type) -> str:
+def _class_label(kind: type) -> str:
     module = kind.__module__
     package = "transformer_engine" if ".transformer_engine" in module else module.split(".")[0]
     return f"{kind.__name__} ({PACKAGE_LABELS.get(package, package)})"
 
 
-def _optimizer(optimizer: Any) -> str:
+def _optimizer_description(optimizer: Any) -> str:
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    kinds = {_origin(type(part.optimizer)) for part in parts}
+    kinds = {_class_label(type(part.optimizer)) for part in parts}
     return f"{', '.join(sorted(kinds))} in {type(parts[0]).__name__}"
 
 
-def _reduction(settings: Any) -> str:
+def _reduction_description(settings: Any) -> str:
     dtype = "float32" if settings.grad_reduce_in_fp32 else "the parameters' dtype"
     is_overlapped = {
         "reduction": settings.overlap_grad_reduce,
@@ -96,5 +98,5 @@ def _flash_version() -> str:
         return ", without flash-attn"
 
 
-def _triton() -> str:
+def _triton_description() -> str:
     return f"Triton {metadata.version('triton')} (torch {torch.__version__})"

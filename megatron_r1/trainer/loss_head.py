@@ -79,7 +79,7 @@ class LossHead:
                 self.weight,
                 self.batch.targets[rows],
                 sampling_mask=self._kept_at(rows),
-                **self._options(),
+                **self._kernel_options(),
             )
         zeros = logprobs.new_zeros(len(self.hidden))
         logprobs, entropy = (zeros.index_copy(0, rows, values) for values in (logprobs, entropy))
@@ -126,7 +126,7 @@ class LossHead:
                 averaging,
                 rows=batch.response_positions,
                 sampling_mask=batch.sampling_mask,
-                **self._options(),
+                **self._kernel_options(),
             )
         batch.logprobs.setdefault("old", terms.logprobs)
         return terms
@@ -139,7 +139,7 @@ class LossHead:
         token_ids, offsets = self.batch.sampling_mask
         return SamplingMask(token_ids, torch.cat([offsets[rows], offsets[-1:]]))
 
-    def _options(self) -> dict[str, Any]:
+    def _kernel_options(self) -> dict[str, Any]:
         return {
             "temperature": self.temperature,
             "group": self.tensor_group,

@@ -54,7 +54,7 @@ def merge(reports: Iterable[Metrics]) -> dict[str, Mean | Maximum]:
     merged_metrics: dict[str, Mean | Maximum] = {}
     for report in _on_host(reports):
         for name, metric in report.items():
-            merged_metrics[name] = _joined(merged_metrics.get(name), metric)
+            merged_metrics[name] = _merged_metric(merged_metrics.get(name), metric)
     return merged_metrics
 
 
@@ -87,7 +87,7 @@ def nan_max(a: float, b: float) -> float:
     return math.nan if math.isnan(a) or math.isnan(b) else max(a, b)
 
 
-def _joined(before: Mean | Maximum | None, metric: Mean | Maximum) -> Mean | Maximum:
+def _merged_metric(before: Mean | Maximum | None, metric: Mean | Maximum) -> Mean | Maximum:
     if isinstance(metric, Maximum):
         value = float(metric.value)
         if isinstance(before, Maximum):

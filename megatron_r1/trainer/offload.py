@@ -67,13 +67,13 @@ class HostStore:
         """Copy the parts into host memory."""
         num_missing = _num_buffers(parts) - len(self._buffers)
         self._buffers += [_empty_buffer() for _ in range(num_missing)]
-        for piece, offset in _pieces(parts):
+        for piece, offset in _buffer_pieces(parts):
             self._buffer_slice(piece, offset).copy_(piece, non_blocking=True)
         platform.synchronize()
 
     def read(self, parts: Sequence[Tensor]) -> None:
         """Copy what `write` stored back into parts of the same sizes."""
-        for piece, offset in _pieces(parts):
+        for piece, offset in _buffer_pieces(parts):
             piece.copy_(self._buffer_slice(piece, offset), non_blocking=True)
         platform.synchronize()
 
@@ -104,11 +104,11 @@ class DiskStore:
             file = self._reserve_file(num_bytes)
             self._digests = []
             copy_buffer = _empty_buffer()
-            for piece, offset in _pieces(parts):
+            for piece, offset in _buffer_pieces(parts):
                 copied_piece = copy_buffer[: len(piece)]
                 copied_piece.copy_(piece)
                 self._digests.append(xxh3_64_intdigest(copied_piece.numpy().data))
-                _write(file.fileno(), copied_piece.numpy().data, offset)
+                _write_content(file.fileno(), copied_piece.numpy().data, offset)
         except OSError as error:
             raise UserError(
                 f"parallel.offload_folder: {self._folder} has no room for "
@@ -127,9 +127,9 @@ class DiskStore:
         """
         assert self._file is not None, "write() comes first"
         copy_buffer, digests = _empty_buffer(), iter(self._digests)
-        for piece, offset in _pieces(parts):
+        for piece, offset in _buffer_pieces(parts):
             stored_piece = copy_buffer[: len(piece)]
-            if not _read(self._file.fileno(), stored_piece.numpy().data, offset):
+            if not _fill_buffer(self._file.fileno(), stored_piece.numpy().data, offset):
                 raise RuntimeError(f"{self._folder}: the trainer's file ends before byte {offset}")
             if xxh3_64_intdigest(stored_piece.numpy().data) != next(digests):
                 raise RuntimeError(
@@ -151,13 +151,13 @@ class DiskStore:
         return self._file
 
 
-def _write(file: int, content: memoryview, offset: int) -> None:
+def _write_content(file: int, content: memoryview, offset: int) -> None:
     while content:
         num_written = os.pwrite(file, content, offset)
         content, offset = content[num_written:], offset + num_written
 
 
-def _read(file: int, buffer: memoryview, offset: int) -> bool:
+def _fill_buffer(file: int, buffer: memoryview, offset: int) -> bool:
     """Fill `buffer` with the file's bytes from `offset`; return whether there were as many."""
     while buffer:
         num_read = os.preadv(file, [buffer], offset)
@@ -175,7 +175,7 @@ def _num_buffers(parts: Sequence[Tensor]) -> int:
     return -(-sum(map(len, parts)) // BUFFER_BYTES)
 
 
-def _pieces(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
+def _buffer_pieces(parts: Sequence[Tensor]) -> Iterator[tuple[Tensor, int]]:
     """Yield the parts, cut where buffers end, and the place of each piece among all bytes."""
     offset = 0
     for part in parts:
@@ -216,7 +216,7 @@ class Offload:
             UserError: host or disk have no room; what was not offloaded then still is on the
                 device.
         """
-        storages_by_kind = self._storages()
+        storages_by_kind = self._storages_by_kind()
         for kind in ("optimizer", "parameters") if free_parameters else ("optimizer",):
             if kind in self._offloaded:
                 continue
@@ -224,7 +224,7 @@ class Offload:
             self._stores[kind].write([_as_bytes(storage) for storage in storages])
             self._offloaded[kind] = [(storage, storage.nbytes()) for storage in storages]
             for storage in storages:
-                _release(storage)
+                _release_storage(storage)
 
     @timeline.timed("trainer/onload")
     def restore(self, *kinds: StateKind) -> None:
@@ -252,7 +252,7 @@ class Offload:
         if needs_optimizer(operation):
             self.restore("optimizer")
 
-    def _storages(self) -> dict[StateKind, list[torch.UntypedStorage]]:
+    def _storages_by_kind(self) -> dict[StateKind, list[torch.UntypedStorage]]:
         """Return the storages of either kind, each once. What the optimizer of an fp32 model has of
         its parameters are views of these."""
         pointers: set[int] = set()
@@ -288,7 +288,7 @@ def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
             yield from (t for name, t in state.items() if torch.is_tensor(t) and name != "step")
 
 
-def _release(storage: torch.UntypedStorage) -> None:
+def _release_storage(storage: torch.UntypedStorage) -> None:
     """Give the memory of a storage back to the device, and all values of it up.
 
     A host's storage that NumPy has seen once, for a push or an export, cannot be resized any more:

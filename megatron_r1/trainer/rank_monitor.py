@@ -68,12 +68,12 @@ def describe_collective(
     while frame is not None:
         for files in (C10D, MEGATRON_FILES):
             if _is_in(frame, files):
-                return _describe(_outermost(frame, files), groups)
+                return _describe_call(_public_frame(frame, files), groups)
         frame = frame.f_back
-    return _request(innermost, groups)
+    return _describe_request(innermost, groups)
 
 
-def _request(frame: FrameType, groups: ProcessGroupCollection | None) -> str | None:
+def _describe_request(frame: FrameType, groups: ProcessGroupCollection | None) -> str | None:
     """Return a description of the asynchronous request that `frame` waits for, or None.
 
     A request does not know its group; it is that of the only group among the frame's variables."""
@@ -86,14 +86,14 @@ def _request(frame: FrameType, groups: ProcessGroupCollection | None) -> str | N
         return None
     process_groups = {value for value in values if isinstance(value, dist.ProcessGroup)}
     ranks = _describe_ranks(process_groups.pop(), groups) if len(process_groups) == 1 else ""
-    return f"a request{ranks}, waited for by {_location(frame)}"
+    return f"a request{ranks}, waited for by {_frame_location(frame)}"
 
 
 def _is_in(frame: FrameType, files: tuple[str, ...]) -> bool:
     return frame.f_code.co_filename.endswith(files)
 
 
-def _outermost(frame: FrameType, files: tuple[str, ...]) -> FrameType:
+def _public_frame(frame: FrameType, files: tuple[str, ...]) -> FrameType:
     """Return the frame of the public function: its callees and torch's wrapper around it are in the
     same files."""
     public_frame = frame
@@ -104,17 +104,17 @@ def _outermost(frame: FrameType, files: tuple[str, ...]) -> FrameType:
     return public_frame
 
 
-def _describe(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
+def _describe_call(frame: FrameType, groups: ProcessGroupCollection | None) -> str:
     caller = frame.f_back
     while caller is not None and (_is_in(caller, C10D) or caller.f_code.co_name == "wrapper"):
         caller = caller.f_back
     words = f"{frame.f_code.co_name}{_describe_group(frame, groups)}"
     if caller is None:
         return words
-    return f"{words}, asked for by {_location(caller)}"
+    return f"{words}, asked for by {_frame_location(caller)}"
 
 
-def _location(frame: FrameType) -> str:
+def _frame_location(frame: FrameType) -> str:
     """Return the function, file and line, such as "_reduce (mappings.py:32)"."""
     file = frame.f_code.co_filename.rpartition("/")[2]
     return f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
@@ -184,7 +184,7 @@ class RankMonitor:
         self.groups: ProcessGroupCollection | None = None
         """Once they exist, the groups whose axes a status names."""
         self.enter("starting")
-        threading.Thread(target=self._serve, name="rank monitor", daemon=True).start()
+        threading.Thread(target=self._serve_status, name="rank monitor", daemon=True).start()
 
     def enter(self, operation: str) -> None:
         """Record that the main thread starts `operation`."""
@@ -206,7 +206,9 @@ class RankMonitor:
         thread_ids = sorted(frames.keys() - {self._main, threading.get_ident()})
         threads = [
             ThreadStack(
-                names.get(i, str(i)), _lines(frames[i]), describe_collective(frames[i], self.groups)
+                names.get(i, str(i)),
+                _stack_lines(frames[i]),
+                describe_collective(frames[i], self.groups),
             )
             for i in (self._main, *thread_ids)
             if i in frames
@@ -214,7 +216,7 @@ class RankMonitor:
         operation, start = self._operation
         return RankStatus(request, operation, time.monotonic() - start, threads)
 
-    def _serve(self) -> None:
+    def _serve_status(self) -> None:
         socket = self._connect()
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         poller = zmq.Poller()
@@ -234,12 +236,12 @@ class RankMonitor:
             os._exit(1)  # not sys.exit: that ends this thread only
 
 
-def _lines(innermost: FrameType) -> list[str]:
+def _stack_lines(innermost: FrameType) -> list[str]:
     summary = traceback.StackSummary.extract(traceback.walk_stack(innermost), limit=MAX_FRAMES)
     frames = [frame for frame in reversed(summary) if not frame.filename.startswith("<frozen")]
-    return [f"{_shorten(f.filename)}:{f.lineno} in {f.name}: {f.line}" for f in frames]
+    return [f"{_shorten_path(f.filename)}:{f.lineno} in {f.name}: {f.line}" for f in frames]
 
 
-def _shorten(path: str) -> str:
+def _shorten_path(path: str) -> str:
     """Return `path` without the folder of the installed packages."""
     return path.rpartition("site-packages/")[2]

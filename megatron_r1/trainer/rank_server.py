@@ -83,11 +83,11 @@ def serve(config: Config, address: str, grid_position: GridPosition | None = Non
         address: tcp://host:port of the controller.
         grid_position: the rank's, where the groups exist; None: they are made here."""
     rank = int(os.environ["RANK"])
-    socket = _dealer(rank_identity(rank))
+    socket = _dealer_socket(rank_identity(rank))
     monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     socket.connect(address)
     # Before the ranks join each other, so that one that hangs there is seen, too.
-    rank_monitor = RankMonitor(partial(_connected, monitor_identity(rank), address))
+    rank_monitor = RankMonitor(partial(_connected_socket, monitor_identity(rank), address))
     encode, decode = msgspec.msgpack.encode, msgspec.msgpack.Decoder(RankCall).decode
 
     def reply(result: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ def _late_ranks(error: Exception, monitor: RankMonitor, timeout_seconds: float) 
     )
 
 
-def _dealer(name: bytes) -> zmq.Socket[bytes]:
+def _dealer_socket(name: bytes) -> zmq.Socket[bytes]:
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, name)
     protect_client(socket, os.environ[RANKS_TOKEN_VARIABLE])
@@ -152,8 +152,8 @@ def _dealer(name: bytes) -> zmq.Socket[bytes]:
     return socket
 
 
-def _connected(name: bytes, address: str) -> zmq.Socket[bytes]:
-    socket = _dealer(name)
+def _connected_socket(name: bytes, address: str) -> zmq.Socket[bytes]:
+    socket = _dealer_socket(name)
     socket.connect(address)
     return socket
 

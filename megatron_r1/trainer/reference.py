@@ -26,7 +26,7 @@ class ReferencePolicy:
             chunks: the policy's chunks.
             on_host: whether the weights are kept in pinned host memory, not on the policy's device.
         """
-        self._live = [t for chunk in chunks for t in _weights(chunk)]
+        self._live = [t for chunk in chunks for t in _trained_tensors(chunk)]
         self._copies = [
             platform.empty_on_host(tuple(t.shape), t.dtype) if on_host else torch.empty_like(t)
             for t in self._live
@@ -68,7 +68,7 @@ class ReferencePolicy:
                 live_tensor.data = data
 
 
-def _weights(chunk: torch.nn.Module) -> Iterator[Tensor]:
+def _trained_tensors(chunk: torch.nn.Module) -> Iterator[Tensor]:
     yield from (parameter for parameter in chunk.parameters() if parameter.requires_grad)
     # Buffers that are not saved are derived, such as rotary frequencies, and equal in both.
     persistent_names = set(chunk.state_dict().keys())

@@ -63,14 +63,14 @@ class Replica:
         what to wait for before `content` changes."""
         destination, group = self._members[member], self._group
         # Over the replica, from its leader to one member: each needs other bytes.
-        works = (dist.isend(piece, destination, group) for piece in _pieces(content))
+        works = (dist.isend(piece, destination, group) for piece in _message_pieces(content))
         return [work for work in works if work is not None]
 
     def receive(self, num_bytes: int) -> torch.Tensor:
         """Return the (num_bytes,) uint8 that the leader sends to this member."""
         content = torch.empty(num_bytes, dtype=torch.uint8)
         # Over the replica: what the leader's `send` sends this member.
-        for piece in _pieces(content):
+        for piece in _message_pieces(content):
             dist.recv(piece, self._members[0], self._group)
         return content
 
@@ -85,11 +85,11 @@ class Replica:
         for part in parts:
             buffer[end : end + len(part)] = part
             end += len(part)
-        for piece in _pieces(joined_bytes) if len(self._members) > 1 else ():
+        for piece in _message_pieces(joined_bytes) if len(self._members) > 1 else ():
             # Over the replica: the other ranks receive into an empty buffer of that size.
             dist.broadcast(piece, self._members[0], group=self._group)
         return buffer
 
 
-def _pieces(content: torch.Tensor) -> Sequence[torch.Tensor]:
+def _message_pieces(content: torch.Tensor) -> Sequence[torch.Tensor]:
     return content.split(BROADCAST_BYTES) if len(content) else ()

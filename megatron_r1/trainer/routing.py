@@ -74,7 +74,9 @@ def _pack_at(
     samples: Sequence[Sample], layout: PackedLayout, local_positions: Tensor, shard: RoutingShard
 ) -> RecordedRouting:
     """Return what `pack_routing` does of the tokens at the positions `local_positions`."""
-    local_routing = _select(_concatenate([samples], [layout], shard), local_positions)
+    local_routing = _local_routing(
+        _concatenated_routing([samples], [layout], shard), local_positions
+    )
     return _fill_unread_tokens(local_routing, samples, layout, local_positions, shard.shape)
 
 
@@ -104,7 +106,7 @@ def _fill_unread_tokens(
     return recorded._replace(local_counts=counts.numpy())
 
 
-def _concatenate(
+def _concatenated_routing(
     microbatches: Microbatches, layouts: Sequence[PackedLayout], shard: RoutingShard
 ) -> RecordedRouting:
     """Return the shard's layers of all tokens of these micro-batches, one after the other."""
@@ -122,7 +124,7 @@ def _concatenate(
 
 
 def _all_routed_positions(layouts: Sequence[PackedLayout], split: TokenSplit) -> Tensor:
-    """Return the positions in `_concatenate` of the tokens that a rank routes."""
+    """Return the positions in `_concatenated_routing` of the tokens that a rank routes."""
     local_positions, first = [torch.empty(0, dtype=torch.int64)], 0
     for layout in layouts:
         local_positions.append(first + routed_positions(layout.cu_seqlens, split))
@@ -130,7 +132,7 @@ def _all_routed_positions(layouts: Sequence[PackedLayout], split: TokenSplit) ->
     return torch.cat(local_positions)
 
 
-def _select(routing: RecordedRouting, local_positions: Tensor) -> RecordedRouting:
+def _local_routing(routing: RecordedRouting, local_positions: Tensor) -> RecordedRouting:
     return RecordedRouting(
         routing.experts.index_select(0, local_positions),
         routing.is_recorded.index_select(0, local_positions),
@@ -185,7 +187,9 @@ class RoutingScatter:
         layouts = [packed_layout(samples, self._split) for samples in microbatches]
         local_positions = [routed_positions(layout.cu_seqlens, self._split) for layout in layouts]
         if not self._replica.is_leader:
-            received_routings = self._receive([len(positions) for positions in local_positions])
+            received_routings = self._receive_routing(
+                [len(positions) for positions in local_positions]
+            )
             return [
                 _fill_unread_tokens(routing, samples, layout, positions, self._shard.shape)
                 for routing, samples, layout, positions in zip(
@@ -195,7 +199,9 @@ class RoutingScatter:
         unfinished_sends: list[tuple[dist.Work, Tensor]] = []
         # By layers: the ranks that share a pipeline stage get parts of the same rows.
         order = sorted(range(1, len(self._ranks)), key=lambda member: self._ranks[member][1])
-        for member, part in zip(order, self._shards(microbatches, layouts, order), strict=True):
+        for member, part in zip(
+            order, self._member_shards(microbatches, layouts, order), strict=True
+        ):
             self.sent_bytes += len(part)
             unfinished_sends += [(work, part) for work in self._replica.send(part, member)]
             while len(unfinished_sends) > SENT_AHEAD:
@@ -210,7 +216,7 @@ class RoutingScatter:
             )
         ]
 
-    def _shards(
+    def _member_shards(
         self, microbatches: Microbatches, layouts: Sequence[PackedLayout], members: Iterable[int]
     ) -> Iterator[Tensor]:
         """Yield the bytes for each member: the experts of its tokens of all micro-batches, then
@@ -222,12 +228,12 @@ class RoutingScatter:
             if own_layers != layers:
                 layers = own_layers
                 shard = RoutingShard(self._shard.shape, own_layers)
-                routing = _concatenate(microbatches, layouts, shard)
-            local_routing = _select(routing, local_positions(split))
+                routing = _concatenated_routing(microbatches, layouts, shard)
+            local_routing = _local_routing(routing, local_positions(split))
             parts = (local_routing.experts, local_routing.is_recorded)
             yield torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in parts])
 
-    def _receive(self, counts: list[int]) -> list[RecordedRouting]:
+    def _receive_routing(self, counts: list[int]) -> list[RecordedRouting]:
         """Receive the parts of micro-batches of which this rank routes `counts` tokens each."""
         total = sum(counts)
         shape = (total, len(self._shard.layers), self._shard.shape.topk)

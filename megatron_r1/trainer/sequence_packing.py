@@ -57,14 +57,14 @@ def pack_batch(
         routing = pack_routing(samples, split, routing)
     layout = packed_layout(samples, split, share_prompts)
     cu_seqlens = layout.cu_seqlens
-    tokens = _tokens(samples, layout)
+    tokens = _packed_tokens(samples, layout)
     on_device = partial(to_device, device=device)
     local_positions = positions_of_rank(cu_seqlens, *split.context_rank_and_size)
     values = _response_values(samples, layout)
     is_response, rewards_or_advantages, rollout_logprobs, teacher, weights = (
         tensor[local_positions] for tensor in values
     )
-    positions, params = _positions(layout, local_positions, split, on_device)
+    positions, params = _positions_and_params(layout, local_positions, split, on_device)
     if num_mtp_layers:
         next_token_index, rows = _mtp_targets(
             cu_seqlens, values[0], local_positions, split, num_mtp_layers
@@ -105,7 +105,7 @@ def pack_batch(
     )
 
 
-def _positions(
+def _positions_and_params(
     layout: PackedLayout,
     local_positions: Tensor,
     split: TokenSplit,
@@ -165,7 +165,7 @@ def _mtp_targets(
     return torch.where(next_positions >= 0, gathered_indices[next_positions], -1), rows
 
 
-def _tokens(samples: list[Sample], layout: PackedLayout) -> Tensor:
+def _packed_tokens(samples: list[Sample], layout: PackedLayout) -> Tensor:
     """Return the token ids of the micro-batch, (T,) int64, 0 in padding."""
     # bytearray: torch warns of a read-only buffer.
     ids = [torch.frombuffer(bytearray(s.token_ids), dtype=torch.int32).long() for s in samples]

@@ -215,10 +215,14 @@ def encode_samples(samples: ReplicaSamples) -> list[Buffer]:
                 headers[-1][-1].append((bare_sample, sizes, len(sample.routing)))
                 sample_buffers += filter(None, buffers)
                 routing += filter(None, [sample.routing])
-    return [msgspec.msgpack.encode(headers), *_joined(sample_buffers), *_joined(routing)]
+    return [
+        msgspec.msgpack.encode(headers),
+        *_joined_buffers(sample_buffers),
+        *_joined_buffers(routing),
+    ]
 
 
-def _joined(buffers: list[Buffer]) -> list[Buffer]:
+def _joined_buffers(buffers: list[Buffer]) -> list[Buffer]:
     """Return the buffers in order, with runs of small ones joined."""
     parts: list[Buffer] = []
     for is_small, run in groupby(buffers, lambda buffer: len(buffer) < JOINED_BYTES):

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     rank_monitor.GRACE_SECONDS = 1.0
     rank = int(os.environ["RANK"])
     own = rank_monitor.RankMonitor(
-        partial(rank_server._connected, monitor_identity(rank), sys.argv[1])
+        partial(rank_server._connected_socket, monitor_identity(rank), sys.argv[1])
     )
     dist.init_process_group("gloo")
     own.enter("update")

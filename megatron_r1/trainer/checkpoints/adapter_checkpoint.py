@@ -34,7 +34,7 @@ def sharded_adapters(chunk: Any, prefix: str) -> dict[str, ShardedTensorFactory]
         entries[prefix + name] = ShardedTensorFactory(
             f"{prefix}adapters",
             factor,
-            partial(_pieces, entry, shapes),
+            partial(_factor_pieces, entry, shapes),
             partial(_join_pieces, entry),
             (0, tensor.rank() if entry.is_replicated else 0, replicas.rank()),
         )
@@ -83,7 +83,7 @@ def check_base(folder: Path, written: int | None, chunks: Any) -> None:
     )
 
 
-def _pieces(
+def _factor_pieces(
     entry: LayoutEntry,
     shapes: dict[str, Shape],
     key: str,

@@ -69,7 +69,7 @@ def write_manifest(folder: Path, known_entries: Mapping[str, FileEntry] | None =
         name: {"bytes": entry.num_bytes, "blake3": entry.checksum}
         for name, entry in sorted({**known_entries, **entries_read}.items())
     }
-    content = {"format": MANIFEST_FORMAT, "files": files, "digest": _digest(files)}
+    content = {"format": MANIFEST_FORMAT, "files": files, "digest": _manifest_digest(files)}
     atomic_write(folder / MANIFEST, json.dumps(content, indent=1))
 
 
@@ -94,7 +94,7 @@ def read_manifest(folder: Path) -> dict[str, FileEntry]:
         raise ManifestError(
             f"{MANIFEST} has format {content.get('format')!r}, this reads {MANIFEST_FORMAT}"
         )
-    if content.get("digest") != _digest(files):
+    if content.get("digest") != _manifest_digest(files):
         raise ManifestError(f"{MANIFEST} has been changed since it was written")
     return entries
 
@@ -161,7 +161,7 @@ def _file_fault(path: Path, entry: FileEntry, verify: Verify) -> str | None:
     return None
 
 
-def _digest(files: Mapping[str, Any]) -> str:
+def _manifest_digest(files: Mapping[str, Any]) -> str:
     return blake3(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

@@ -79,19 +79,21 @@ def sharded_tree(networks: Networks, memory: StagingBuffers | None = None) -> di
         memory: where the optimizer's shards are gathered, for saving; None: for loading, only
             buffers of the right size are made."""
     (chunks, optimizer), reference, critic = networks
-    weights = [_weights(chunk, "") for chunk in chunks]
-    states, step = _optimizer(optimizer, weights, memory)
+    weights = [_sharded_weights(chunk, "") for chunk in chunks]
+    states, step = _optimizer_state(optimizer, weights, memory)
     tree = {"model": weights, "optimizer": states, "optimizer_step": step}
     if critic is not None:
-        weights = [_weights(chunk, CRITIC_PREFIX) for chunk in critic.chunks]
-        states, step = _optimizer(critic.optimizer, weights, memory, len(_parts(optimizer)))
+        weights = [_sharded_weights(chunk, CRITIC_PREFIX) for chunk in critic.chunks]
+        states, step = _optimizer_state(
+            critic.optimizer, weights, memory, len(_optimizer_parts(optimizer))
+        )
         tree |= {"critic": weights, "critic_optimizer": states, "critic_step": step}
     if memory is not None:
         tree |= {"layout": parallel_layout(chunks), "rng": _rng_entry(loading=False)}
         if has_adapters(chunks):
             tree[BASE_FINGERPRINT_KEY] = unwrap_model(chunks[0]).base_fingerprint
     if reference is not None:
-        tree["reference"] = [_weights(chunk, REFERENCE_PREFIX) for chunk in chunks]
+        tree["reference"] = [_sharded_weights(chunk, REFERENCE_PREFIX) for chunk in chunks]
         for entry in (entry for entries in tree["reference"] for entry in entries.values()):
             # From where it is kept: next to engines, the GPU may have no room for a second set of
             # weights.
@@ -99,7 +101,7 @@ def sharded_tree(networks: Networks, memory: StagingBuffers | None = None) -> di
     return tree
 
 
-def _optimizer(
+def _optimizer_state(
     optimizer: Any, weights: list[dict[str, Any]], memory: StagingBuffers | None, first: int = 0
 ) -> tuple[list[dict[str, Any]], Any]:
     """Return the sharded state of an optimizer's parts, and its number of finished updates.
@@ -114,7 +116,7 @@ def _optimizer(
     # Parameters of all chunks belong to one optimizer, which finds them by identity.
     by_chunk, is_loading = dict(enumerate(weights)), memory is None
     states = []
-    for index, part in enumerate(_parts(optimizer), first):
+    for index, part in enumerate(_optimizer_parts(optimizer), first):
         with gather_on_host(part, index, memory), _little_to_collect():
             states.append(part.sharded_state_dict(by_chunk, is_loading=is_loading, metadata=kind))
     # Megatron keeps experts' state in an optimizer of its own in some layouts and not in others,
@@ -125,7 +127,7 @@ def _optimizer(
     if is_loading:
         param_states = [
             _own_part(part, state)
-            for part, state in zip(_parts(optimizer), param_states, strict=True)
+            for part, state in zip(_optimizer_parts(optimizer), param_states, strict=True)
         ]
     return [{"param_state": state} for state in param_states], step
 
@@ -146,7 +148,7 @@ def _own_part(part: Any, state: dict[int, Any]) -> dict[int, Any]:
     return {place: entries for place, entries in state.items() if is_owned[place]}
 
 
-def _restore(loaded: dict[str, Any], networks: Networks) -> None:
+def _restore_networks(loaded: dict[str, Any], networks: Networks) -> None:
     """Restore the model, the optimizer, the reference and the critic from the tree read."""
     policy, reference, critic = networks
     _load_weights(policy.chunks, loaded["model"], "")
@@ -193,7 +195,7 @@ def _is_extra_state(name: str) -> bool:
 
 
 def _load_optimizer(optimizer: Any, states: list[dict[str, Any]], step: Any) -> None:
-    for part, state in zip(_parts(optimizer), states, strict=True):
+    for part, state in zip(_optimizer_parts(optimizer), states, strict=True):
         full_state = part.state_dict()
         for group in full_state["optimizer"]["param_groups"]:
             group["step"] = step
@@ -237,7 +239,7 @@ def _restore_rng(streams: dict[str, Any]) -> None:
     random.setstate(streams["python"])
 
 
-def _weights(chunk: MegatronModule, prefix: str) -> dict[str, Any]:
+def _sharded_weights(chunk: MegatronModule, prefix: str) -> dict[str, Any]:
     if has_adapters([chunk]):
         return adapter_checkpoint.sharded_adapters(chunk, prefix)
     # Over data and context parallelism the weights are equal; Megatron marks the copies by it.
@@ -245,7 +247,7 @@ def _weights(chunk: MegatronModule, prefix: str) -> dict[str, Any]:
     return without_extra_state(chunk.sharded_state_dict(prefix=prefix, metadata=metadata))
 
 
-def _parts(optimizer: Any) -> list[Any]:
+def _optimizer_parts(optimizer: Any) -> list[Any]:
     """Return the optimizers that have parameters: that of dense ones has none where only experts
     have adapters."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
@@ -279,7 +281,7 @@ def _allocate_state(optimizer: Any) -> None:
     """Give optimizers that have not stepped yet their moments, by a step that changes nothing.
 
     Megatron's distributed optimizer over torch's AdamW can neither save nor load without them."""
-    for part in _parts(optimizer):
+    for part in _optimizer_parts(optimizer):
         torch_optimizer = part.optimizer
         if torch_optimizer.state:
             continue
@@ -363,7 +365,7 @@ def load(folder: Path, networks: Networks) -> bool:
             key="checkpoint",
             cause=Cause.CHANGED,
         ) from error
-    _restore(loaded_state, networks)
+    _restore_networks(loaded_state, networks)
     if written_by == own_layout:
         _restore_rng(loaded_state["rng"])
     return written_by == own_layout

@@ -71,7 +71,7 @@ class AddressRanges:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._begins: list[int] = []
         self._ends: list[int] = []
-        for begin, end in sorted(map(_addresses, tensors)):
+        for begin, end in sorted(map(_address_range, tensors)):
             if self._ends and begin <= self._ends[-1]:
                 self._ends[-1] = max(self._ends[-1], end)
             elif begin < end:
@@ -85,7 +85,7 @@ class AddressRanges:
 
     def overlaps(self, tensor: Tensor) -> Iterator[slice]:
         """Yield what of `tensor`, (numel,) contiguous, lies in these ranges."""
-        begin, end = _addresses(tensor)
+        begin, end = _address_range(tensor)
         width, index = tensor.element_size(), bisect_right(self._ends, begin)
         while index < len(self._begins) and self._begins[index] < end:
             first, last = max(begin, self._begins[index]), min(end, self._ends[index])
@@ -94,13 +94,13 @@ class AddressRanges:
 
     def contains(self, tensor: Tensor) -> bool:
         """Whether all of `tensor` lies in these ranges."""
-        begin, end = _addresses(tensor)
+        begin, end = _address_range(tensor)
         index = bisect_right(self._ends, begin)
         in_one = index < len(self._begins) and self._begins[index] <= begin
         return begin == end or (in_one and end <= self._ends[index])
 
 
-def _addresses(tensor: Tensor) -> tuple[int, int]:
+def _address_range(tensor: Tensor) -> tuple[int, int]:
     """Return the addresses of the first byte of `tensor` and of the one behind its last."""
     begin, width = tensor.data_ptr(), tensor.element_size()
     if not tensor.numel():
@@ -203,14 +203,14 @@ def gather_on_host(part: Any, index: int, memory: StagingBuffers | None) -> Iter
         part: an optimizer of the chain.
         index: its place among all that are gathered in `memory`.
         memory: the host buffers; None: for loading."""
-    part.get_parameter_state_dp_zero = partial(_gather, part, index, memory)
+    part.get_parameter_state_dp_zero = partial(_padded_state, part, index, memory)
     try:
         yield
     finally:
         del part.get_parameter_state_dp_zero  # uncovers the class's own method
 
 
-def _gather(part: Any, index: int, memory: StagingBuffers | None, **_: Any) -> dict[Any, Any]:
+def _padded_state(part: Any, index: int, memory: StagingBuffers | None, **_: Any) -> dict[Any, Any]:
     """Return the padded state as Megatron's get_parameter_state_dp_zero does: [buffer][dtype][key],
     fp32 [numel] each."""
     state: dict[Any, Any] = {"buckets_coalesced": True}
@@ -389,8 +389,8 @@ class _Copier(FileSystemWriterAsync):
             if not items:
                 continue
             name = f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}"
-            copies = [(item, self._copy(item, planner.resolve_data(item))) for item in items]
+            copies = [(item, self._copy_item(item, planner.resolve_data(item))) for item in items]
             self.files.append(StagedFile(Path(self.checkpoint_dir) / name, copies))
 
-    def _copy(self, item: WriteItem, resolved: Any) -> Any:
+    def _copy_item(self, item: WriteItem, resolved: Any) -> Any:
         return resolved if item.type == WriteItemType.BYTE_IO else self.memory.copy(resolved)

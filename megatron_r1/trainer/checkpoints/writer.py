@@ -112,11 +112,11 @@ class CheckpointWriter:
             )
         except OSError as error:
             raise UserError(
-                _sentence(folder, str(error)), key="checkpoint", cause=Cause.UNREADABLE
+                _failure_message(folder, str(error)), key="checkpoint", cause=Cause.UNREADABLE
             ) from error
         self._progress = {"is_done": False, "error": None, "seconds": 0.0}
         arguments = (staged_checkpoint, folder, state, started_at)
-        self._thread = threading.Thread(target=self._write, args=arguments, daemon=True)
+        self._thread = threading.Thread(target=self._write_checkpoint, args=arguments, daemon=True)
         self._thread.start()
 
     def progress(self, wait: bool) -> CheckpointProgress | None:
@@ -131,7 +131,7 @@ class CheckpointWriter:
                 self._memory = StagingBuffers()
         return self._progress
 
-    def _write(
+    def _write_checkpoint(
         self, staged: StagedCheckpoint, folder: Path, state: dict[str, Any], started_at: float
     ) -> None:
         """Run in the background thread; record the same outcome on all ranks."""
@@ -149,7 +149,9 @@ class CheckpointWriter:
             from_all: list[Any] | None = [None] * dist.get_world_size() if is_first else None
             # Over all ranks: the first one finishes with the results of all, and all learn the end.
             dist.gather_object(written_files, from_all, dst=0, group=self._group)
-            outcome = _finish(staged, folder, state, from_all) if from_all is not None else None
+            outcome = (
+                _finish_save(staged, folder, state, from_all) if from_all is not None else None
+            )
             failure = broadcast_from_rank_zero(outcome, self._group)
         except RuntimeError as lost:  # gloo's: a rank has ended, or is late
             cause = f"the ranks lost each other while they wrote: {lost}"
@@ -158,7 +160,7 @@ class CheckpointWriter:
                 str(lost), seconds := self._straggler_timeout.total_seconds()
             ):
                 remedy = exit_diagnosis.timeout_remedy(seconds)
-            failure = _sentence(folder, cause, remedy)
+            failure = _failure_message(folder, cause, remedy)
         seconds = time.perf_counter() - started_at
         self._progress = {"is_done": True, "error": failure, "seconds": seconds}
 
@@ -171,7 +173,7 @@ def _make_empty(partial: Path, folder: Path) -> None:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise OSError(_sentence(folder, str(error))) from error
+        raise OSError(_failure_message(folder, str(error))) from error
 
 
 def _write_file(
@@ -223,7 +225,7 @@ class HashedFile(io.FileIO):
         return FileEntry(self.tell(), self._hasher.hexdigest())
 
 
-def _finish(
+def _finish_save(
     staged: StagedCheckpoint, folder: Path, state: dict[str, Any], from_all: list[WrittenFiles]
 ) -> str | None:
     """Finish a save on rank 0: small files, manifest, rename. Returns the error, or None."""
@@ -246,10 +248,12 @@ def _finish(
         except Exception as error:  # noqa: BLE001 - returned below, as those of other ranks
             errors = [f"rank 0: {error}"]
     shutil.rmtree(partial_folder, ignore_errors=True)  # a full disk is full of this
-    return _sentence(folder, "; ".join(errors[:3]))
+    return _failure_message(folder, "; ".join(errors[:3]))
 
 
-def _sentence(folder: Path, cause: str, remedy: str = "make room, or allow writing there") -> str:
+def _failure_message(
+    folder: Path, cause: str, remedy: str = "make room, or allow writing there"
+) -> str:
     return (
         f"checkpoint {folder} could not be written ({cause}). The checkpoints before it are "
         f"untouched; {remedy}, and run the same command again"

@@ -34,7 +34,7 @@ def test_a_checkpoint_gets_its_name_when_it_is_whole_and_synced(tmp_path, monkey
         metadata=None, writer=SimpleNamespace(finish=lambda *_: (partial / ".metadata").touch())
     )
     synced = recorded_syncs(monkeypatch)
-    assert writer._finish(staged, folder, {"step": 1}, [written]) is None
+    assert writer._finish_save(staged, folder, {"step": 1}, [written]) is None
     assert not partial.exists() and checkpoint_folders.manifest_faults(folder) == []
     assert {STATE_FILE, ".metadata", "metadata.json"} <= {path.name for path in synced}
     assert synced[-1] == tmp_path  # the new name
@@ -44,5 +44,5 @@ def test_a_rank_that_could_not_write_leaves_nothing(tmp_path):
     folder = tmp_path / "step_00000001"
     partial_path(folder).mkdir()
     failed = [writer.WrittenFiles(0), writer.WrittenFiles(1, error="No space left on device")]
-    assert "rank 1" in writer._finish(SimpleNamespace(), folder, {}, failed)
+    assert "rank 1" in writer._finish_save(SimpleNamespace(), folder, {}, failed)
     assert list(tmp_path.iterdir()) == []

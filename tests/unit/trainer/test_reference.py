@@ -52,7 +52,7 @@ def test_a_checkpoint_of_a_continued_run_has_the_references_weights_beside_the_p
 
     monkeypatch.setattr(contents, "has_adapters", lambda chunks: False)
     monkeypatch.setattr(contents, "process_groups", lambda chunks: SimpleNamespace(dp_cp=None))
-    monkeypatch.setattr(contents, "_optimizer", lambda *args: ([], None))
+    monkeypatch.setattr(contents, "_optimizer_state", lambda *args: ([], None))
     policy = Chunk(3, 2)
     first = policy.weight.detach().clone()
     reference = ReferencePolicy([policy])
