@@ -9,8 +9,8 @@ sampled turn whose whole conversation begins the request is continued. 2. Its to
 was cut, the token that closes a turn is appended; where it ended with the token that begins the
 next message (GLM's <|user|>, <|observation|>), that is not written again. 3. The tokens of the new
 messages are appended: what the template writes after a short conversation of the same shape
-(`_suffix`). 4. Where the template rewrites what stands before, or no turn matches, the whole
-request is rendered as a new branch.
+(`_rendered_suffix`). 4. Where the template rewrites what stands before, or no turn matches, the
+whole request is rendered as a new branch.
 
 Where sampled tokens are those that the tokenizer itself would choose, this equals a full render.
 
@@ -71,7 +71,7 @@ class Continuation:
         self._special = re.compile("|".join(sorted(special_patterns, reverse=True)) or r"(?!)")
         user = {"role": "user", "content": "u"}
         answer = {"role": "assistant", "content": PROBE_TEXT}
-        self._written = self._text([user, answer]).rpartition(PROBE_TEXT)[2]
+        self._written = self._rendered_text([user, answer]).rpartition(PROBE_TEXT)[2]
         self._ends = {end.id: end.text for end in ends if end.text}
         self._ends.setdefault(tokenizer.eos_token_id, tokenizer.eos_token)
 
@@ -91,10 +91,10 @@ class Continuation:
         node, count = _deepest_match(tree, messages, tools)
         if node is not None:
             new_messages = messages[count:]
-            suffix = self._suffix(tree.messages(node), new_messages, tools)
+            suffix = self._rendered_suffix(tree.messages(node), new_messages, tools)
             if suffix is not None:
                 sampled_ids = tree.nodes[node].token_ids
-                tokens = self._appended(sampled_ids[-1] if sampled_ids else None, *suffix)
+                tokens = self._ids_to_append(sampled_ids[-1] if sampled_ids else None, *suffix)
                 return NextPrompt(node, tokens, tuple(new_messages))
         return NextPrompt(None, self.render(messages, tools), tuple(messages))
 
@@ -108,7 +108,7 @@ class Continuation:
         Raises:
             RenderError: the chat template refuses the messages.
         """
-        return self._encode(self._text(messages, tools, add_generation_prompt=True))
+        return self._encode_text(self._rendered_text(messages, tools, add_generation_prompt=True))
 
     def can_render(self, answer: Message, tools: Sequence[Message] = ()) -> bool:
         """Return whether the template accepts an answer's tool calls and their results. It is True
@@ -118,15 +118,15 @@ class Continuation:
             return True
         function = {"name": calls[0]["function"]["name"], "arguments": {}}
         minimal_answer = {**answer, "tool_calls": [{**calls[0], "function": function}]}
-        return self._renders(answer, tools) or not self._renders(minimal_answer, tools)
+        return self._renders_calls(answer, tools) or not self._renders_calls(minimal_answer, tools)
 
-    def _renders(self, answer: Message, tools: Sequence[Message]) -> bool:
+    def _renders_calls(self, answer: Message, tools: Sequence[Message]) -> bool:
         results = [
             {"role": "tool", "tool_call_id": call["id"], "content": "r"}
             for call in answer["tool_calls"]
         ]
         try:
-            self._text([{"role": "user", "content": "u"}, answer, *results], tools)
+            self._rendered_text([{"role": "user", "content": "u"}, answer, *results], tools)
         except RenderError:
             return False
         return True
@@ -135,7 +135,7 @@ class Continuation:
         """Return whether the template writes the tools into a prompt."""
         question: list[Message] = [{"role": "user", "content": "u"}]
         try:
-            return self._text(question, tools) != self._text(question)
+            return self._rendered_text(question, tools) != self._rendered_text(question)
         except RenderError:
             return False
 
@@ -152,13 +152,15 @@ class Continuation:
         if tools:
             cases["a result after a call"] = ("tool", call_fields)
             cases["a result after thinking"] = ("tool", call_fields | thought_fields)
-        return {name: self._verdict(*case, tools) for name, case in cases.items()}
+        return {name: self._continuation_verdict(*case, tools) for name, case in cases.items()}
 
-    def _verdict(self, role: str, answer: dict[str, Any], tools: Sequence[Message]) -> str:
+    def _continuation_verdict(
+        self, role: str, answer: dict[str, Any], tools: Sequence[Message]
+    ) -> str:
         new_message = {"role": role, "content": "n"}
         turn = {"role": "assistant", "content": "", **answer}
         history = [{"role": "user", "content": "u"}, turn, new_message, turn]
-        if self._suffix(history, [new_message], tools) is not None:
+        if self._rendered_suffix(history, [new_message], tools) is not None:
             return "exact"
         try:
             self.render([*history, new_message], tools)
@@ -166,7 +168,7 @@ class Continuation:
             return "refused"
         return "new branch"
 
-    def _appended(self, last: int | None, written: str, new: str) -> list[int]:
+    def _ids_to_append(self, last: int | None, written: str, new: str) -> list[int]:
         """Return the tokens to append behind an answer.
 
         Args:
@@ -176,10 +178,10 @@ class Continuation:
         for closing_id, text in self._ends.items():
             if written.startswith(text):
                 missing_ids = [] if last == closing_id else [closing_id]
-                return missing_ids + self._encode(written[len(text) :] + new)
+                return missing_ids + self._encode_text(written[len(text) :] + new)
         text_behind = written + new
         # Without a closing token the answer may have ended with what begins the next message.
-        return self._encode(
+        return self._encode_text(
             text_behind if last is None else text_behind.removeprefix(self._ends.get(last, ""))
         )
 
@@ -188,7 +190,7 @@ class Continuation:
         start = max((answer.rfind(end) for end in self._ends.values()), default=-1)
         return self._written if start < 0 else answer[start:]
 
-    def _suffix(
+    def _rendered_suffix(
         self, history: Sequence[Message], new: Sequence[Message], tools: Sequence[Message]
     ) -> tuple[str, str] | None:
         """Return what the template writes behind the last message of `history`, an answer, and then
@@ -201,8 +203,13 @@ class Continuation:
         for thinks in (True,) if _has_reasoning(history[-1]) else (True, False):
             messages = _sample_conversation(history, thinks)
             try:
-                prompt, history_text = self._text(messages[:-1], tools), self._text(messages, tools)
-                full_text = self._text([*messages, *new], tools, add_generation_prompt=True)
+                prompt, history_text = (
+                    self._rendered_text(messages[:-1], tools),
+                    self._rendered_text(messages, tools),
+                )
+                full_text = self._rendered_text(
+                    [*messages, *new], tools, add_generation_prompt=True
+                )
             except RenderError:
                 return None
             if full_text.startswith(history_text) and full_text.startswith(prompt):
@@ -211,7 +218,7 @@ class Continuation:
                 ]
         return None
 
-    def _text(
+    def _rendered_text(
         self,
         messages: Sequence[Message],
         tools: Sequence[Message] = (),
@@ -235,7 +242,7 @@ class Continuation:
         text = self._special.sub(lambda m: m[0][0] + WORD_JOINER + m[0][1:], message["content"])
         return {**message, "content": text}
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode_text(self, text: str) -> list[int]:
         # Half a surrogate pair, which JSON may hold, is no text to a tokenizer.
         text = text.encode("utf-8", "replace").decode()
         return self._tokenizer.encode(text, add_special_tokens=False)

@@ -143,7 +143,7 @@ class EnvironmentPool:
     async def _start_process(self) -> EnvironmentProcess:
         async with self._start_lock:
             if self._process is None or self._process.returncode is not None:
-                await self._start()
+                await self._start_server()
         try:
             stream = await asyncio.open_unix_connection(self._path)
         except OSError as error:
@@ -164,7 +164,7 @@ class EnvironmentPool:
                 await self._process.wait()
         self._folder.cleanup()
 
-    async def _start(self) -> None:
+    async def _start_server(self) -> None:
         Path(self._path).unlink(missing_ok=True)
         command = [sys.executable, "-m", SERVER_MODULE, "serve", self._target, self._path]
         self._process = await asyncio.create_subprocess_exec(
@@ -219,7 +219,7 @@ class EnvironmentProcess:
         Raises:
             EnvironmentFailed: the environment fails.
         """
-        return await self._checked("reset", row)
+        return await self._request_value("reset", row)
 
     async def reward(self, answer: str) -> float:
         """Return the episode's reward, a finite number.
@@ -229,13 +229,16 @@ class EnvironmentProcess:
 
         Raises:
             EnvironmentFailed: where the environment fails."""
-        return await self._checked("reward", answer)
+        return await self._request_value("reward", answer)
 
     async def finish(self) -> bool:
         """Close the episode's environment. Return whether the process may play another episode; not
         after an error of `close`, which must not be taken for an error of the next episode."""
         with contextlib.suppress(EnvironmentFailed):
-            return "error" not in await self._send("close", [], CLOSE_SECONDS) and self.is_reusable
+            return (
+                "error" not in await self._send_request("close", [], CLOSE_SECONDS)
+                and self.is_reusable
+            )
         return False
 
     async def call(self, name: str, arguments: object, seconds: float) -> CallResult:
@@ -251,20 +254,20 @@ class EnvironmentProcess:
             ToolCallTimeout: the process was ended because the call exceeded its time.
         """
         limit = min(seconds, self._seconds)
-        reply = await self._send("call", [name, arguments], limit)
+        reply = await self._send_request("call", [name, arguments], limit)
         if reply.get("is_fault"):
             raise _failure_from_reply(reply)
         is_error = "error" in reply
         text = f"error: {reply['error']}" if is_error else reply["value"]
         return CallResult(text, is_error, reply["done"], reply["seconds"])
 
-    async def _checked(self, method: str, argument: object) -> Any:
-        reply = await self._send(method, [argument], self._seconds)
+    async def _request_value(self, method: str, argument: object) -> Any:
+        reply = await self._send_request(method, [argument], self._seconds)
         if "error" in reply:
             raise _failure_from_reply(reply)
         return reply["value"]
 
-    async def _send(
+    async def _send_request(
         self, method: str, arguments: Sequence[object], seconds: float
     ) -> dict[str, Any]:
         started_at = asyncio.get_running_loop().time()

@@ -139,12 +139,12 @@ class _Episode:
         try:
             while header := self._stream.read(LENGTH_HEADER.size):
                 request = json.loads(self._stream.read(LENGTH_HEADER.unpack(header)[0]))
-                self._stream.write(encode_frame(self._answer(request)))
+                self._stream.write(encode_frame(self._answer_request(request)))
                 self._stream.flush()
         finally:
-            self._answer({"method": "close", "arguments": [], "seconds": CLOSE_SECONDS})
+            self._answer_request({"method": "close", "arguments": [], "seconds": CLOSE_SECONDS})
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _answer_request(self, request: dict[str, Any]) -> dict[str, Any]:
         seconds, started_at = request["seconds"], time.monotonic()
         faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True, file=self._null)
         signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -190,7 +190,7 @@ class _Episode:
                 f"or give {missing_names[0]} a default",
             )
         positional, keywords = call_arguments(reset, arguments)
-        question = self._result(reset(*positional, **keywords))
+        question = self._awaited_result(reset(*positional, **keywords))
         if not isinstance(question, str | None):
             raise InvalidMethod(
                 f"returned {reprlib.repr(question)}",
@@ -202,7 +202,7 @@ class _Episode:
         self._running = "close"
         environment, self._environment = self._environment, None
         if hasattr(environment, "close"):
-            self._result(environment.close())
+            self._awaited_result(environment.close())
 
     def call(self, name: str, arguments: Any) -> str:
         """Return a tool's result as text.
@@ -217,14 +217,14 @@ class _Episode:
             raise TypeError(f"the arguments of {name} must be a JSON object")
         method = getattr(self._environment, name)
         positional, keywords = call_arguments(method, convert_arguments(method, arguments))
-        return _result_text(self._result(method(*positional, **keywords)))
+        return _result_text(self._awaited_result(method(*positional, **keywords)))
 
     def reward(self, answer: str) -> float:
         if hasattr(self._environment, "final_answer"):
             self._running = "final_answer"
-            self._result(self._environment.final_answer(answer))
+            self._awaited_result(self._environment.final_answer(answer))
         self._running = "get_reward"
-        reward = self._result(self._environment.get_reward())
+        reward = self._awaited_result(self._environment.get_reward())
         fault = f"returned {reprlib.repr(reward)}"
         try:
             number = None if isinstance(reward, str | bytes) else float(reward)
@@ -236,7 +236,7 @@ class _Episode:
             raise InvalidMethod(fault, "return a finite number")
         return number
 
-    def _result(self, value: Any) -> Any:
+    def _awaited_result(self, value: Any) -> Any:
         return self._loop.run_until_complete(value) if inspect.isawaitable(value) else value
 
 

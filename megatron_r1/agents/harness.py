@@ -274,9 +274,11 @@ class HarnessPlayer:
         """
         # The agent's clock does not run while the episode waits for a program to end.
         async with getattr(self.run, "slots", contextlib.nullcontext()):
-            return await self._play(prompt, generate, max_tokens)
+            return await self._play_episode(prompt, generate, max_tokens)
 
-    async def _play(self, prompt: Prompt, generate: Generate, max_tokens: int) -> EpisodeResult:
+    async def _play_episode(
+        self, prompt: Prompt, generate: Generate, max_tokens: int
+    ) -> EpisodeResult:
         session = self.gateway.open(
             SessionLimits(self._max_turns, max_tokens),
             TurnSampling(generate, self._max_model_len, *self._sampling),

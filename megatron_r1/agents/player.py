@@ -156,18 +156,18 @@ class _RunningEpisode:
         content = prompt.question if question is None else question
         self._messages.append({"role": "user", "content": content})
         for _ in range(self._settings.max_turns):
-            message = await self._answer()
+            message = await self._sample_next_answer()
             if message is None:
                 return "max_tokens"
             for call in message.get("tool_calls") or ():
-                if (end_status := await self._call(call, environment)) is not None:
+                if (end_status := await self._call_tool(call, environment)) is not None:
                     return end_status
             if not message.get("tool_calls"):
                 self.answer = message["content"]
                 return "done"
         return "max_turns"
 
-    async def _answer(self) -> Message | None:
+    async def _sample_next_answer(self) -> Message | None:
         """Sample the next answer; None where the episode is out of tokens."""
         tree, player = self._tree, self._player
         next_prompt = player.continuation.next_prompt(tree, self._messages, self._tools)
@@ -199,7 +199,7 @@ class _RunningEpisode:
         self._messages.append(message)
         return None if response.finish_reason != "stop" else message
 
-    async def _call(
+    async def _call_tool(
         self, call: dict[str, Any], environment: EnvironmentProcess
     ) -> EpisodeStatus | None:
         """Call a tool; return a status if the episode ends with it."""

@@ -101,7 +101,7 @@ class Lookup:
     def reset(self, seed: int, **row: object) -> str:
         """Draw a chain of keys from `seed`; return the first, with which the question ends."""
         self._seed, self._answer = seed, ""
-        key = self._draw("question")
+        key = self._draw_digits("question")
         self._truth = key
         for _ in range(self._hops):
             self._truth = self.lookup(self._truth)
@@ -115,7 +115,7 @@ class Lookup:
         """
         if not re.fullmatch(rf"\d{{{SHOWN_DIGITS}}}", key):
             raise KeyError(key)
-        return self._draw(key)
+        return self._draw_digits(key)
 
     def final_answer(self, text: str) -> None:
         """Take `text` as the answer."""
@@ -125,7 +125,7 @@ class Lookup:
         """Return 1.0 if the answer is the last key of the chain, else 0.0."""
         return float(self._answer == self._truth)
 
-    def _draw(self, name: str) -> str:
+    def _draw_digits(self, name: str) -> str:
         number = random.Random(f"{self._seed}:{name}").randrange(10**SHOWN_DIGITS)
         return f"{number:0{SHOWN_DIGITS}d}"
 

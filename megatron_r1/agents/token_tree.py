@@ -80,7 +80,7 @@ class TokenTree:
         node = TreeNode(parent, array("i", token_ids), tuple(messages), tuple(tools))
         duplicates = (number for number in self._children[parent] if self.nodes[number] == node)
         duplicate = next(duplicates, None)
-        return self._add(node) if duplicate is None else duplicate
+        return self._add_node(node) if duplicate is None else duplicate
 
     def add_sampled(self, parent: int, response: Response, message: Message) -> int:
         """Add an engine's answer to the tokens of `parent`; return the node's number.
@@ -96,7 +96,7 @@ class TokenTree:
         num_tokens = len(response.token_ids)
         if not len(response.logprobs) == len(response.policy_versions) == num_tokens:
             raise ValueError(f"{num_tokens} tokens without as many log-probabilities and versions")
-        return self._add(
+        return self._add_node(
             TreeNode(
                 parent,
                 response.token_ids,
@@ -118,7 +118,9 @@ class TokenTree:
 
     def token_ids(self, node: int | None) -> array[int]:
         """Return all tokens from the root to the end of `node`; no tokens for None."""
-        return _concatenate("i", (self.nodes[number].token_ids for number in self.path(node)))
+        return _concatenate_arrays(
+            "i", (self.nodes[number].token_ids for number in self.path(node))
+        )
 
     def num_tokens(self, node: int) -> int:
         """Return the number of tokens from the root to the end of `node`."""
@@ -143,13 +145,13 @@ class TokenTree:
         branches = []
         for last_node in sampled_nodes:
             if last_node not in followed_nodes:
-                branch = self._branch(last_node, trained_nodes)
+                branch = self._make_branch(last_node, trained_nodes)
                 if branch.num_sampled:  # an aborted turn may be empty
                     branches.append(branch)
                 trained_nodes.update(self.path(last_node))
         return branches
 
-    def _add(self, node: TreeNode) -> int:
+    def _add_node(self, node: TreeNode) -> int:
         number, parent = len(self.nodes), node.parent
         self._children[parent].append(number)
         self._children[number] = []
@@ -171,7 +173,7 @@ class TokenTree:
         answer_ends = [self._ends[n] for n in self.path(parent) if self.nodes[n].is_sampled]
         return response.routing[row_bytes * (answer_ends[-1] - 1 if answer_ends else 0) :]
 
-    def _branch(self, last: int, trained: set[int]) -> Branch:
+    def _make_branch(self, last: int, trained: set[int]) -> Branch:
         numbers = self.path(last)
         nodes = [self.nodes[number] for number in numbers]
         is_sampled, logprobs, versions = bytearray(), array("f"), array("i")
@@ -186,7 +188,7 @@ class TokenTree:
                 logprobs += node.logprobs
                 versions += node.policy_versions
         return Branch(
-            _concatenate("i", (node.token_ids for node in nodes)),
+            _concatenate_arrays("i", (node.token_ids for node in nodes)),
             is_sampled=bytes(is_sampled),
             logprobs=logprobs,
             policy_versions=versions,
@@ -232,7 +234,7 @@ def _message_text(message: Message) -> str:
     return text.encode("utf-8", "replace").decode()  # a tool may return half a surrogate pair
 
 
-def _concatenate(typecode: str, arrays: Iterable[array[Any]]) -> array[Any]:
+def _concatenate_arrays(typecode: str, arrays: Iterable[array[Any]]) -> array[Any]:
     concatenation: array[Any] = array(typecode)
     for part in arrays:
         concatenation += part

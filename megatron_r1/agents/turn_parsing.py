@@ -116,7 +116,7 @@ class ParserPool:
             return ParsedTurn(None, job.text)
         message = encode_frame(job)
         async with self._slots:
-            worker = self._idle.pop() if self._idle else await self._start()
+            worker = self._idle.pop() if self._idle else await self._start_worker()
             try:
                 async with asyncio.timeout(self._timeout_seconds):
                     worker.send(message)
@@ -139,7 +139,7 @@ class ParserPool:
         workers, self._all, self._idle = self._all, set(), []
         await asyncio.gather(*(worker.kill() for worker in workers))
 
-    async def _start(self) -> FramedProcess[ParseReply]:
+    async def _start_worker(self) -> FramedProcess[ParseReply]:
         arguments = [msgspec.json.encode(self._options).decode()]
         try:
             worker = await FramedProcess[ParseReply].launch(
@@ -150,14 +150,14 @@ class ParserPool:
         if worker.greeting and worker.greeting.status == "unusable":
             await worker.kill()
             raise UserError(
-                f"{self._named()} cannot be used: {worker.greeting.reason}",
+                f"{self._parser_names()} cannot be used: {worker.greeting.reason}",
                 key=worker.greeting.key,
                 cause=worker.greeting.cause,
             )
         self._all.add(worker)
         return worker
 
-    def _named(self) -> str:
+    def _parser_names(self) -> str:
         tool, reasoning = self._options.tool_parser, self._options.reasoning_parser
         return f"agents.tool_parser {tool or 'none'}, agents.reasoning_parser {reasoning or 'none'}"
 

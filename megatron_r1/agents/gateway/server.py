@@ -128,12 +128,12 @@ class Gateway:
         """
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         for path, wire_format in ROUTES.items():
-            app.router.add_post(path, self._endpoint(wire_format, self._turn))
+            app.router.add_post(path, self._make_endpoint(wire_format, self._serve_turn))
             if wire_format is messages:
-                count = self._endpoint(wire_format, self._count_tokens)
+                count = self._make_endpoint(wire_format, self._count_tokens)
                 app.router.add_post(f"{path}/count_tokens", count)
-        app.router.add_get("/v1/models", self._endpoint(chat, self._list_models))
-        app.router.add_route("*", "/{path:.*}", self._endpoint(chat, self._refuse_path))
+        app.router.add_get("/v1/models", self._make_endpoint(chat, self._list_models))
+        app.router.add_route("*", "/{path:.*}", self._make_endpoint(chat, self._refuse_path))
         # A handler is cancelled when its client goes away; its turn waits for a repeated request.
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
         await self._runner.setup()
@@ -166,7 +166,7 @@ class Gateway:
             await self._runner.cleanup()
             self._runner = None
 
-    def _endpoint(
+    def _make_endpoint(
         self,
         wire_format: WireFormat,
         handle: Callable[[WireFormat, GatewaySession, web.Request], Awaitable[web.StreamResponse]],
@@ -174,7 +174,7 @@ class Gateway:
         async def endpoint(request: web.Request) -> web.StreamResponse:
             session = None
             try:
-                session = self._session(request.headers)
+                session = self._authenticated_session(request.headers)
                 return await handle(wire_format, session, request)
             except RequestError as error:
                 refusal = error
@@ -196,7 +196,7 @@ class Gateway:
 
         return endpoint
 
-    def _session(self, headers: Mapping[str, str]) -> GatewaySession:
+    def _authenticated_session(self, headers: Mapping[str, str]) -> GatewaySession:
         """Return the session whose secret the headers carry.
 
         Raises:
@@ -215,7 +215,7 @@ class Gateway:
             code="invalid_api_key",
         )
 
-    async def _turn(
+    async def _serve_turn(
         self, wire_format: WireFormat, session: GatewaySession, http_request: web.Request
     ) -> web.StreamResponse:
         body = await _read_body(http_request, session)
@@ -227,7 +227,9 @@ class Gateway:
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             prompt_ids = [*session.tree.token_ids(prompt.parent), *prompt.token_ids]
             limit = session.max_tokens(request.max_tokens, len(prompt_ids))
-            task = asyncio.create_task(self._sample(session, request, prompt, prompt_ids, limit))
+            task = asyncio.create_task(
+                self._sample_turn(session, request, prompt, prompt_ids, limit)
+            )
             session.running.add(task)
             task.add_done_callback(partial(session.on_turn_done, key))
         try:
@@ -240,7 +242,7 @@ class Gateway:
             session.undelivered[key] = task
             raise
 
-    async def _sample(
+    async def _sample_turn(
         self,
         session: GatewaySession,
         request: TurnRequest,

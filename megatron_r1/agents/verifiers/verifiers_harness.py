@@ -59,7 +59,7 @@ class VerifiersHarness:
             "renderer": self._settings.renderer,
             "tokenizer": self._tokenizer,
         }
-        reply = await self._ask(job)
+        reply = await self._request_reply(job)
         if not reply["ok"]:
             if reply.get("traces", 1) != 1:
                 raise RuntimeError(f"the episode has {reply['traces']} traces; one can be trained")
@@ -90,8 +90,8 @@ class VerifiersHarness:
                 )
             except OSError as error:
                 raise EnvironmentFailed(f"{self._settings.python}: {error}") from None
-            ready_future = self._future("")
-            self._reader = asyncio.create_task(self._read(self._process))
+            ready_future = self._register_future("")
+            self._reader = asyncio.create_task(self._read_replies(self._process))
             try:
                 async with asyncio.timeout(START_SECONDS):
                     await ready_future
@@ -108,28 +108,28 @@ class VerifiersHarness:
             await asyncio.wait({self._reader}, timeout=5.0)
             self._reader = None
 
-    async def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        future = self._future(job["id"])
-        self._write(job)
+    async def _request_reply(self, job: dict[str, Any]) -> dict[str, Any]:
+        future = self._register_future(job["id"])
+        self._write_message(job)
         try:
             return await future
         except asyncio.CancelledError:
-            self._write({"cancel": job["id"]})
+            self._write_message({"cancel": job["id"]})
             raise
         finally:
             self._waiting.pop(job["id"], None)
 
-    def _future(self, job_id: str) -> asyncio.Future[dict[str, Any]]:
+    def _register_future(self, job_id: str) -> asyncio.Future[dict[str, Any]]:
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[job_id] = future
         return future
 
-    def _write(self, message: dict[str, Any]) -> None:
+    def _write_message(self, message: dict[str, Any]) -> None:
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(ConnectionError):  # the reader reports the loss
                 self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
+    async def _read_replies(self, process: asyncio.subprocess.Process) -> None:
         """Give each reply to its caller until the process ends; then fail the calls that wait."""
         assert process.stdout and process.stderr, "started with pipes"
         errors = StderrTail(process.stderr)
