@@ -183,7 +183,7 @@ class LineWriter:
             Exception: the error of an earlier write.
         """
         if self._writing is None:
-            self._writing = asyncio.create_task(self._write())
+            self._writing = asyncio.create_task(self._write_pending_lines())
         if self._writing.done():
             self._writing.result()
         self._pending.append(dict(line))
@@ -198,7 +198,7 @@ class LineWriter:
             self._writing = None
         append_lines(self.path, self._take_pending())
 
-    async def _write(self) -> None:
+    async def _write_pending_lines(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()

@@ -184,7 +184,7 @@ def start(
     importer = None
     try:
         if folder := os.environ.get(SERVERS):
-            connection = _connect(Path(folder, module))
+            connection = _connect_socket(Path(folder, module))
         elif _can_fork():
             preload(module, environment)
             importer = _importers[module]
@@ -217,7 +217,7 @@ def _can_fork() -> bool:
     return hasattr(os, "pidfd_open") and is_main
 
 
-def _connect(path: Path) -> socket.socket:
+def _connect_socket(path: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.connect(str(path))

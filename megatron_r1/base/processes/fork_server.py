@@ -119,25 +119,25 @@ class ForkServer:
         which ends them and this process. Returns the arguments, in each forked process."""
         self._may_differ |= set(read_late)
         listens = bool(self._channel.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-        receive = self._accept if listens else self._receive
+        receive = self._accept_channel if listens else self._receive_connection
         self._selector.register(self._channel, selectors.EVENT_READ, receive)
         if listens:
             self._selector.register(0, selectors.EVENT_READ, self.end)
         while True:
             for key, _ in self._selector.select():
                 if isinstance(key.data, ForkedChild):
-                    self._follow(key.data, has_ended=key.fd == key.data.end)
+                    self._follow_child(key.data, has_ended=key.fd == key.data.end)
                 elif key.data is not None:
                     key.data()
                 else:
                     assert isinstance(key.fileobj, socket.socket), "a connection"
-                    if (arguments := self._start(key.fileobj)) is not None:
+                    if (arguments := self._start_child(key.fileobj)) is not None:
                         return arguments
 
-    def _accept(self) -> None:
+    def _accept_channel(self) -> None:
         self._selector.register(self._channel.accept()[0], selectors.EVENT_READ)
 
-    def _receive(self) -> None:
+    def _receive_connection(self) -> None:
         connection = self._next_connection()
         if connection is None:
             self.end()
@@ -163,7 +163,7 @@ class ForkServer:
         remove_scratch(Path(tempfile.gettempdir()))
         os._exit(0)
 
-    def _start(self, connection: socket.socket) -> list[str] | None:
+    def _start_child(self, connection: socket.socket) -> list[str] | None:
         """Start the process that a connection asks for. Returns its arguments in that process."""
         self._selector.unregister(connection)
         payload, descriptors = b"", list[int]()
@@ -225,7 +225,7 @@ class ForkServer:
         if "numpy" in sys.modules:  # Python's own generator is seeded at a fork
             sys.modules["numpy"].random.seed()
 
-    def _follow(self, child: ForkedChild, has_ended: bool) -> None:
+    def _follow_child(self, child: ForkedChild, has_ended: bool) -> None:
         """Report a child's end; end the child whose connection has been closed."""
         if has_ended:
             self._selector.unregister(child.end)

@@ -57,7 +57,9 @@ class PeakMemory:
             every_seconds: time between two measurements. One took 90 ms for 10 GiB."""
         self.gib = 0.0
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._measure, args=(every_seconds,), daemon=True)
+        self._thread = threading.Thread(
+            target=self._track_peak_memory, args=(every_seconds,), daemon=True
+        )
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -67,7 +69,7 @@ class PeakMemory:
         self._end.set()
         self._thread.join()
 
-    def _measure(self, every_seconds: float) -> None:
+    def _track_peak_memory(self, every_seconds: float) -> None:
         while not self._end.wait(every_seconds):
             num_bytes = sum(map(_proportional_bytes, descendants(os.getpid())))
             self.gib = max(self.gib, num_bytes / 2**30)

@@ -26,7 +26,7 @@ class Scratch(tempfile.TemporaryDirectory[str]):
     folder for temporary files too, in which the number of a process says nothing."""
 
     def __init__(self) -> None:
-        _sweep()
+        _delete_abandoned_folders()
         is_ours = False
         while not is_ours:
             super().__init__(prefix=SCRATCH_PREFIX, ignore_cleanup_errors=True)
@@ -59,7 +59,7 @@ class Scratch(tempfile.TemporaryDirectory[str]):
         super().cleanup()
 
 
-def _sweep() -> None:
+def _delete_abandoned_folders() -> None:
     """Delete the folders of `Scratch` whose owners have ended, and their files in shared memory."""
     for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
         # Not a folder that others have made, another user's, or one that is being deleted.

@@ -68,28 +68,28 @@ class _Span:
 
 
 @functools.cache
-def _writer() -> _Writer | None:
+def _process_writer() -> _Writer | None:
     folder = os.environ.get(FOLDER_VARIABLE)
     return _Writer(Path(folder)) if folder else None
 
 
-os.register_at_fork(after_in_child=_writer.cache_clear)
+os.register_at_fork(after_in_child=_process_writer.cache_clear)
 
 
 def is_on() -> bool:
     """Return whether this process records."""
-    return _writer() is not None
+    return _process_writer() is not None
 
 
 def span(name: str) -> AbstractContextManager[None]:
     """Return a context that records its block's time, or does nothing."""
-    writer = _writer()
+    writer = _process_writer()
     return _NOTHING if writer is None else _Span(writer, name)
 
 
 def begin_step(number: int) -> None:
     """Record that the controller begins step `number`."""
-    if writer := _writer():
+    if writer := _process_writer():
         now = time.monotonic()
         writer.add(f"{STEP_KIND}/{number}", now, now)
 
@@ -97,7 +97,7 @@ def begin_step(number: int) -> None:
 def mark(name: str) -> None:
     """Record that this process has come to a point of its start or end, which is "ROLE/POINT", and
     the processor time that it took until then."""
-    if writer := _writer():
+    if writer := _process_writer():
         now = time.monotonic()
         writer.add(f"{POINT}/{name}", now, now)
         writer.flush(now)
@@ -129,7 +129,7 @@ def time_methods(names: dict[str, tuple[type, str]]) -> None:
 
 def watch_waiting(loop: asyncio.AbstractEventLoop) -> None:
     """Record when an event loop of asyncio waits for its files, if this process records."""
-    writer, selector = _writer(), getattr(loop, "_selector", None)
+    writer, selector = _process_writer(), getattr(loop, "_selector", None)
     if writer is None or selector is None:
         return
     select = selector.select

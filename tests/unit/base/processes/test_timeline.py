@@ -13,9 +13,9 @@ from megatron_r1.base.processes import timeline
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(timeline.FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr(timeline, "FLUSH_SECONDS", 0.0)
-    timeline._writer.cache_clear()
+    timeline._process_writer.cache_clear()
     yield tmp_path
-    timeline._writer.cache_clear()
+    timeline._process_writer.cache_clear()
 
 
 def _names(folder, pid=None):
@@ -25,7 +25,7 @@ def _names(folder, pid=None):
 
 def test_nothing_is_recorded_by_default(tmp_path, monkeypatch):
     monkeypatch.delenv(timeline.FOLDER_VARIABLE, raising=False)
-    timeline._writer.cache_clear()
+    timeline._process_writer.cache_clear()
     with timeline.span("controller/work"):
         pass
     timeline.begin_step(1)
