@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     exceptions keep their traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _dispatch(arguments)
+        return _dispatch_command(arguments)
     except (UserError, RunError) as error:
         print(f"megatron-r1: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch_command(arguments: list[str]) -> int:
     """Run the command that the arguments name; return its exit status. Under torchrun, ranks
     that do not run the command serve it instead."""
     if arguments[:1] == ["help"] and set(arguments[1:2]) & OWN_VERBS.keys():

@@ -54,10 +54,12 @@ def run(config: Config) -> None:
     with without_garbage_collection():  # it imports transformers, and sympy for many tasks
         tokenizer, prompts = read_prompts(config)
     timeline.mark("controller/questions read")
-    run_until_stopped(_train(config, tokenizer, prompts))
+    run_until_stopped(_train_with_restarts(config, tokenizer, prompts))
 
 
-async def _train(config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit) -> None:
+async def _train_with_restarts(
+    config: Config, tokenizer: PromptTokenizer, prompts: PromptSplit
+) -> None:
     """Start the engines next to the trainer, and train; after the loss of trainer ranks again,
     from the newest checkpoint, with the same engines."""
     facts = run_facts(config, tokenizer, prompts)

@@ -245,7 +245,7 @@ class _ComparedCheckpoints:
         ]
 
     def _first_in_order(self, pairs: list[Pair], ignores_rounding: bool) -> int | None:
-        return next((pair[0] for pair in pairs if self._differs(pair, ignores_rounding)), None)
+        return next((pair[0] for pair in pairs if self._pair_differs(pair, ignores_rounding)), None)
 
     def _first_by_bisection(self, pairs: list[Pair], ignores_rounding: bool) -> int | None:
         """Return the step of the first pair that differs, where runs that have parted stay apart
@@ -253,21 +253,21 @@ class _ComparedCheckpoints:
         low, high = 0, len(pairs)
         while low < high:
             middle = (low + high) // 2
-            if self._differs(pairs[middle], ignores_rounding):
+            if self._pair_differs(pairs[middle], ignores_rounding):
                 high = middle
             else:
                 low = middle + 1
         return pairs[low][0] if low < len(pairs) else None
 
-    def _differs(self, pair: Pair, ignores_rounding: bool) -> bool:
+    def _pair_differs(self, pair: Pair, ignores_rounding: bool) -> bool:
         step, *folders = pair
         if step not in self.by_step:
-            self.by_step[step] = self._differences(step, *folders)
+            self.by_step[step] = self._checkpoint_differences(step, *folders)
         return any(
             not (ignores_rounding and difference.is_rounding) for difference in self.by_step[step]
         )
 
-    def _differences(self, step: int, first: Path, second: Path) -> list[RunDifference]:
+    def _checkpoint_differences(self, step: int, first: Path, second: Path) -> list[RunDifference]:
         damaged_files = [
             f"{folder}: {fault}" for folder in (first, second) for fault in changed_files(folder)
         ]

@@ -111,7 +111,7 @@ class WorkFolder:
             raise UserError(
                 f"{self.path} is being written by another conversion", key="out", cause=Cause.BUSY
             ) from error
-        self._check(plan)
+        self._check_plan(plan)
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink()
 
@@ -147,7 +147,7 @@ class WorkFolder:
         fsync(self.out.parent)
         self._plan_beside.unlink()
 
-    def _check(self, plan: dict[str, Any]) -> None:
+    def _check_plan(self, plan: dict[str, Any]) -> None:
         if self._plan_beside.exists():
             self._plan_beside.rename(self._plan)
         if not self._plan.exists():

@@ -85,7 +85,7 @@ def test_a_checkpoint_is_refused_with_the_command_from_its_parent_folder(run_fol
 def test_no_question_is_an_error_before_the_engine_starts(run_folder, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("\n \n"))
     with refused("stdin", Cause.EMPTY):
-        cli._dispatch(["chat", str(run_folder)])
+        cli._dispatch_command(["chat", str(run_folder)])
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_several_questions_are_asked_at_once(run_folder, monkeypatch, options, q
     assert cli.main(["chat", str(run_folder), *options]) == 0
     assert asked == questions
     with refused("--question", Cause.MISSING):
-        cli._dispatch(["chat", str(run_folder), "--question", "2 + 3?", "--question"])
+        cli._dispatch_command(["chat", str(run_folder), "--question", "2 + 3?", "--question"])
     with refused("--out", Cause.DUPLICATE, 2):
-        cli._dispatch(["init", "a", "b", "--out", "c", "--out=d"])
+        cli._dispatch_command(["init", "a", "b", "--out", "c", "--out=d"])
 
 
 def test_sample_takes_a_run_s_folder(run_folder, tmp_path):

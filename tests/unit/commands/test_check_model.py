@@ -64,7 +64,7 @@ def test_missing_and_extra_tensors_are_named(folder):
     tensors["model.layers.0.self_attn.sinks"] = torch.zeros(2)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with refused("weights", Cause.CONFLICT, "attn.k_proj.bias", "attn.sinks"):
-        cli._dispatch(["check-model", str(folder)])
+        cli._dispatch_command(["check-model", str(folder)])
 
 
 def read_all(folder):

@@ -14,7 +14,7 @@ def test_a_full_disk_is_a_sentence_and_not_a_traceback(monkeypatch, capsys):
         with open("/dev/full", "wb") as file:
             file.write(b"a line of metrics")
 
-    monkeypatch.setattr(cli, "_dispatch", write)
+    monkeypatch.setattr(cli, "_dispatch_command", write)
     assert cli.main(["rl"]) == 1
     output = capsys.readouterr().err
     assert "No space left on device" in output and "Traceback" not in output
@@ -25,7 +25,7 @@ def test_a_file_that_cannot_be_written_is_named_without_a_traceback(monkeypatch,
     def write(arguments):
         raise OSError(number, os.strerror(number), "/archive/mine.yaml")
 
-    monkeypatch.setattr(cli, "_dispatch", write)
+    monkeypatch.setattr(cli, "_dispatch_command", write)
     assert cli.main(["init"]) == 2
     assert f"/archive/mine.yaml: {os.strerror(number)}" in capsys.readouterr().err
 
@@ -34,7 +34,7 @@ def test_other_errors_of_the_system_keep_their_traceback(monkeypatch):
     def connect(arguments):
         raise ConnectionRefusedError("nobody listens")
 
-    monkeypatch.setattr(cli, "_dispatch", connect)
+    monkeypatch.setattr(cli, "_dispatch_command", connect)
     with pytest.raises(ConnectionRefusedError):
         cli.main(["rl"])
 
@@ -44,7 +44,7 @@ def test_a_mistake_of_the_user_is_a_message_and_other_value_errors_are_bugs(monk
         def dispatch(arguments):
             raise error
 
-        monkeypatch.setattr(cli, "_dispatch", dispatch)
+        monkeypatch.setattr(cli, "_dispatch_command", dispatch)
         return cli.main(["rl"])
 
     mistake = UserError(

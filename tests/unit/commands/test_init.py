@@ -104,7 +104,7 @@ def test_judged_responses_get_a_recipe_for_a_reward_model(here, capsys, kind):
 def test_a_file_that_is_neither_is_named_with_what_it_has(here):
     Path("rows.jsonl").write_text(json.dumps({"question": "Hi", "chosen": "a", "best": "b"}))
     with refused("--truth", Cause.NOT_FOUND, "did you mean chosen? It has\n"):
-        cli._dispatch(["init", "model", "rows.jsonl", "--truth", "chose"])
+        cli._dispatch_command(["init", "model", "rows.jsonl", "--truth", "chose"])
 
 
 def test_a_chat_model_and_a_run_keep_their_own_template(here):

@@ -47,5 +47,5 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case["arguments"]))
 def test_a_wrong_command_line_is_refused(here, case):
     with refused(case["key"], Cause(case["cause"]), *case.get("shows", ())):
-        cli._dispatch(case["arguments"])
+        cli._dispatch_command(case["arguments"])
     assert not Path("out.jsonl").exists()

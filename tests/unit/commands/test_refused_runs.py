@@ -71,7 +71,7 @@ def recipe(model, tmp_path):
 def test_a_wrong_setting_is_refused(recipe, tmp_path, settings, key, cause, shown):
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     with refused(key, cause, shown):
-        cli._dispatch(["rl", str(recipe), *options])
+        cli._dispatch_command(["rl", str(recipe), *options])
     assert not (tmp_path / "run").exists()
 
 
@@ -80,17 +80,19 @@ def test_a_model_that_is_not_supported_is_refused(recipe, tmp_path):
     hf_config = HF | {"architectures": ["MambaForCausalLM"]}
     (tmp_path / "other/config.json").write_text(json.dumps(hf_config))
     with refused("architectures", Cause.UNSUPPORTED, "MambaForCausalLM"):
-        cli._dispatch(["rl", str(recipe), "--model.path", str(tmp_path / "other")])
+        cli._dispatch_command(["rl", str(recipe), "--model.path", str(tmp_path / "other")])
 
 
 def test_a_model_without_weights_is_refused(recipe, model, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(model, other, ignore=shutil.ignore_patterns("*.safetensors"))
     with refused("model.path", Cause.NOT_FOUND, other):
-        cli._dispatch(["rl", str(recipe), "--model.path", str(other)])
+        cli._dispatch_command(["rl", str(recipe), "--model.path", str(other)])
     assert not list((tmp_path / "run").rglob("*.log"))
 
 
 def test_sft_has_no_critic_to_train(recipe):
     with refused("rl.algorithm", Cause.CONFLICT, "ppo"):
-        cli._dispatch(["sft", str(recipe), "--sft.data", "sft.jsonl", "--rl.algorithm", "ppo"])
+        cli._dispatch_command(
+            ["sft", str(recipe), "--sft.data", "sft.jsonl", "--rl.algorithm", "ppo"]
+        )

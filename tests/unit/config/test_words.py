@@ -38,7 +38,7 @@ def test_a_word_that_people_search_for_leads_to_a_key(capsys, word, key):
     arguments = ["keys", *word.split()]
     if key is None:
         with refused(word, Cause.UNKNOWN):
-            cli._dispatch(arguments)
+            cli._dispatch_command(arguments)
         return
     assert cli.main(arguments) == 0
     assert any(line.startswith(f"{key}:") for line in capsys.readouterr().out.splitlines())

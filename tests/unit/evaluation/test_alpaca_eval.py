@@ -45,7 +45,7 @@ def length_lover(question):
 @pytest.fixture
 def evaluate(tmp_path):
     """A function that evaluates with a served model and judge. command: `main` returns the exit
-    status, `_dispatch` raises."""
+    status, `_dispatch_command` raises."""
     (tmp_path / "alpaca_eval_gpt4_baseline.json").write_text(json.dumps(ROWS))
     entry = {"name": "alpaca_eval_2", "path": str(tmp_path), "samples": 1}
 
@@ -114,7 +114,7 @@ def test_it_continues_and_asks_the_model_nothing_twice(evaluate, tmp_path, capsy
         assert evaluate(server) == 0
         assert sum(body["model"] == "m" for body in server.requests) == 6 - before
     with refused("rewards.options", Cause.CHANGED):
-        evaluate(server, "--rewards.options.judge.votes", "4", command=cli._dispatch)
+        evaluate(server, "--rewards.options.judge.votes", "4", command=cli._dispatch_command)
     [result] = json.loads((tmp_path / "out/eval.json").read_text())["benchmarks"].values()
     assert result["metrics"]["win_rate"]["value"] == pytest.approx(3.5 / 6)
 
@@ -122,7 +122,7 @@ def test_it_continues_and_asks_the_model_nothing_twice(evaluate, tmp_path, capsy
 def test_a_judge_that_would_only_verify_is_refused_at_once(evaluate):
     with FakeServer(answer) as server:
         with refused("rewards.options.judge.mode", Cause.CONFLICT, "compare", "verify"):
-            evaluate(server, mode="verify", command=cli._dispatch)
+            evaluate(server, mode="verify", command=cli._dispatch_command)
         assert not server.requests
 
 

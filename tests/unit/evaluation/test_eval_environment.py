@@ -131,4 +131,4 @@ def test_rows_are_played_and_graded_by_their_environment(recipe, tmp_path):
 )
 def test_what_cannot_be_played_is_refused(recipe, benchmark, template, key, cause):
     with refused(key, cause):
-        cli._dispatch(["eval", recipe.write([benchmark], template)])
+        cli._dispatch_command(["eval", recipe.write([benchmark], template)])

@@ -137,7 +137,7 @@ def test_a_changed_setting_that_matters_is_refused_by_name(recipe):
         num_asked = len(server.requests)
         for key, (value, before, now) in changes.items():
             with refused(key, Cause.CHANGED, before, now):
-                cli._dispatch(["eval", path, f"--{key}", value])
+                cli._dispatch_command(["eval", path, f"--{key}", value])
         assert len(server.requests) == num_asked
 
 
@@ -165,7 +165,7 @@ def test_the_folder_of_a_training_run_is_not_written_into(recipe, tmp_path):
     trained.mkdir()
     (trained / "metrics.jsonl").write_text('{"step": 1}\n')
     with FakeServer(right) as server, refused("run.folder", Cause.EXISTS, trained):
-        cli._dispatch(["eval", recipe(server.url), "--run.folder", str(trained)])
+        cli._dispatch_command(["eval", recipe(server.url), "--run.folder", str(trained)])
     assert [p.name for p in trained.iterdir()] == ["metrics.jsonl"]
 
 
@@ -176,7 +176,7 @@ def test_a_changed_question_is_refused_by_name(recipe, tmp_path):
         data = tmp_path / "sums.jsonl"
         data.write_text(data.read_text().replace("What is 2 + 2?", "What is 2 plus 2?"))
         with refused("run.folder", Cause.CHANGED, "sums", "q2"):
-            cli._dispatch(["eval", path])
+            cli._dispatch_command(["eval", path])
 
 
 @pytest.mark.more
@@ -242,7 +242,7 @@ def test_busy_servers_are_asked_again_and_keys_come_from_the_environment(
             assert not file.is_file() or b"secret-1" not in file.read_bytes()
         monkeypatch.delenv("EVAL_TEST_KEY")
         with refused("eval.server.api_key_env", Cause.NOT_FOUND, "EVAL_TEST_KEY"):
-            cli._dispatch(["eval", path])
+            cli._dispatch_command(["eval", path])
 
 
 def test_waiting_for_a_loading_server_is_reported(recipe, capsys, monkeypatch):
@@ -300,7 +300,7 @@ def test_a_server_may_come_up_late(recipe):
 def test_a_mistake_is_named_before_anything_is_asked(recipe, option, value, key, cause):
     with FakeServer(right) as server:
         with refused(key, cause, value):
-            cli._dispatch(["eval", recipe(server.url), f"--{option}", value])
+            cli._dispatch_command(["eval", recipe(server.url), f"--{option}", value])
         assert not server.requests
 
 
@@ -346,7 +346,7 @@ def test_a_broken_grader_stops_the_run_and_its_samples_are_graded_again(
     with FakeServer(right) as server:
         path = recipe(server.url, samples=1, benchmarks=["shaky_bench:BENCHMARK"])
         with refused("rewards", Cause.FAILED, "shaky_grader", "no sandbox"):
-            cli._dispatch(["eval", path])
+            cli._dispatch_command(["eval", path])
         num_asked = len(server.requests)
         assert num_asked < 30
         (tmp_path / "repaired").touch()

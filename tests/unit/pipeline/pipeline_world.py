@@ -39,7 +39,7 @@ class World:
 
     def load(self, *options: str) -> None:
         """The same, where what it refuses is raised."""
-        cli._dispatch(["pipeline", "p.yaml", *options])
+        cli._dispatch_command(["pipeline", "p.yaml", *options])
 
     def start(self, *options: str) -> subprocess.Popen:
         """The command in a process of its own."""

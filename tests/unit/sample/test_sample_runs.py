@@ -194,11 +194,11 @@ def test_what_changes_answers_or_grades_is_refused_by_name(recipe, tmp_path):
         assert main(["sample", path]) == 0
         for key, value in changes.items():
             with refused(key, Cause.CHANGED):
-                cli._dispatch(["sample", path, f"--{key}", value])
+                cli._dispatch_command(["sample", path, f"--{key}", value])
         data = tmp_path / "q.jsonl"
         data.write_text(data.read_text().replace('"truth": "4"', '"truth": "5"'))
         with refused("run.folder", Cause.CHANGED, "What is 2 + 2?"):
-            cli._dispatch(["sample", path])
+            cli._dispatch_command(["sample", path])
         assert len(server.requests) == 6
 
 
@@ -288,7 +288,7 @@ def test_a_mistake_is_named_before_anything_is_asked(recipe, case):
     ]
     with FakeServer(sums) as server:
         with refused(case["key"], Cause(case["cause"]), case.get("shows", "")):
-            cli._dispatch(["sample", recipe(server.url, **case["sample"]), *options])
+            cli._dispatch_command(["sample", recipe(server.url, **case["sample"]), *options])
         assert not server.requests
 
 
