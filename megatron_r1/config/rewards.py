@@ -52,10 +52,10 @@ class RewardsConfig(Section):
 
     @field_validator("weights", mode="before")
     @classmethod
-    def _weights(cls, weights: Any) -> Any:
+    def _read_weights(cls, weights: Any) -> Any:
         return read_weights(weights) if isinstance(weights, dict) else weights
 
     @field_validator("options", mode="before")
     @classmethod
-    def _options(cls, options: Any) -> Any:
+    def _read_options(cls, options: Any) -> Any:
         return read_options(options) if isinstance(options, dict) else options

@@ -51,7 +51,7 @@ class ScheduleEntry(BaseModel):
 
     @field_validator("from_step", mode="before")
     @classmethod
-    def _scalars(cls, value: Any, info: ValidationInfo) -> Any:
+    def _read_field_value(cls, value: Any, info: ValidationInfo) -> Any:
         return read_field(cls, value, info)
 
     @model_validator(mode="before")

@@ -26,7 +26,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _scalars(cls, value: Any, info: ValidationInfo) -> Any:
+    def _read_field_value(cls, value: Any, info: ValidationInfo) -> Any:
         return read_field(cls, value, info)
 
 

@@ -60,7 +60,7 @@ class SFTConfig(Section):
 
     @field_validator("data", mode="before")
     @classmethod
-    def _parts(cls, data: Any) -> Any:
+    def _data_parts(cls, data: Any) -> Any:
         return _read_parts(data) if isinstance(data, list) else data
 
 
