@@ -108,7 +108,7 @@ class MixtureSampler(ExampleSampler):
         content = f"{self._fingerprint}{self._counts}"
         self._fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def _shuffle(self) -> list[int]:
+    def _epoch_order(self) -> list[int]:
         order: list[int] = []
         start = 0
         for number, (size, count) in enumerate(self._counts):

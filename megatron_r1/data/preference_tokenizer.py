@@ -36,7 +36,9 @@ class PreferenceTokenizer:
                 cause=Cause.MISSING,
             )
         response, summary = CHECK_RESPONSE, CHECK_RESPONSE.partition("</think>")[2]
-        lengths = [len(self._tokens(CHECK_QUESTION, text)) for text in (response, summary)]
+        lengths = [
+            len(self._encode_conversation(CHECK_QUESTION, text)) for text in (response, summary)
+        ]
         # Chat templates of reasoning models drop the thought from assistant messages.
         if part == "response" and lengths[0] <= lengths[1]:
             raise UserError(
@@ -61,13 +63,17 @@ class PreferenceTokenizer:
         question_text, extraction = prepare_texts(
             question, response, self.part, thought_opened, self.max_chars
         )
-        return None if extraction.text is None else self._tokens(question_text, extraction.text)
+        return (
+            None
+            if extraction.text is None
+            else self._encode_conversation(question_text, extraction.text)
+        )
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the text, special tokens included."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
-    def _tokens(self, question: str, response: str) -> list[int]:
+    def _encode_conversation(self, question: str, response: str) -> list[int]:
         if self.template is not None:
             text = fill_template(self.template, question, response)
         else:

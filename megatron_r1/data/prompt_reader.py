@@ -86,7 +86,7 @@ class RowReader:
         report.columns = columns_by_name([row for _, row in first], needs_truth, mapped_names)
         for location, row in itertools.chain(first, rows):
             try:
-                prompt = self._prompt(location, row, report)
+                prompt = self._prompt_of_row(location, row, report)
             except UserError as error:
                 # A missing column is a mistake in the recipe, not in the row.
                 if self.bad_rows == "refuse" or error.cause is Cause.MISSING:
@@ -98,9 +98,9 @@ class RowReader:
                 yield prompt
         row_filter.finish()
 
-    def _prompt(self, location: str, row: CanonicalRow, report: DataReport) -> Prompt | None:
+    def _prompt_of_row(self, location: str, row: CanonicalRow, report: DataReport) -> Prompt | None:
         """Return the prompt of a row, None for one that is left out for want of a truth."""
-        row = self._renamed(row, report.columns)
+        row = self._renamed_row(row, report.columns)
         messages_before, question = parse_question(location, row)
         kind = row.get("kind") or self.kind or guess_reward_kind(row.get("truth"))
         if "truth" not in row and kind not in WITHOUT_TRUTH:
@@ -131,7 +131,7 @@ class RowReader:
         prompt = Prompt("", question, kind, truth, fields, location, messages_before)
         return replace(prompt, id=question_digest(prompt_identity(prompt, self.kind)).hex()[:16])
 
-    def _renamed(self, row: CanonicalRow, column_names: Mapping[str, str]) -> CanonicalRow:
+    def _renamed_row(self, row: CanonicalRow, column_names: Mapping[str, str]) -> CanonicalRow:
         """Return the row with the columns that were found by their names. A reward of the user's
         own gets them under both names."""
         values = {name: lookup(row, column) for name, column in column_names.items()}

@@ -234,13 +234,13 @@ class PromptTokenizer:
         """
         if not self._chat:
             return render_template(self._template, question, system_text(before, self._key))
-        return self._apply_chat_template(self._turns(question, before), tokenize=False)
+        return self._apply_chat_template(self._chat_turns(question, before), tokenize=False)
 
     def encode(self, question: str, before: Sequence[Message] = ()) -> list[int]:
         """Return the prompt's token ids, with those that the tokenizer itself puts in front.
         Arguments and errors are those of `render`."""
         if self._chat:
-            return list(self._apply_chat_template(self._turns(question, before))["input_ids"])
+            return list(self._apply_chat_template(self._chat_turns(question, before))["input_ids"])
         return self._encode_text(
             render_template(self._template, question, system_text(before, self._key))
         )
@@ -284,13 +284,13 @@ class PromptTokenizer:
             return SYSTEM in self._template
         probe = {"role": "system", "content": PROBE}
         try:
-            text = self._apply_chat_template([probe, *_turns("?")], tokenize=False)
+            text = self._apply_chat_template([probe, *_user_turns("?")], tokenize=False)
         except Exception:  # noqa: BLE001 - a template raises what it likes
             return False
         return PROBE in text
 
-    def _turns(self, question: str, before: Sequence[Message]) -> list[Message]:
-        return self.merge_system_message([*before, *_turns(question)])
+    def _chat_turns(self, question: str, before: Sequence[Message]) -> list[Message]:
+        return self.merge_system_message([*before, *_user_turns(question)])
 
     def merge_system_message(self, turns: Sequence[Message]) -> list[Message]:
         """Return a conversation with the system's message in front of the first of the user, where
@@ -323,7 +323,7 @@ class PromptTokenizer:
         )
 
 
-def _turns(question: str) -> list[Message]:
+def _user_turns(question: str) -> list[Message]:
     return [{"role": "user", "content": question}]
 
 

@@ -266,10 +266,10 @@ class _Splitter:
             if self.train.is_full and self.heldout.is_full:
                 self._report.is_complete = False
                 break
-            self._add(self._with_distinct_id(prompt))
+            self._add_prompt(self._with_distinct_id(prompt))
         self._report.num_unused = len(self._unused_ids)
 
-    def _add(self, prompt: Prompt) -> None:
+    def _add_prompt(self, prompt: Prompt) -> None:
         earlier_prompt = self._earlier_prompt(prompt)
         if earlier_prompt is not None and earlier_prompt.truth != prompt.truth:
             self.contradictions.append((earlier_prompt, prompt))

@@ -136,12 +136,12 @@ def _is_within(value: Any, limits: Mapping[str, Any]) -> bool:
 
 def _equals_any(value: Any, condition_value: Any) -> bool:
     return any(
-        _equals(value, w)
+        _equals_value(value, w)
         for w in (condition_value if isinstance(condition_value, list) else [condition_value])
     )
 
 
-def _equals(value: Any, condition_value: Any) -> bool:
+def _equals_value(value: Any, condition_value: Any) -> bool:
     """Return whether two values are equal, `0.50` and "0.5", true and "Yes" too."""
     if isinstance(value, float) and math.isnan(value):
         value = None

@@ -29,7 +29,7 @@ class EpochSampler(Generic[Item]):
         for item in items:
             digest.update(hashlib.sha256(self.key(item).encode("utf-8", "replace")).digest())
         self._fingerprint = digest.hexdigest()[:16]
-        self._order = self._shuffle()
+        self._order = self._epoch_order()
 
     def key(self, item: Item) -> str:
         """Return the text that identifies an item; a state is refused after any has changed."""
@@ -41,7 +41,7 @@ class EpochSampler(Generic[Item]):
         while len(drawn_items) < n:
             if self.position == len(self._order):
                 self.epoch, self.position = self.epoch + 1, 0
-                self._order = self._shuffle()
+                self._order = self._epoch_order()
             end = min(len(self._order), self.position + n - len(drawn_items))
             drawn_items += [self.items[index] for index in self._order[self.position : end]]
             self.position = end
@@ -73,9 +73,9 @@ class EpochSampler(Generic[Item]):
                     cause=Cause.CHANGED,
                 )
         self.epoch, self.position = state["epoch"], state["position"]
-        self._order = self._shuffle()
+        self._order = self._epoch_order()
 
-    def _shuffle(self) -> list[int]:
+    def _epoch_order(self) -> list[int]:
         order = list(range(len(self.items)))
         if self.shuffled:
             random.Random(f"{self.seed}/{self.epoch}").shuffle(order)

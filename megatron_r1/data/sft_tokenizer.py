@@ -67,10 +67,10 @@ class SFTTokenizer:
         """
         if example.messages and self._chat is not None:
             messages = [self._with_thought(message) for message in example.messages]
-            return self._conversation(example, self._chat.merge_system_message(messages))
+            return self._encode_conversation(example, self._chat.merge_system_message(messages))
         prompt, response = example.prompt, example.response
         if example.messages:
-            prompt, response = self._exchange(example)
+            prompt, response = self._prompt_and_response(example)
         prompt_ids = self._text.encode(prompt)
         response_ids = self._text.encode_response(response)
         if not prompt_ids:  # a text without a prompt, of a tokenizer that puts nothing in front
@@ -95,7 +95,7 @@ class SFTTokenizer:
         """Return the text, special tokens included."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
 
-    def _exchange(self, example: SFTExample) -> tuple[str, str]:
+    def _prompt_and_response(self, example: SFTExample) -> tuple[str, str]:
         """Return prompt and response of a conversation in a text template."""
         if self._template is None:
             raise self._no_template(example.location)
@@ -128,7 +128,7 @@ class SFTTokenizer:
             cause=Cause.MISSING,
         )
 
-    def _conversation(
+    def _encode_conversation(
         self, example: SFTExample, messages: list[Message]
     ) -> tuple[list[int], list[bool]]:
         """Return `encode` of a conversation.
@@ -136,15 +136,15 @@ class SFTTokenizer:
         Args:
             example: the example that it belongs to.
             messages: the messages as the template gets them."""
-        text = self._render(example, messages)
+        text = self._render_conversation(example, messages)
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
         if self._marks and all(has_loss(m) for m in messages if m["role"] == "assistant"):
-            are_learned = self._marked(example, messages)
+            are_learned = self._marked_tokens(example, messages)
         else:
             shift = len(messages) - len(example.messages)
             spans = [
-                self._span(example, messages, number, text)
+                self._message_span(example, messages, number, text)
                 for number in range(max(0, example.first_loss_message + shift), len(messages))
                 if has_loss(messages[number])
             ]
@@ -152,10 +152,10 @@ class SFTTokenizer:
         if ids:
             are_learned[0] = False
         if not any(are_learned):
-            raise self._hidden(example)
+            raise self._hidden_messages_error(example)
         return ids, are_learned
 
-    def _marked(self, example: SFTExample, messages: list[Message]) -> list[bool]:
+    def _marked_tokens(self, example: SFTExample, messages: list[Message]) -> list[bool]:
         """Return what the template marks as generated."""
         encoding = self._tokenizer.apply_chat_template(
             messages,
@@ -168,13 +168,14 @@ class SFTTokenizer:
             first = len(messages) - len(example.messages) + example.first_loss_message
             start = len(
                 self._tokenizer(
-                    self._render(example, messages[:first], prompt=True), add_special_tokens=False
+                    self._render_conversation(example, messages[:first], prompt=True),
+                    add_special_tokens=False,
                 )["input_ids"]
             )
             are_learned = [mark and index >= start for index, mark in enumerate(are_learned)]
         return are_learned
 
-    def _span(
+    def _message_span(
         self, example: SFTExample, messages: list[Message], number: int, text: str
     ) -> tuple[int, int]:
         """Return where the message of that number begins and ends in the conversation's text, the
@@ -185,24 +186,26 @@ class SFTTokenizer:
             messages: its messages.
             number: the message's place among them, from 0.
             text: the text of the whole conversation."""
-        prompt = self._render(example, messages[:number], prompt=True) if number else ""
-        conversation = self._render(example, messages[: number + 1])
+        prompt = (
+            self._render_conversation(example, messages[:number], prompt=True) if number else ""
+        )
+        conversation = self._render_conversation(example, messages[: number + 1])
         if prompt and text.startswith(prompt) and text.startswith(conversation):
             return len(prompt), len(conversation)
         # The template writes earlier turns in another form than the last: without their thoughts.
         marked_message = {"role": "assistant", "content": TURN_MARK}
-        marked_text = self._render(
+        marked_text = self._render_conversation(
             example, [*messages[:number], marked_message, *messages[number + 1 :]]
         )
         if TURN_MARK not in marked_text:
-            raise self._hidden(example)
+            raise self._hidden_messages_error(example)
         begin = len(os.path.commonprefix([text, marked_text]))
         if prompt and text.startswith(prompt):
             begin = len(prompt)
         tail = os.path.commonprefix([text[::-1], marked_text[::-1]])
-        return begin, min(len(text), len(text) - len(tail) + len(self._ending(tail[::-1])))
+        return begin, min(len(text), len(text) - len(tail) + len(self._turn_ending(tail[::-1])))
 
-    def _ending(self, tail: str) -> str:
+    def _turn_ending(self, tail: str) -> str:
         """Return the start of what follows a message, through the token that ends the turn."""
         end_tokens = [
             token for token in self._tokenizer.all_special_tokens if tail.startswith(token)
@@ -240,7 +243,7 @@ class SFTTokenizer:
                 are_learned[index] = True
         return are_learned
 
-    def _render(
+    def _render_conversation(
         self, example: SFTExample, messages: Sequence[Message], prompt: bool = False
     ) -> str:
         try:
@@ -255,7 +258,7 @@ class SFTTokenizer:
                 cause=Cause.MALFORMED,
             ) from None
 
-    def _hidden(self, example: SFTExample) -> UserError:
+    def _hidden_messages_error(self, example: SFTExample) -> UserError:
         return UserError(
             f"{example.location}: the chat template of {self._model_path} does not show the "
             "assistant's messages, so nothing could be learned; correct the row or the template",

@@ -90,7 +90,7 @@ def data_suffix(path: Path) -> str | None:
     return suffix if suffix in READER_BY_SUFFIX else None
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open_data_file(path: Path) -> IO[bytes]:
     if path.suffix.lower() == GZIP:
         return cast(IO[bytes], gzip.open(path))
     return path.open("rb")
@@ -105,7 +105,7 @@ def describe_json_error(error: Exception) -> str:
 
 
 def _read_jsonl(path: Path, key: str) -> Iterator[LocatedRow]:
-    with _open(path) as lines:
+    with _open_data_file(path) as lines:
         for number, line in enumerate(_read_lines(lines, path, key), start=1):
             line = line.strip()
             if number == 1:
@@ -172,7 +172,7 @@ def _read_parquet(path: Path, key: str) -> Iterator[LocatedRow]:
 def _read_json(path: Path, key: str) -> Iterator[LocatedRow]:
     """Yield the rows of a list, of an object's list under one of `LIST_KEYS`, of a table of pandas,
     or of lines of objects. Many data sets name such lines .json."""
-    with _open(path) as file:
+    with _open_data_file(path) as file:
         first = next(_read_lines(file, path, key)).removeprefix(codecs.BOM_UTF8)
         second_line = next(filter(bytes.strip, _read_lines(file, path, key)), b"")
     if _is_object(first) and second_line.lstrip().startswith(b"{"):
@@ -189,7 +189,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def _read_list(path: Path, key: str) -> Iterator[LocatedRow]:
-    with _open(path) as file:
+    with _open_data_file(path) as file:
         text = file.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
         raise UserError(
@@ -253,7 +253,10 @@ def _read_csv(path: Path, key: str) -> Iterator[LocatedRow]:
     last."""
     csv.field_size_limit(MAX_ROW_BYTES)
     try:
-        with _open(path) as raw_file, io.TextIOWrapper(raw_file, "utf-8-sig", newline="") as file:
+        with (
+            _open_data_file(path) as raw_file,
+            io.TextIOWrapper(raw_file, "utf-8-sig", newline="") as file,
+        ):
             delimiter = max(",;\t|", key=next(_read_lines(file, path, key)).count)
             file.seek(0)
             reader = csv.DictReader(_read_lines(file, path, key), delimiter=delimiter)
