@@ -140,7 +140,7 @@ class EngineModel:
             refusal = f"the prompt has {len(prompt_ids)} tokens, and the model takes {limit}"
             return TextResponse("", num_tokens=0, thought_opened=thought_opened, refusal=refusal)
         max_tokens = min(self._decoding.max_tokens, self._max_model_len - len(prompt_ids))
-        response = await self._generate(prompt_ids, max_tokens, seed)
+        response = await self._generate_response(prompt_ids, max_tokens, seed)
         ids, is_truncated = response.token_ids, response.finish_reason == "length"
         return TextResponse(
             self._tokenizer.decode(ids),
@@ -162,7 +162,7 @@ class EngineModel:
                 key="data.template",
                 cause=Cause.CONFLICT,
             )
-        await self._player(agents).check(prompts)
+        await self._episode_player(agents).check(prompts)
 
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
         """Play one episode; its turns are sampled with the seeds from `seed` on.
@@ -179,10 +179,12 @@ class EngineModel:
         seeds = itertools.count(seed)
 
         async def answer(token_ids: Sequence[int], max_tokens: int) -> Response:
-            return await self._generate(token_ids, max_tokens, next(seeds))
+            return await self._generate_response(token_ids, max_tokens, next(seeds))
 
         for _ in range(ATTEMPTS):
-            played = await self._player(agents).play(prompt, answer, self._decoding.max_tokens)
+            played = await self._episode_player(agents).play(
+                prompt, answer, self._decoding.max_tokens
+            )
             # Without an engine every further episode would fail: the fleet's error has the cause.
             fleet.state.require_usable()
             episode = played.episode
@@ -205,7 +207,9 @@ class EngineModel:
             episode=episode.record(),
         )
 
-    async def _generate(self, token_ids: Sequence[int], max_tokens: int, seed: int) -> Response:
+    async def _generate_response(
+        self, token_ids: Sequence[int], max_tokens: int, seed: int
+    ) -> Response:
         assert self._fleet is not None, "start() was not called"
         [response] = await self._fleet.generate(
             token_ids,
@@ -225,7 +229,7 @@ class EngineModel:
             else response
         )
 
-    def _player(self, agents: AgentsConfig) -> EpisodePlayer:
+    def _episode_player(self, agents: AgentsConfig) -> EpisodePlayer:
         key = agents.model_dump_json()
         if key not in self._players:
             environments = EnvironmentPool(agents, describe_in_subprocess(agents.environment))

@@ -86,7 +86,7 @@ class RemoteModel:
             find_template(template)
         self._template = template
         path = "/chat/completions" if self._chat else "/completions"
-        probe = self._body(TINY_QUESTION, 0) | {"max_tokens": 1}
+        probe = self._request_body(TINY_QUESTION, 0) | {"max_tokens": 1}
         address = server.api_base + path
         try:
             self._service = Service(server, address, Completion[CompletionChoice], probe)
@@ -114,7 +114,9 @@ class RemoteModel:
         async with _report_waiting(name, lambda: self._service.trouble or failures[-1]):
             await wait_until_listening(url, self._server.wait_seconds, failures.append, self._key)
             try:
-                await self._service.request(self._body(TINY_QUESTION, 0) | {"max_tokens": 1})
+                await self._service.request(
+                    self._request_body(TINY_QUESTION, 0) | {"max_tokens": 1}
+                )
             except Ungradable as error:
                 raise ServiceError(f"{url}: {error}; check {self._key}") from None
 
@@ -131,7 +133,7 @@ class RemoteModel:
         Raises:
             ServiceError: the server refuses every question, or is down."""
         try:
-            reply = await self._service.request(self._body(question, seed, before))
+            reply = await self._service.request(self._request_body(question, seed, before))
         except Ungradable as error:
             await self._refuse_limits(error)
             return TextResponse("", refusal=f"the server gave no response: {error}")
@@ -164,7 +166,7 @@ class RemoteModel:
         if self._takes_limits:
             return
         try:
-            await self._service.request(self._body(TINY_QUESTION, 0))
+            await self._service.request(self._request_body(TINY_QUESTION, 0))
         except Ungradable:
             raise ServiceError(
                 f"{self._server.url} answers no question: {refusal}; "
@@ -172,7 +174,9 @@ class RemoteModel:
             ) from None
         self._takes_limits = True
 
-    def _body(self, question: str, seed: int, before: Sequence[Message] = ()) -> dict[str, Any]:
+    def _request_body(
+        self, question: str, seed: int, before: Sequence[Message] = ()
+    ) -> dict[str, Any]:
         content: dict[str, Any]
         if self._chat:
             turns: list[Message] = [{"role": "user", "content": question}]

@@ -41,7 +41,7 @@ class ResponseLog:
         self._indices: dict[PromptKey, int] = {}  # a bit for each index
         self._writer = LineWriter(path)
         for line in read_lines(path):
-            self._remember(line)
+            self._remember_line(line)
 
     def __contains__(self, response: tuple[PromptKey, int]) -> bool:
         prompt, index = response
@@ -64,7 +64,7 @@ class ResponseLog:
         Raises:
             Exception: what stopped the writing of earlier lines.
         """
-        self._remember(line)
+        self._remember_line(line)
         self._writer.add(line)
 
     def read(
@@ -107,7 +107,7 @@ class ResponseLog:
         """Write the responses that are still pending."""
         await self._writer.close()
 
-    def _remember(self, line: Mapping[str, Any]) -> None:
+    def _remember_line(self, line: Mapping[str, Any]) -> None:
         try:
             prompt, index = _prompt_key(line), line["index"]
             self._indices[prompt] = self._indices.get(prompt, 0) | 1 << index

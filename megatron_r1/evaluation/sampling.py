@@ -78,7 +78,7 @@ class ResponseSampler:
         if num_missing:
             await self._model.start()
         self._progress(self.num_done, self.num_wanted)
-        jobs = self._missing()
+        jobs = self._missing_jobs()
         failure: Exception | None = None
         try:
             async with asyncio.TaskGroup() as grading:
@@ -86,7 +86,7 @@ class ResponseSampler:
                 try:
                     async with asyncio.TaskGroup() as sampling:
                         for _ in range(min(self._model.concurrency, num_missing)):
-                            sampling.create_task(self._sample(jobs, grading))
+                            sampling.create_task(self._sample_jobs(jobs, grading))
                 except ExceptionGroup as failures:
                     # A dead engine fails all its requests; the first failure is enough. Responses
                     # that are already sampled are still graded and logged.
@@ -99,7 +99,7 @@ class ResponseSampler:
             raise stopped
         await self._model.close()  # voting and deciding need no engine
 
-    def _missing(self) -> Iterator[SampleJob]:
+    def _missing_jobs(self) -> Iterator[SampleJob]:
         max_samples = max(prompt_set.num_samples for prompt_set in self._sets)
         if self._by_prompt:
             jobs = ((s, p, i) for s in self._sets for p in s.prompts for i in range(s.num_samples))
@@ -110,7 +110,7 @@ class ResponseSampler:
             if (prompt_set.key(prompt), index) not in self._log:
                 yield prompt_set, prompt, index
 
-    async def _sample(self, jobs: Iterator[SampleJob], grading: asyncio.TaskGroup) -> None:
+    async def _sample_jobs(self, jobs: Iterator[SampleJob], grading: asyncio.TaskGroup) -> None:
         for prompt_set, prompt, index in jobs:
             if self._broken_grader:
                 return
@@ -122,7 +122,9 @@ class ResponseSampler:
             # The next prompt is sampled while this response is graded.
             await self._grading_slots.acquire()
             response = replace(response, index=index)
-            grading.create_task(self._finish(prompt_set, prompt, response, seed, is_new=True))
+            grading.create_task(
+                self._grade_and_log(prompt_set, prompt, response, seed, is_new=True)
+            )
 
     async def _grade_again(self, grading: asyncio.TaskGroup) -> None:
         """Grade the logged responses whose grader failed the last time."""
@@ -143,10 +145,12 @@ class ResponseSampler:
                     await self._grading_slots.acquire()
                     logged = TextResponse.from_line(line)
                     response = replace(logged, is_ungraded=False, reward=None)
-                    finish = self._finish(prompt_set, prompt, response, line["seed"], is_new=False)
+                    finish = self._grade_and_log(
+                        prompt_set, prompt, response, line["seed"], is_new=False
+                    )
                     grading.create_task(finish)
 
-    async def _finish(
+    async def _grade_and_log(
         self, prompt_set: PromptSet, prompt: Prompt, response: TextResponse, seed: int, is_new: bool
     ) -> None:
         try:
