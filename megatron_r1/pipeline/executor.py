@@ -73,7 +73,7 @@ class Executor:
 
     def report_failure(self, error: Exception, running: list[SeedStage]) -> None:
         """Print that a stage has failed while the stages `running` go on."""
-        names = ", ".join(map(self._name, running))
+        names = ", ".join(map(self._task_name, running))
         going_on = f"\nno other stage begins; still running: {names} (Ctrl-C stops that)"
         _print_with_time(f"{error}{going_on if running else ''}")
 
@@ -81,7 +81,7 @@ class Executor:
         """Run a stage whose upstream is done, unless it is done itself."""
         self._signals.raise_if_stopped()
         plan, statuses = self._plans[task.seed], self._statuses[task.seed]
-        name, title = task.stage, self._name(task)
+        name, title = task.stage, self._task_name(task)
         stage, upstream = plan.stages[name], self._graph.upstream[name]
         # Its upstream may have been done again, and may have come out the same.
         upstream_statuses = {upper: statuses[upper] for upper in upstream}
@@ -115,7 +115,7 @@ class Executor:
             f"{title} is {statuses[name].state} after {duration}{f': {result}' if result else ''}"
         )
 
-    def _name(self, task: SeedStage) -> str:
+    def _task_name(self, task: SeedStage) -> str:
         seeds = self._config.seeds
         return f"{self._plans[task.seed].folder.name}/{task.stage}" if seeds else task.stage
 

@@ -47,7 +47,7 @@ class PipelineConfig(Section):
 
     @field_validator("seeds")
     @classmethod
-    def _differ(cls, seeds: list[int]) -> list[int]:
+    def _distinct_seeds(cls, seeds: list[int]) -> list[int]:
         if len(set(seeds)) < len(seeds):
             raise UserError(
                 f"pipeline.seeds: {seeds} has one twice; leave it out",

@@ -90,7 +90,7 @@ class Runner:
         """
         folder = self.plan.folder_of(stage.name)
         self._wait_for_folder(folder)
-        self._clear(stage, folder)
+        self._clear_attempt(stage, folder)
         log = self.plan.log_of(stage.name)
         last_output = log.stat().st_mtime if log.is_file() else None
         manifest.begin(self.plan, stage, upstream, last_output)
@@ -116,7 +116,7 @@ class Runner:
                 "a launch, on another: wait for it, or end it (kill, scancel)"
             )
 
-    def _clear(self, stage: PipelineStage, folder: Path) -> None:
+    def _clear_attempt(self, stage: PipelineStage, folder: Path) -> None:
         """Remove the files of an attempt that cannot be continued."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / stopping.STOP_FILE).unlink(missing_ok=True)
@@ -145,12 +145,12 @@ class Runner:
             log = self.plan.log_of(stage.name)
             child = StageProcess(command, log, launch=launch, prefix="  " + self.prefix)
             try:
-                self._wait(child, stage, folder, servers)
+                self._wait_for_child(child, stage, folder, servers)
             finally:
                 child.stop()
         return [*shlex.split(launch), *command]
 
-    def _wait(
+    def _wait_for_child(
         self,
         child: StageProcess,
         stage: PipelineStage,
