@@ -73,7 +73,7 @@ class LiveView:
         self._step_ended = start
         self._samples_until = 0.0
         for metrics in history:
-            self._remember(metrics)
+            self._remember_metrics(metrics)
         self._console: Console | None = None
         self._live: Live | None = None
         if _is_terminal(self._stream):
@@ -86,7 +86,7 @@ class LiveView:
             )
             self._live.start()
         else:
-            self._print(" · ".join([title, *facts]) + f" · {total_steps} steps")
+            self._print_line(" · ".join([title, *facts]) + f" · {total_steps} steps")
 
     def show_phase(self, name: str, detail: str = "") -> None:
         """Show what the run is doing. A log gets a line the first time each phase is entered."""
@@ -96,7 +96,7 @@ class LiveView:
         state.phase, state.detail = name, detail
         if self._live is None and name not in self._seen_phases:
             self._seen_phases.add(name)
-            self._print(f"{name}: {detail}" if detail else name)
+            self._print_line(f"{name}: {detail}" if detail else name)
 
     @property
     def current_phase(self) -> tuple[str, str]:
@@ -112,7 +112,7 @@ class LiveView:
         self._step_times.append(finite_metric(metrics, "time/step") or timestamp - self._step_ended)
         self._step_ended = self._state.phase_started_at = timestamp
         self._state.seconds_per_step = fmean(self._step_times)
-        self._remember(metrics)
+        self._remember_metrics(metrics)
         if samples and timestamp >= self._samples_until:
             self._state.samples = _choose_samples(samples)
             self._samples_until = timestamp + SAMPLE_HOLD_SECONDS
@@ -122,7 +122,7 @@ class LiveView:
         if self._live is None and (
             state.step % interval == 0 or state.step in (1, state.total_steps)
         ):
-            self._print(self._plain_step(metrics))
+            self._print_line(self._plain_step(metrics))
 
     def rewind(
         self, history: Iterable[Mapping[str, Any]], evaluations: Iterable[Mapping[str, Any]]
@@ -132,7 +132,7 @@ class LiveView:
         state.step, state.metrics, state.evaluations = 0, {}, {}
         state.history.clear()
         for metrics in history:
-            self._remember(metrics)
+            self._remember_metrics(metrics)
         for metrics in evaluations:
             self._add_evaluation(metrics)
 
@@ -145,12 +145,12 @@ class LiveView:
                 for key in metrics
                 if str(key).startswith("eval/")
             ]
-            self._print(f"held-out at step {step}: " + ", ".join(parts))
+            self._print_line(f"held-out at step {step}: " + ", ".join(parts))
 
     def show_message(self, text: str) -> None:
         """Print a permanent line: above the picture, or into the log."""
         if self._live is None or self._console is None:
-            self._print(text)
+            self._print_line(text)
             return
         with contextlib.suppress(OSError):
             self._console.print(Text(printable(text, keep_newlines=True)))
@@ -166,7 +166,7 @@ class LiveView:
         state.ended_at = time.monotonic()
         state.outcome_text = f"{outcome} in {format_duration(state.ended_at - state.started_at)}"
         if self._live is None:
-            self._print(state.outcome_text)
+            self._print_line(state.outcome_text)
             return
         with contextlib.suppress(OSError):
             self._live.stop()
@@ -190,7 +190,7 @@ class LiveView:
         """
         return frame(self._state, console, time.monotonic() if timestamp is None else timestamp)
 
-    def _remember(self, metrics: Mapping[str, Any]) -> None:
+    def _remember_metrics(self, metrics: Mapping[str, Any]) -> None:
         state = self._state
         metrics = {str(key): value for key, value in metrics.items()}
         step = finite_metric(metrics, "step")
@@ -224,7 +224,7 @@ class LiveView:
             parts.append(f"{format_clock(state.seconds_left() or 0.0)} left")
         return "  ".join(parts)
 
-    def _print(self, text: str) -> None:
+    def _print_line(self, text: str) -> None:
         line = f"{time.strftime('%H:%M:%S')}  {printable(text)}\n"
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         # A log that cannot be written (full disk, closed pipe) must not end a training run.

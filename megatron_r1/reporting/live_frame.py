@@ -34,7 +34,7 @@ def bar_columns(values: Sequence[float | None], width: int, height: int, top: fl
         width: the most columns.
         height: the number of rows.
         top: the value of a full column; an empty one is 0."""
-    bars = _resample(values, width)
+    bars = _resample_values(values, width)
     rows = []
     for row in reversed(range(height)):
         cells = []
@@ -60,7 +60,7 @@ def bar_shares(parts: Sequence[float], width: int) -> list[int]:
     return cells
 
 
-def _resample(values: Sequence[float | None], width: int) -> list[float | None]:
+def _resample_values(values: Sequence[float | None], width: int) -> list[float | None]:
     count = len(values)
     if count <= width:
         return list(values)

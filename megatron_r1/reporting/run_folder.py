@@ -147,7 +147,7 @@ class RunFolder:
             refused = [key for key in changed if not is_within(key, may_change)]
             if refused:
                 raise UserError(
-                    self._refusal(refused, before, after), key=refused[0], cause=Cause.CHANGED
+                    self._refusal_text(refused, before, after), key=refused[0], cause=Cause.CHANGED
                 )
             if not changed:
                 return
@@ -268,7 +268,7 @@ class RunFolder:
         """Yield the samples one by one: the file of a long run need not fit in memory."""
         return read_lines(self.samples_path)
 
-    def _refusal(self, keys: list[str], before: dict[str, Any], after: dict[str, Any]) -> str:
+    def _refusal_text(self, keys: list[str], before: dict[str, Any], after: dict[str, Any]) -> str:
         lines = [f"{self.path} holds a run with other settings:"]
         lines += [
             f"  {k}: {value_text(before, k)} in the folder, {value_text(after, k)} now"

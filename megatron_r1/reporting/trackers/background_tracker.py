@@ -32,7 +32,7 @@ class BackgroundTracker:
         self._lines: queue.SimpleQueue[tuple[str, Mapping[str, Any]] | bool] = queue.SimpleQueue()
         self._notes: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._has_failed = False
-        self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
+        self._thread = threading.Thread(target=self._send_loop, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
     def add(self, key: str, line: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ class BackgroundTracker:
         if self._thread.is_alive():
             self._notes.put(f"{self._name}: not all lines are sent; the same command sends them")
 
-    def _work(self) -> None:
+    def _send_loop(self) -> None:
         pending_lines: deque[tuple[str, Mapping[str, Any]]] = deque()
         while True:
             item = self._lines.get()
@@ -63,15 +63,15 @@ class BackgroundTracker:
                 if not self._lines.empty():
                     continue
             try:
-                self._send(pending_lines)
+                self._send_lines(pending_lines)
                 if isinstance(item, bool) and self._tracker is not None:
                     self._tracker.finish(item)
             except Exception as error:  # noqa: BLE001 - of any library, about any network
-                self._report(error, len(pending_lines), is_last=isinstance(item, bool))
+                self._note_failure(error, len(pending_lines), is_last=isinstance(item, bool))
             if isinstance(item, bool):
                 return
 
-    def _send(self, pending_lines: deque[tuple[str, Mapping[str, Any]]]) -> None:
+    def _send_lines(self, pending_lines: deque[tuple[str, Mapping[str, Any]]]) -> None:
         if self._tracker is None:
             self._tracker = self._open()
             self._last_steps = dict(self._tracker.tracked_steps)
@@ -85,7 +85,7 @@ class BackgroundTracker:
             pending_lines.popleft()
         self._has_failed = False
 
-    def _report(self, error: Exception, num_pending: int, *, is_last: bool) -> None:
+    def _note_failure(self, error: Exception, num_pending: int, *, is_last: bool) -> None:
         """Add a note on the first failure in a row, and on one at the end."""
         reason = shorten((str(error).strip() or "no message").splitlines()[0], MAX_REASON_CHARS)
         failure = f"{self._name}: {type(error).__name__}: {reason}"

@@ -27,7 +27,7 @@ class TensorBoardLog:
         self._writer = EventFileWriter(str(folder))
         if purge_step is not None:
             start = SessionLog(status=SessionLog.START)
-            self._add(Event(step=purge_step, session_log=start))
+            self._add_event(Event(step=purge_step, session_log=start))
             self._writer.flush()
 
     def write(self, metrics: Mapping[str, Any]) -> None:
@@ -37,13 +37,13 @@ class TensorBoardLog:
             for key, value in metrics.items()
             if key != "step" and finite_metric(metrics, key) is not None
         ]
-        self._add(Event(step=int(metrics["step"]), summary=Summary(value=values)))
+        self._add_event(Event(step=int(metrics["step"]), summary=Summary(value=values)))
         self._writer.flush()
 
     def close(self) -> None:
         """Write what is pending and close the file."""
         self._writer.close()
 
-    def _add(self, event: Event) -> None:
+    def _add_event(self, event: Event) -> None:
         event.wall_time = time.time()
         self._writer.add_event(event)

@@ -27,14 +27,14 @@ class TrackedRun:
 
     def load_id(self, tracker: str) -> str | None:
         """Return the tracked run's id, which an earlier start of the run kept."""
-        return self._ids().get(tracker)
+        return self._saved_ids().get(tracker)
 
     def save_id(self, tracker: str, identity: str) -> None:
         """Keep the tracked run's id for the next start."""
-        ids = self._ids() | {tracker: identity}
+        ids = self._saved_ids() | {tracker: identity}
         atomic_write(self.folder / "trackers.json", json.dumps(ids) + "\n")
 
-    def _ids(self) -> dict[str, str]:
+    def _saved_ids(self) -> dict[str, str]:
         path = self.folder / "trackers.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

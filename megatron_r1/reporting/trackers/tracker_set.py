@@ -59,17 +59,17 @@ class TrackerSet:
         """Send the lines that earlier starts of the run have written and that are not tracked
         yet."""
         for line in steps:
-            self._add(STEP_METRIC, line)
+            self._add_line(STEP_METRIC, line)
         for line in evaluations:
-            self._add(EVALUATION, line)
+            self._add_line(EVALUATION, line)
 
     def send_step(self, metrics: Mapping[str, Any]) -> None:
         """Send the line of a step."""
-        self._add(STEP_METRIC, metrics)
+        self._add_line(STEP_METRIC, metrics)
 
     def send_evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Send the line of an evaluation."""
-        self._add(EVALUATION, metrics)
+        self._add_line(EVALUATION, metrics)
 
     def close(self, is_finished: bool) -> None:
         """Send the rest and end the tracked runs.
@@ -80,7 +80,7 @@ class TrackerSet:
             tracker.close(is_finished)
         self._show_notes()
 
-    def _add(self, key: str, line: Mapping[str, Any]) -> None:
+    def _add_line(self, key: str, line: Mapping[str, Any]) -> None:
         for tracker in self._trackers:
             tracker.add(key, line)
         self._show_notes()
