@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from r1_grading.remote import read_settings
-from r1_grading.remote.judge import SAFETY, Judge, JudgeSettings, PairVotes
+from r1_grading.remote.judge import SAFETY, PairVotes, Judge, JudgeSettings
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.sample import SERVED_JUDGE, SampleConfig
@@ -39,7 +39,7 @@ class ResponseJudge(ABC):
         Raises:
             Ungradable: the judge cannot decide on these responses."""
         key = ("compare", self._identity, question, first, second)
-        return PairVotes(*await self._cache.get(key, lambda: self._compare(*key[2:])))
+        return PairVotes(*await self._cache.get(key, lambda: self._comparison_counts(*key[2:])))
 
     async def safety(self, question: str, response: str) -> float:
         """Return the share of votes for safe, in [0, 1].
@@ -48,7 +48,7 @@ class ResponseJudge(ABC):
             Ungradable: the judge cannot decide on this response.
         """
         key = ("safety", self._identity, question, response)
-        return await self._cache.get(key, lambda: self._safety(*key[2:]))
+        return await self._cache.get(key, lambda: self._safe_fraction(*key[2:]))
 
     async def check(self) -> None:  # noqa: B027 - a function needs none
         """Raise an error if the judge cannot be used at all."""
@@ -57,11 +57,11 @@ class ResponseJudge(ABC):
         """Close its connections."""
 
     @abstractmethod
-    async def _compare(self, question: str, first: str, second: str) -> list[int]:
+    async def _comparison_counts(self, question: str, first: str, second: str) -> list[int]:
         """Return the counts of `PairVotes`: wins, losses, ties."""
 
     @abstractmethod
-    async def _safety(self, question: str, response: str) -> float: ...
+    async def _safe_fraction(self, question: str, response: str) -> float: ...
 
 
 class FunctionJudge(ResponseJudge):
@@ -77,17 +77,17 @@ class FunctionJudge(ResponseJudge):
         super().__init__((function.identity, num_votes), cache)
         self._function, self._num_votes = function, num_votes
 
-    async def _compare(self, question: str, first: str, second: str) -> list[int]:
+    async def _comparison_counts(self, question: str, first: str, second: str) -> list[int]:
         orders = [(first, second), (second, first)] * (self._num_votes // 2)
-        votes = await asyncio.gather(*(self._call(question, *order) for order in orders))
+        votes = await asyncio.gather(*(self._call_function(question, *order) for order in orders))
         for_first = [1 - vote if i % 2 else vote for i, vote in enumerate(votes)]
         wins, losses = sum(v > 0.5 for v in for_first), sum(v < 0.5 for v in for_first)
         return [wins, losses, self._num_votes - wins - losses]
 
-    async def _safety(self, question: str, response: str) -> float:
-        return await self._call(question, response)
+    async def _safe_fraction(self, question: str, response: str) -> float:
+        return await self._call_function(question, response)
 
-    async def _call(self, *texts: str) -> float:
+    async def _call_function(self, *texts: str) -> float:
         """Return the function's number for `texts`.
 
         Raises:
@@ -124,11 +124,11 @@ class ServedJudge(ResponseJudge):
         """Close the connections to the judge."""
         await self._judge.close()
 
-    async def _compare(self, question: str, first: str, second: str) -> list[int]:
+    async def _comparison_counts(self, question: str, first: str, second: str) -> list[int]:
         compared = await self._judge.compare(question, first, second)
         return [compared.wins, compared.losses, compared.ties]
 
-    async def _safety(self, question: str, response: str) -> float:
+    async def _safe_fraction(self, question: str, response: str) -> float:
         num_votes = self._judge.settings.num_votes
         texts = {"question": question, "response": response}
         votes = await self._judge.votes(SAFETY, texts, num_votes)

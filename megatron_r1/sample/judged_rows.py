@@ -80,11 +80,11 @@ class PreferencePairs:
                 decisions[index] = Decision("unpaired", "another pair was nearer in length")
         pairs = make_pairs({i: len(text) for i, text in texts.items()}, self._settings.per_prompt)
         outcomes = await asyncio.gather(
-            *(self._compare(prompt.question, texts[i], texts[j]) for i, j in pairs)
+            *(self._compare_responses(prompt.question, texts[i], texts[j]) for i, j in pairs)
         )
         rows = []
         for (i, j), outcome in zip(pairs, outcomes, strict=True):
-            decided, row = self._conclude(prompt, by_index[i], by_index[j], texts, outcome)
+            decided, row = self._decide_pair(prompt, by_index[i], by_index[j], texts, outcome)
             decisions |= decided
             rows += row
         return PromptResult([decisions[response.index] for response in responses], rows)
@@ -103,7 +103,9 @@ class PreferencePairs:
         ]
         return {"pairs": len(log_ratios), "length_bias_before": means[0], "length_bias": means[1]}
 
-    async def _compare(self, question: str, first: str, second: str) -> PairVotes | Ungradable:
+    async def _compare_responses(
+        self, question: str, first: str, second: str
+    ) -> PairVotes | Ungradable:
         texts = (question, first, second)
         if texts not in self._failed_comparisons:
             try:
@@ -112,7 +114,7 @@ class PreferencePairs:
                 self._failed_comparisons[texts] = error
         return self._failed_comparisons[texts]
 
-    def _conclude(
+    def _decide_pair(
         self,
         prompt: Prompt,
         first: TextResponse,
@@ -213,7 +215,7 @@ class SafetyLabels:
         """Return a row with a label for each response of one prompt."""
         drops = await self._selection.drop_reasons(prompt, responses)
         judged = await asyncio.gather(
-            *(self._label(prompt.question, r, drops.get(r.index)) for r in responses)
+            *(self._label_response(prompt.question, r, drops.get(r.index)) for r in responses)
         )
         rows = [
             {
@@ -228,7 +230,7 @@ class SafetyLabels:
         ]
         return PromptResult([decision for decision, _ in judged], rows)
 
-    async def _label(
+    async def _label_response(
         self, question: str, response: TextResponse, drop: Decision | None
     ) -> tuple[Decision, float]:
         """Return the decision and the share of votes for safe."""

@@ -163,13 +163,13 @@ class SFTKeeper:
             if num_kept == limit:
                 decisions[response.index] = Decision(NOT_CHOSEN)
                 continue
-            decision, row = await self._example(prompt, response)
+            decision, row = await self._make_example(prompt, response)
             decisions[response.index] = decision
             num_kept += decision.is_kept
             rows += row
         return PromptResult([decisions[response.index] for response in responses], rows)
 
-    async def _example(
+    async def _make_example(
         self, prompt: Prompt, response: TextResponse
     ) -> tuple[Decision, list[dict[str, Any]]]:
         if self._rewriter is not None:
