@@ -44,7 +44,7 @@ ALLOCATES = {
 NO_OPERATORS_OF_ITS_OWN = torch.Tensor.__torch_dispatch__
 
 
-def _product(a, b, dtype, *, out=None):
+def _matrix_product(a, b, dtype, *, out=None):
     product = (a.float() @ b.float()).to(dtype)
     return product if out is None else out.copy_(product)
 
@@ -55,7 +55,11 @@ def _sum_with_product(c, a, b, dtype, *, beta=1, alpha=1, out=None):
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
-    **{f"aten::{name}.dtype{end}": _product for name in ("mm", "bmm") for end in ("", "_out")},
+    **{
+        f"aten::{name}.dtype{end}": _matrix_product
+        for name in ("mm", "bmm")
+        for end in ("", "_out")
+    },
     **{
         f"aten::{name}.dtype{end}": _sum_with_product
         for name in ("addmm", "baddbmm")
@@ -205,7 +209,7 @@ class HostCompute(TorchDispatchMode):
         is_plain = all(type(x).__torch_dispatch__ is NO_OPERATORS_OF_ITS_OWN for x in tensors)
         if kernel := KERNELS.get(func.name()):
             drain({tensor.get_device() for tensor in tensors if tensor.is_cuda})
-            return self._compute(kernel, args, kwargs, stays=True)
+            return self._compute_on_host(kernel, args, kwargs, stays=True)
         if reads and namespace in KERNEL_NAMESPACES:
             warn_of_no_effect(func.name())
         its_own = namespace != "aten" or name in ALLOCATES or func.is_view
@@ -220,9 +224,9 @@ class HostCompute(TorchDispatchMode):
             read(devices)
         if func is torch.ops.aten.zeros.default:
             return fill_with_zeros(torch.empty(*args, **kwargs))
-        return self._compute(func, args, kwargs, stays=device is None or makes)
+        return self._compute_on_host(func, args, kwargs, stays=device is None or makes)
 
-    def _compute(self, func, args, kwargs, stays: bool):
+    def _compute_on_host(self, func, args, kwargs, stays: bool):
         originals = {}
 
         def down(tensor):

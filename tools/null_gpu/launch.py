@@ -146,7 +146,7 @@ class Watched:
             return
         with contextlib.suppress(psutil.NoSuchProcess):
             root = psutil.Process(pid)
-            self.of_host = max(self.of_host, sum(map(_memory, [root, *root.children(True)])))
+            self.of_host = max(self.of_host, sum(map(_memory_bytes, [root, *root.children(True)])))
         report = find_stuck(self.segment)
         if report is None or self.stuck is None or report != self.stuck[0]:
             self.stuck = (report, time.monotonic()) if report else None
@@ -164,7 +164,7 @@ class Watched:
         )
 
 
-def _memory(process: psutil.Process) -> int:
+def _memory_bytes(process: psutil.Process) -> int:
     """Return the bytes of a process that it shares with none, and its part of the others."""
     with contextlib.suppress(psutil.Error):
         return process.memory_full_info().pss

@@ -174,7 +174,7 @@ def born(pid: int) -> int:
     return 0 if fields[0] in "ZX" else int(fields[19])
 
 
-def _used(calls: ctypes.Array[CallRecord]) -> list[CallRecord]:
+def _unended_calls(calls: ctypes.Array[CallRecord]) -> list[CallRecord]:
     """Return the records of calls that are not ended: few of thousands."""
     numbers = np.frombuffer(memoryview(calls), np.int32).reshape(CALLS, -1)
     states = numbers[:, CallRecord.state.offset // 4]
@@ -194,7 +194,7 @@ def parse(record: ProcessRecord) -> Process:
             call.stream,
             call.state == STARTED,
         )
-        for call in _used(record.calls)
+        for call in _unended_calls(record.calls)
     ]
     waits = [
         Wait(record.pid, wait.thread, KINDS[wait.kind], wait.stream, wait.comm)

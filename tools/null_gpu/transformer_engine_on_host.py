@@ -67,7 +67,7 @@ def generic_gemm(
     dtype = None
     if _is_quantized(a):
         dtype = a._dtype if out_dtype is None else _torch_dtype(out_dtype)
-    a, b = _values(a, not is_a_transposed), _values(b, is_b_transposed)
+    a, b = _dequantized_values(a, not is_a_transposed), _dequantized_values(b, is_b_transposed)
     rows = b.shape[:-1]
     a, b = a.flatten(0, -2), b.flatten(0, -2)
     product = (b.t() if is_b_transposed else b) @ (a.t() if is_a_transposed else a)
@@ -158,13 +158,13 @@ def quantize(tensor, quantizer, output=None, noop=None):
         x = tensor.detach().flatten(0, -2).float()
         is_square = quantizer.block_scaling_dim == 2
         if output._rowwise_data is not None:
-            codes, scales = _blocks(x, (BLOCK if is_square else 1, BLOCK), quantizer)
-            _fill(output._rowwise_data, codes)
-            _fill(output._rowwise_scale_inv, scales if is_square else scales.t())
+            codes, scales = _quantize_blocks(x, (BLOCK if is_square else 1, BLOCK), quantizer)
+            _fill_beginning(output._rowwise_data, codes)
+            _fill_beginning(output._rowwise_scale_inv, scales if is_square else scales.t())
         if output._columnwise_data is not None:
-            codes, scales = _blocks(x, (BLOCK, BLOCK if is_square else 1), quantizer)
-            _fill(output._columnwise_data, codes.t())
-            _fill(output._columnwise_scale_inv, scales.t() if is_square else scales)
+            codes, scales = _quantize_blocks(x, (BLOCK, BLOCK if is_square else 1), quantizer)
+            _fill_beginning(output._columnwise_data, codes.t())
+            _fill_beginning(output._columnwise_scale_inv, scales.t() if is_square else scales)
     return output
 
 
@@ -199,7 +199,7 @@ def fused_multi_row_unpadding(x, out, padded_rows, rows):
         place.copy_(part[:number])
 
 
-def _blocks(x, block, quantizer) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_blocks(x, block, quantizer) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the FP8 numbers of x (rows, columns) as bytes, and the scales of its blocks."""
     dtype = _torch_dtype(quantizer.dtype)
     rows, columns = block
@@ -218,7 +218,7 @@ def _blocks(x, block, quantizer) -> tuple[torch.Tensor, torch.Tensor]:
     return codes[: x.shape[0], : x.shape[1]], (1 / scale).view(down, across)
 
 
-def _fill(target, values) -> None:
+def _fill_beginning(target, values) -> None:
     """Write values into the beginning of a target that is padded, or has more dimensions."""
     flat = target if target.dim() == values.dim() == 2 else target.view(values.shape)
     flat[: values.shape[0], : values.shape[1]].copy_(values)
@@ -228,7 +228,7 @@ def _is_quantized(x) -> bool:
     return hasattr(x, "_rowwise_data")
 
 
-def _values(x, is_columnwise: bool) -> torch.Tensor:
+def _dequantized_values(x, is_columnwise: bool) -> torch.Tensor:
     """Return x; of one in FP8 blocks, what those along its rows or its columns hold, in fp32."""
     if not _is_quantized(x):
         return x

@@ -19,7 +19,7 @@ KERNELS: dict[str, Callable[..., Any]] = {}
 """Name of an operator → the function on CPU tensors that takes its place."""
 
 
-def _kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _register_kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         KERNELS[name] = function
         return function
@@ -37,7 +37,7 @@ def configure(arguments) -> None:
     arguments.disable_custom_all_reduce = True
 
 
-@_kernel("_C::rms_norm")
+@_register_kernel("_C::rms_norm")
 def rms_norm(result, x, weight, epsilon) -> None:
     """Write each row of x divided by its root mean square, times the weight."""
     normalized = x.float() * (x.float().square().mean(-1, keepdim=True) + epsilon).rsqrt()
@@ -45,21 +45,21 @@ def rms_norm(result, x, weight, epsilon) -> None:
     result.copy_(normalized if weight is None else normalized * weight)
 
 
-@_kernel("_C::fused_add_rms_norm")
+@_register_kernel("_C::fused_add_rms_norm")
 def fused_add_rms_norm(x, residual, weight, epsilon) -> None:
     """Add x to the residual, and write the sum's norm to x."""
     residual.add_(x)
     rms_norm(x, residual, weight, epsilon)
 
 
-@_kernel("_C::silu_and_mul")
+@_register_kernel("_C::silu_and_mul")
 def silu_and_mul(result, x) -> None:
     """Write SiLU of the first half of each row, times the second half."""
     gate, up = x.chunk(2, dim=-1)
     result.copy_(torch.nn.functional.silu(gate) * up)
 
 
-@_kernel("_C::vocab_parallel_embedding")
+@_register_kernel("_C::vocab_parallel_embedding")
 def vocab_parallel_embedding(
     result, ids, weight, start, end, padding, added_start, added_end
 ) -> None:
@@ -70,7 +70,7 @@ def vocab_parallel_embedding(
     result.copy_(weight[(rows * is_here).long()] * is_here[:, None])
 
 
-@_kernel("_C::rotary_embedding")
+@_register_kernel("_C::rotary_embedding")
 def rotary_embedding(
     positions, query, key, head_size, cosines_and_sines, is_neox, offset=0, inverse=False
 ) -> None:
@@ -102,7 +102,7 @@ def rotary_embedding(
         one.copy_(together)
 
 
-@_kernel("_C_cache_ops::reshape_and_cache_flash")
+@_register_kernel("_C_cache_ops::reshape_and_cache_flash")
 def reshape_and_cache_flash(key, value, key_cache, value_cache, slots, dtype, k_scale, v_scale):
     """Write keys and values (tokens, heads, size) to their slots of caches (blocks, block size,
     heads, size)."""
@@ -113,7 +113,7 @@ def reshape_and_cache_flash(key, value, key_cache, value_cache, slots, dtype, k_
     value_cache[block, place] = value[tokens].to(value_cache.dtype)
 
 
-@_kernel("_C_cache_ops::concat_and_cache_mla")
+@_register_kernel("_C_cache_ops::concat_and_cache_mla")
 def concat_and_cache_mla(latent, rotary_key, cache, slots, dtype, scale) -> None:
     """Write latents and rotary keys, joined, to their slots of a cache (blocks, block size,
     size)."""
@@ -123,13 +123,13 @@ def concat_and_cache_mla(latent, rotary_key, cache, slots, dtype, scale) -> None
     cache[slots[tokens] // cache.shape[1], slots[tokens] % cache.shape[1]] = joined.to(cache.dtype)
 
 
-@_kernel("_vllm_fa3_C::get_scheduler_metadata")
+@_register_kernel("_vllm_fa3_C::get_scheduler_metadata")
 def get_scheduler_metadata(num_sequences, *sizes, **settings):
     """Return what the attention here does not read."""
     return torch.zeros(num_sequences + 1, dtype=torch.int32)
 
 
-@_kernel("_vllm_fa3_C::fwd")
+@_register_kernel("_vllm_fa3_C::fwd")
 def attention(
     q, k, v, k_new, v_new, q_v, out, ends_q, ends_k, ends_new, used_q, used_k, max_q, max_k, pages,
     batch, padding, cosine, sine, rotary, q_descale, k_descale, v_descale, scale, is_causal, left,
@@ -175,7 +175,7 @@ def _keys_and_values(k, v, number, ends, lengths, pages) -> tuple[torch.Tensor, 
     return keys, values
 
 
-@_kernel("_moe_C::topk_softmax")
+@_register_kernel("_moe_C::topk_softmax")
 def topk_softmax(weights, experts, rows, logits, renormalizes, bias, is_padding) -> None:
     """Write each token's most probable experts and their probabilities."""
     assert bias is None
@@ -184,7 +184,7 @@ def topk_softmax(weights, experts, rows, logits, renormalizes, bias, is_padding)
     experts.copy_(indices)
 
 
-@_kernel("_moe_C::grouped_topk")
+@_register_kernel("_moe_C::grouped_topk")
 def grouped_topk(scores, groups, kept_groups, topk, renormalizes, factor, bias, function):
     """Return the weights and numbers of each token's experts, of the best groups: by the sum of a
     group's two best scores with the bias.
@@ -211,7 +211,7 @@ def grouped_topk(scores, groups, kept_groups, topk, renormalizes, factor, bias, 
     return weights * factor, experts.int()
 
 
-@_kernel("_moe_C::moe_align_block_size")
+@_register_kernel("_moe_C::moe_align_block_size")
 def moe_align_block_size(
     topk_ids, num_experts, size, sorted_ids, block_experts, num_padded, expert_map, scatter=None
 ) -> None:
@@ -232,7 +232,7 @@ def moe_align_block_size(
     num_padded.fill_(place)
 
 
-@_kernel("_moe_C::moe_sum")
+@_register_kernel("_moe_C::moe_sum")
 def moe_sum(x, result, topk_ids=None, expert_map=None) -> None:
     """Add the outputs (tokens, experts, size) of each token's experts, where given only of those
     that `expert_map` gives a place on this rank: nothing has written the others'."""
@@ -243,7 +243,7 @@ def moe_sum(x, result, topk_ids=None, expert_map=None) -> None:
     result.copy_(summed.sum(1))
 
 
-@_kernel("_C_cache_ops::cp_gather_cache")
+@_register_kernel("_C_cache_ops::cp_gather_cache")
 def cp_gather_cache(cache, result, pages, ends, num_sequences, starts=None) -> None:
     """Copy the pages of sequences, from their starts on, one after another."""
     size = cache.shape[1]
@@ -254,7 +254,7 @@ def cp_gather_cache(cache, result, pages, ends, num_sequences, starts=None) -> N
         result[begin:end] = cache[pages[number, positions // size].long(), positions % size]
 
 
-@_kernel("_C_cache_ops::gather_and_maybe_dequant_cache")
+@_register_kernel("_C_cache_ops::gather_and_maybe_dequant_cache")
 def gather_and_maybe_dequant_cache(
     cache, result, pages, ends, sequences, num_tokens, dtype, scale, starts=None
 ) -> None:
@@ -267,14 +267,14 @@ GROUP = 128
 """Values that share a scale, along rows of inputs and both ways in weights."""
 
 
-def _spread(scales, *sizes: int) -> torch.Tensor:
+def _spread_scales(scales, *sizes: int) -> torch.Tensor:
     """Return the scales of blocks as those of values: the last dimensions get `sizes`."""
     for dim, size in enumerate(sizes, start=-len(sizes)):
         scales = scales.repeat_interleave(GROUP, dim).narrow(dim, 0, size)
     return scales
 
 
-@_kernel("_C::per_token_group_fp8_quant")
+@_register_kernel("_C::per_token_group_fp8_quant")
 def per_token_group_fp8_quant(
     x, codes, scales, size, epsilon, min_code, max_code, is_power_of_two, *layout
 ) -> None:
@@ -287,7 +287,7 @@ def per_token_group_fp8_quant(
     scales.copy_(scale)
 
 
-@_kernel("_C::silu_and_mul_per_block_quant")
+@_register_kernel("_C::silu_and_mul_per_block_quant")
 def silu_and_mul_per_block_quant(codes, x, scales, size, bound=None, is_transposed=False) -> None:
     """Write the codes and scales of SiLU of the first half of each row, times the second half."""
     assert bound is None
@@ -296,12 +296,12 @@ def silu_and_mul_per_block_quant(codes, x, scales, size, bound=None, is_transpos
     per_token_group_fp8_quant(product, codes, scales, size, 1e-10, -448.0, 448.0, False)
 
 
-@_kernel("_C::cutlass_scaled_mm")
+@_register_kernel("_C::cutlass_scaled_mm")
 def cutlass_scaled_mm(result, a, b, a_scales, b_scales, bias=None) -> None:
     """Write the product of a (rows, in), with scales of groups, and b (in, out), of blocks."""
     assert a_scales.shape[-1] == -(-a.shape[-1] // GROUP)
-    left = a.float() * _spread(a_scales, a.shape[-1])
-    product = left @ (b.float() * _spread(b_scales, *b.shape))
+    left = a.float() * _spread_scales(a_scales, a.shape[-1])
+    product = left @ (b.float() * _spread_scales(b_scales, *b.shape))
     result.copy_(product if bias is None else product + bias)
 
 
@@ -335,8 +335,8 @@ def experts(
                 continue
             left, right = a[rows // top_k].float(), b[expert].float()
             if b_scale is not None:
-                left = left * _spread(a_scale[rows // top_k], left.shape[-1])
-                right = right * _spread(b_scale[expert], *right.shape)
+                left = left * _spread_scales(a_scale[rows // top_k], left.shape[-1])
+                right = right * _spread_scales(b_scale[expert], *right.shape)
             product = left @ right.T
             if bias is not None:
                 product = product + bias[expert]

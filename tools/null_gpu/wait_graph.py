@@ -71,11 +71,13 @@ class WaitGraph:
         for with_hosts in (False, True):
             finished_nodes: set[Node] = set()
             for node in self.started:
-                if cycle := self._from(node, [], {}, finished_nodes, with_hosts=with_hosts):
+                if cycle := self._cycle_from(node, [], {}, finished_nodes, with_hosts=with_hosts):
                     return cycle
         return None
 
-    def _from(self, node, labels, places, finished_nodes, *, with_hosts: bool) -> Cycle | None:
+    def _cycle_from(
+        self, node, labels, places, finished_nodes, *, with_hosts: bool
+    ) -> Cycle | None:
         if node in places:
             links = [label for label in labels[places[node] :] if label is not None]
             # Streams alone cannot wait in a circle; what they wait for is read one after another.
@@ -85,7 +87,7 @@ class WaitGraph:
         places[node] = len(labels)
         for label, neighbour in self.edges(node):
             if neighbour[1] >= 0 or with_hosts:
-                cycle = self._from(
+                cycle = self._cycle_from(
                     neighbour, [*labels, label], places, finished_nodes, with_hosts=with_hosts
                 )
                 if cycle:

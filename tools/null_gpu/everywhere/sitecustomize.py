@@ -22,14 +22,14 @@ class NullRuntime(ctypes.CDLL):
         super().__init__(os.environ["LD_PRELOAD"] if is_runtime else name, *args, **kwargs)
 
 
-def _torch(module) -> None:
+def _compute_torch_on_host(module) -> None:
     import host_compute
 
     host_compute.record_python_operators()
     host_compute.compute_everywhere()
 
 
-def _interpreter(module) -> None:
+def _install_triton_interpreter(module) -> None:
     import triton_on_host
 
     triton_on_host.install()
@@ -41,7 +41,7 @@ def _transformer_engine(module) -> None:
     transformer_engine_on_host.install()
 
 
-def _layers(module) -> None:
+def _use_our_attention(module) -> None:
     import transformer_engine_on_host
 
     transformer_engine_on_host.use_our_attention()
@@ -93,10 +93,10 @@ def _no_triton(module) -> None:
 
 
 CHANGES: dict[str, Callable[..., Any]] = {
-    "torch": _torch,
-    "triton.runtime.interpreter": _interpreter,
+    "torch": _compute_torch_on_host,
+    "triton.runtime.interpreter": _install_triton_interpreter,
     "transformer_engine.pytorch": _transformer_engine,
-    "megatron.core.extensions.transformer_engine_spec_provider": _layers,
+    "megatron.core.extensions.transformer_engine_spec_provider": _use_our_attention,
     "r1_kernels.registry": _our_kernels,
     "vllm.engine.arg_utils": _vllm_arguments,
     "vllm.model_executor.kernels.linear.cute_dsl.ll_bf16": _no_cutlass,

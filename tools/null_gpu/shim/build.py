@@ -54,22 +54,24 @@ DRIVER = r"cu(?!da|blas|dnn|solver|sparse|fft|rand|file|pti)[A-Z]\w*"
 def build(folder: Path) -> None:
     """Write the three libraries to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    imported = _imported()
+    imported = _imported_symbols()
     runtime = {name for name in imported if re.fullmatch(RUNTIME, name)} | BY_NAME
     driver = {name for name in imported if re.fullmatch(DRIVER, name)} | _declared_by_the_driver()
-    _compile(folder / "libnullgpu.so", [*STANDALONE_FUNCTIONS, "libraries.c"], runtime, INCLUDE)
-    _compile(folder / "libcuda.so.1", ["driver.c"], driver, INCLUDE)
-    _compile(folder / "libnvidia-ml.so.1", ["nvml.c"], (), INCLUDE)
+    _compile_library(
+        folder / "libnullgpu.so", [*STANDALONE_FUNCTIONS, "libraries.c"], runtime, INCLUDE
+    )
+    _compile_library(folder / "libcuda.so.1", ["driver.c"], driver, INCLUDE)
+    _compile_library(folder / "libnvidia-ml.so.1", ["nvml.c"], (), INCLUDE)
 
 
 def build_alone(folder: Path) -> None:
     """Write the runtime with NCCL, and the driver, from the headers that Triton brings."""
     folder.mkdir(parents=True, exist_ok=True)
-    _compile(folder / "libnullgpu.so", STANDALONE_FUNCTIONS, (), [HEADERS_OF_TRITON])
-    _compile(folder / "libcuda.so.1", ["driver.c"], (), [HEADERS_OF_TRITON])
+    _compile_library(folder / "libnullgpu.so", STANDALONE_FUNCTIONS, (), [HEADERS_OF_TRITON])
+    _compile_library(folder / "libcuda.so.1", ["driver.c"], (), [HEADERS_OF_TRITON])
 
 
-def _imported() -> set[str]:
+def _imported_symbols() -> set[str]:
     """Return every symbol that an extension wants from another library."""
     files = [str(file) for pattern in EXTENSIONS for file in sorted(PACKAGES.glob(pattern))]
     command = ["nm", "-D", "--undefined-only", "--format=just-symbols", *files]
@@ -83,7 +85,7 @@ def _declared_by_the_driver() -> set[str]:
     return {*functions, *re.findall(r"#define\s+cu\w+\s+(cu\w+_v\d)\b", header)}
 
 
-def _compile(
+def _compile_library(
     library: Path, sources: list[str], symbols: Iterable[str], include: list[Path]
 ) -> None:
     written = "".join((HERE / source).read_text() for source in sources)
