@@ -82,15 +82,15 @@ _STORE = """%to_here = getelementptr i8, ptr %to_row, i64 %x
   store <16 x i64> %words, ptr %to_here, align 64, !nontemporal !0"""
 
 
-def _loop(name: str, store: str) -> str:
+def _checksum_loop(name: str, store: str) -> str:
     bits = f"<{', '.join([f'i64 {ROTATION}'] * NUM_LANES)}>"
     return _LOOP.replace("NAME", name).replace("ROTATION", bits).replace("STORE", store)
 
 
 LOOPS = f"""
 declare <16 x i64> @llvm.fshl.v16i64(<16 x i64>, <16 x i64>, <16 x i64>)
-{_loop("copy", _STORE)}
-{_loop("read", "")}
+{_checksum_loop("copy", _STORE)}
+{_checksum_loop("read", "")}
 define void @memory_fence() {{
   fence seq_cst
   ret void
@@ -119,27 +119,29 @@ class LaneChecksum:
         """Add rows (height, width) in host memory, each of whole stripes."""
         if len(rows):
             rows = rows if rows.stride(1) == 1 else rows.contiguous()
-            _compiled().read(None, 0, *_extent(rows), *self._addresses)
+            _compiled_loops().read(None, 0, *_memory_extent(rows), *self._sum_addresses)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Do `read(source)` and target.copy_(source), where it `_can_copy`.
 
         Another process sees the bytes only after a `memory_fence`."""
         if len(source):
-            _compiled().copy(*_extent(target)[:2], *_extent(source), *self._addresses)
+            _compiled_loops().copy(
+                *_memory_extent(target)[:2], *_memory_extent(source), *self._sum_addresses
+            )
 
     def digest(self) -> int:
         """Return the 64 bits that stand for all lanes' sums (XXH3)."""
         return xxhash.xxh3_64_intdigest(self._sums.data)
 
     @property
-    def _addresses(self) -> tuple[int, int]:
+    def _sum_addresses(self) -> tuple[int, int]:
         return self._sums.ctypes.data, self._sums.ctypes.data + STRIPE_BYTES
 
 
 def memory_fence() -> None:
     """Order this thread's earlier reads and writes of shared memory before its later ones."""
-    _compiled().memory_fence()
+    _compiled_loops().memory_fence()
 
 
 def _is_whole_stripes(row_bytes: int) -> bool:
@@ -156,17 +158,17 @@ def _can_copy(target: torch.Tensor, source: torch.Tensor) -> bool:
         and not (target.is_cuda or source.is_cuda)
         and target.stride(1) == source.stride(1) == 1
         and _is_whole_stripes(target.shape[1] * target.itemsize)
-        and target.data_ptr() % ALIGNMENT_BYTES == _pitch(target) % ALIGNMENT_BYTES == 0
+        and target.data_ptr() % ALIGNMENT_BYTES == _row_pitch(target) % ALIGNMENT_BYTES == 0
     )
 
 
-def _extent(values: torch.Tensor) -> tuple[int, int, int, int]:
+def _memory_extent(values: torch.Tensor) -> tuple[int, int, int, int]:
     """Return address, pitch in bytes, height, and width in bytes."""
     height, width = values.shape
-    return values.data_ptr(), _pitch(values), height, width * values.itemsize
+    return values.data_ptr(), _row_pitch(values), height, width * values.itemsize
 
 
-def _pitch(values: torch.Tensor) -> int:
+def _row_pitch(values: torch.Tensor) -> int:
     return values.stride(0) * values.itemsize
 
 
@@ -177,7 +179,7 @@ class _Compiled(NamedTuple):
 
 
 @cache
-def _compiled() -> _Compiled:
+def _compiled_loops() -> _Compiled:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     try:
@@ -211,7 +213,7 @@ class RowsChecksum:
         if self._lanes is not None:
             self._lanes.read(rows)
             return
-        words = _words(rows)
+        words = _integer_view(rows)
         for row_range in _row_ranges(rows, CACHE_BYTES):
             self._xxh3.update(np.ascontiguousarray(words[row_range]).data)
 
@@ -314,7 +316,7 @@ def copy_with_checksum(
         if not is_converted:
             # After its checksum, and so from the cache. By NumPy, in this thread: PyTorch would
             # wake other threads for every chunk.
-            np.copyto(_words(target[rows]), _words(source[rows]))
+            np.copyto(_integer_view(target[rows]), _integer_view(source[rows]))
     return running_checksum.digest()
 
 
@@ -325,7 +327,7 @@ def weighted_sum(values: torch.Tensor) -> int:
     return rows.digest()
 
 
-def _words(values: torch.Tensor) -> np.ndarray:
+def _integer_view(values: torch.Tensor) -> np.ndarray:
     """Return the same memory as integers, since NumPy has no bfloat16 or float8."""
     return values.detach().view(INTEGERS[values.element_size()]).numpy()
 

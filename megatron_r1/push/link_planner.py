@@ -173,7 +173,7 @@ class LinkPlanner:
                     matched_regions, count_bytes, sets, receivers.sent_bytes, fraction
                 )
                 in_rounds = TRANSPORTS[transport].sends_in_rounds
-                schedule = self._schedule(plans, sets, addresses) if in_rounds else None
+                schedule = self._create_schedule(plans, sets, addresses) if in_rounds else None
             except ValueError as error:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
                 continue
@@ -199,7 +199,7 @@ class LinkPlanner:
                     problems[name] = f"{type(error).__name__}: {error}"
         return links_by_set, problems
 
-    def _schedule(
+    def _create_schedule(
         self, plans: Sequence[SetPlan], sets: Sequence[range], addresses: Sequence[list[list[str]]]
     ) -> PushSchedule:
         """Return the rounds of a push.
@@ -332,7 +332,7 @@ class PublishedSharding:
             ValueError: FP8 of another kind, or a part of a block."""
         slot = self._tables[rank].slots[self._slots[rank, name]]
         if dtype_of(slot).itemsize > 1:
-            return [(self._chunk(rank, name, region), "plain")]
+            return [(self._chunk_of_region(rank, name, region), "plain")]
         scales = scale_name(name)
         if slot.dtype != FP8_DTYPE or (rank, scales) not in self._slots:
             raise ValueError(
@@ -348,11 +348,11 @@ class PublishedSharding:
                 "which has one scale; set push.fp8: false, or fewer tensor parallel ranks"
             )
         return [
-            (self._chunk(rank, name, region), "codes"),
-            (self._chunk(rank, scales, scale_region(region)), "scales"),
+            (self._chunk_of_region(rank, name, region), "codes"),
+            (self._chunk_of_region(rank, scales, scale_region(region)), "scales"),
         ]
 
-    def _chunk(self, rank: int, name: str, region: Region) -> TensorChunk:
+    def _chunk_of_region(self, rank: int, name: str, region: Region) -> TensorChunk:
         index = self._slots[rank, name]
         slot = self._tables[rank].slots[index]
         rows = region.top - slot.top, region.bottom - slot.top

@@ -130,7 +130,7 @@ class PushSchedule:
     def local_copies(self, process: int) -> Iterator[PayloadId]:
         """Yield the payloads that a trainer rank copies, since it receives for the engine rank."""
         for payload_id in self.payload_ids:
-            if payload_id.trainer_rank == process == self._receiver(payload_id):
+            if payload_id.trainer_rank == process == self._receiving_process(payload_id):
                 yield payload_id
 
     def colocated_engine_rank(self, index: int, process: int) -> tuple[int, int] | None:
@@ -181,7 +181,7 @@ class PushSchedule:
         rank, communicator_size = self._ranks[index][process], self.communicator_size(index)
         return RankRounds(rank, communicator_size, rank_ids, scatter, relay)
 
-    def _receiver(self, payload_id: PayloadId) -> int:
+    def _receiving_process(self, payload_id: PayloadId) -> int:
         return self.receivers[payload_id.set_index][payload_id.engine_rank][payload_id.member]
 
     def _engine_processes(self, set_receivers: Sequence[Sequence[int]]) -> list[int]:

@@ -65,7 +65,7 @@ class RankPush:
             rank=rank,
             stages=stages,
             drafts=self._config.rollout.drafts_by_mtp,
-            gpus=_gpus() if TRANSPORTS[self._config.push.transport].sends_in_rounds else (),
+            gpus=_gpu_uuids() if TRANSPORTS[self._config.push.transport].sends_in_rounds else (),
             adapters=adapters,
         )
         return OpenedPush(address)
@@ -117,7 +117,7 @@ class RankPush:
         return self._sender.send(push_number, sets, closed_sets)
 
 
-def _gpus() -> list[str]:
+def _gpu_uuids() -> list[str]:
     """Return the UUID of every rank's GPU."""
     uuids: list[Any] = [None] * dist.get_world_size()
     # Over all ranks: each plans the whole push, for which it needs to know who shares a GPU.
@@ -142,7 +142,7 @@ def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, tuple[str, int]]:
         is_everywhere = False
         if rollout.placement == "hosts":
             engines = rollout.hosts_address or socket.gethostname()
-            is_everywhere = not ranks_share_host() and _resolved(host) != _resolved(engines)
+            is_everywhere = not ranks_share_host() and _ip_address(host) != _ip_address(engines)
             host = host if is_everywhere else engines
         store = create_store(host, everywhere=is_everywhere)
     # Only rank 0 has chosen a port, and knows its host's own name.
@@ -151,5 +151,5 @@ def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, tuple[str, int]]:
     return store or dist.TCPStore(host, port, is_master=False), (host, port)
 
 
-def _resolved(name: str) -> Any:
+def _ip_address(name: str) -> Any:
     return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]

@@ -136,7 +136,7 @@ class Rendezvous:
         """
         num_ranks = int(self.set_store.get("ready"))
         if not num_ranks:
-            raise SetFailedError(self._failure())
+            raise SetFailedError(self._stored_failure())
         return num_ranks
 
     def publish_failure(self, failure: SetFailure) -> SetFailure:
@@ -149,7 +149,7 @@ class Rendezvous:
     def raise_failure(self) -> None:
         """Raise SetFailedError if a failure of the set has been published."""
         if self.has_failed():
-            raise SetFailedError(self._failure()) from None
+            raise SetFailedError(self._stored_failure()) from None
 
     def has_failed(self) -> bool:
         """Whether any side has published a failure."""
@@ -190,7 +190,7 @@ class Rendezvous:
         key, answered_names, checks = f"answers/{push_number_in_set}", set[str](), 0
         while not answered_names.issuperset(names) and checks < ANSWER_CHECKS and not is_closing():
             if self.has_failed():
-                return self._failure()
+                return self._stored_failure()
             names_alive = (
                 self.set_store.get(key).decode().split() if self.set_store.check([key]) else []
             )
@@ -209,7 +209,7 @@ class Rendezvous:
             SetFailure(error, sorted({member for member, _ in silent_ranks}))
         )
 
-    def _failure(self) -> SetFailure:
+    def _stored_failure(self) -> SetFailure:
         return msgspec.json.decode(self.set_store.get("failed"), type=SetFailure)
 
 

@@ -245,12 +245,12 @@ class RoundSender:
             ):
                 sending_sets.pop(name)
                 failures[name] = sets[name][0].report_failure(RuntimeError("an engine is gone"))
-            self._send(push_number, sending_sets)
+            self._run_push_rounds(push_number, sending_sets)
         except SET_FAILURE_ERRORS as error:
             for set_rounds, _ in sending_sets.values():
-                self._communicator(set_rounds).abort(error)
+                self._communicator_of_set(set_rounds).abort(error)
         for name, (set_rounds, _) in sending_sets.items():
-            if (failure := self._communicator(set_rounds).error) is not None:
+            if (failure := self._communicator_of_set(set_rounds).error) is not None:
                 failures[name] = set_rounds.report_failure(failure)
         for set_rounds, _ in sets.values():
             set_rounds.unmap_memory()
@@ -261,7 +261,7 @@ class RoundSender:
         if self._trainer_communicator is not None:
             self._trainer_communicator.abort(RuntimeError("the trainer closes"))
 
-    def _communicator(self, set_rounds: SetRounds) -> Communicator:
+    def _communicator_of_set(self, set_rounds: SetRounds) -> Communicator:
         communicator = set_rounds.communicator or self._trainer_communicator
         assert communicator is not None, "_map_and_agree() comes first"
         return communicator
@@ -310,7 +310,9 @@ class RoundSender:
         self._trainer_communicator.set_timeout(seconds)
         return left_out
 
-    def _send(self, push_number: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]) -> None:
+    def _run_push_rounds(
+        self, push_number: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]
+    ) -> None:
         """Run this rank's rounds, and tell the engine rank on its GPU when all is there."""
         if self._streams is None:
             self._streams = PushStreams(torch.cuda.current_device())
@@ -322,23 +324,25 @@ class RoundSender:
                 set_rounds.communicator.set_timeout(set_rounds.rendezvous[0].push_timeout_seconds)
             with streams.copy_stream():
                 set_rounds.copy_local_payloads(payloads, streams.device)
-        scatter, relay = (self._rounds(sets, is_relayed=is_relayed) for is_relayed in (False, True))
+        scatter, relay = (
+            self._ordered_rounds(sets, is_relayed=is_relayed) for is_relayed in (False, True)
+        )
         runner = RoundRunner(streams, [*scatter, *relay])
         runner.run(scatter)
         runner.run(relay)
         for set_rounds, _ in sets.values():
-            if self._communicator(set_rounds).error is None:
+            if self._communicator_of_set(set_rounds).error is None:
                 with streams.copy_stream():
                     set_rounds.write_push_number()
-                self._communicator(set_rounds).wait(streams.copies_ended())
+                self._communicator_of_set(set_rounds).wait(streams.copies_ended())
 
-    def _rounds(
+    def _ordered_rounds(
         self, sets: Mapping[str, tuple[SetRounds, LinkPayloads]], *, is_relayed: bool
     ) -> list[PushRound]:
         """Return this rank's rounds of all sets in one order."""
         rounds_by_key: dict[tuple[int, int, int], PushRound] = {}
         for set_rounds, payloads in sets.values():
-            communicator = self._communicator(set_rounds)
+            communicator = self._communicator_of_set(set_rounds)
             group = 1 + set_rounds.set_index if set_rounds.communicator is not None else 0
             for transfer in set_rounds.transfers:
                 if transfer.is_relayed != is_relayed:

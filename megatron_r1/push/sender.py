@@ -168,7 +168,7 @@ class WeightSender:
             if set_links.set_rounds is not None and name not in problems
         }
         for name, error in self._round_sender.connect(in_rounds).items():
-            problems[name] = self._report(sets[name], error)
+            problems[name] = self._report_connect_error(sets[name], error)
         return problems
 
     def disconnect(self, name: str) -> None:
@@ -219,7 +219,7 @@ class WeightSender:
 
         def send_over(name: str, link: ConnectedLink) -> None:
             try:
-                link.sender.send(push_number, self._encode(link))
+                link.sender.send(push_number, self._encoded_regions(link))
             except SetFailedError as error:
                 failures.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:
@@ -238,7 +238,7 @@ class WeightSender:
         )
         return failures
 
-    def _encode(self, link: ConnectedLink) -> EncodedRegions:
+    def _encoded_regions(self, link: ConnectedLink) -> EncodedRegions:
         return EncodedRegions(link.regions, power_of_two=self._power_of_two_scales)
 
     def _send_in_rounds(
@@ -250,7 +250,7 @@ class WeightSender:
             if set_links.set_rounds is not None:
                 payloads = {
                     (link.member, link.sender.engine_rank): LinkPayload(
-                        link.sender.table, link.sender.chunks, self._encode(link)
+                        link.sender.table, link.sender.chunks, self._encoded_regions(link)
                     )
                     for link in set_links.links
                 }
@@ -277,10 +277,10 @@ class WeightSender:
             set_links.rendezvous[0].wait_prepared()
             run_in_threads([link.sender.connect for link in set_links.links])
         except SET_FAILURE_ERRORS as error:
-            return self._report(set_links, error)
+            return self._report_connect_error(set_links, error)
         return ""
 
-    def _report(self, set_links: SetLinks, error: Exception) -> str:
+    def _report_connect_error(self, set_links: SetLinks, error: Exception) -> str:
         """Report to a set that this rank cannot connect, and return why."""
         text = f"{type(error).__name__}: {error}"
         set_links.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")

@@ -136,7 +136,7 @@ def check_adapter_push(config: Config, hf_config: HFConfig) -> None:
             key="push.adapter_only",
             cause=Cause.MISSING,
         )
-    for setting, reason in _conflicts(config, hf_config):
+    for setting, reason in _conflicting_settings(config, hf_config):
         raise UserError(
             f"push.adapter_only with {setting}: {reason}; change it, or set push.adapter_only: "
             "false, which pushes merged weights",
@@ -144,7 +144,7 @@ def check_adapter_push(config: Config, hf_config: HFConfig) -> None:
             cause=Cause.CONFLICT,
         )
     max_lora_rank(lora.rank)
-    modules = {_module(name) for name in adapter_shapes(adapter_table(hf_config, lora))}
+    modules = {_factor_module(name) for name in adapter_shapes(adapter_table(hf_config, lora))}
     if refused_modules := sorted(filter(lambda module: _is_unserved(module, hf_config), modules)):
         served_text = ", ".join(sorted(modules.difference(refused_modules))) or "others"
         raise UserError(
@@ -156,7 +156,7 @@ def check_adapter_push(config: Config, hf_config: HFConfig) -> None:
         )
 
 
-def _conflicts(config: Config, hf_config: HFConfig) -> Iterator[tuple[str, str]]:
+def _conflicting_settings(config: Config, hf_config: HFConfig) -> Iterator[tuple[str, str]]:
     """Yield (setting, reason) for what excludes a push of adapters alone."""
     rollout = config.rollout
     if config.push.fp8:
@@ -190,7 +190,7 @@ def _conflicts(config: Config, hf_config: HFConfig) -> Iterator[tuple[str, str]]
         )
 
 
-def _module(name: str) -> str:
+def _factor_module(name: str) -> str:
     """Return a factor's layer as "self_attn.q_proj", an expert's without its number."""
     return ".".join(part for part in name.split(".")[3:-2] if not part.isdigit())
 

@@ -115,11 +115,11 @@ class MatchedRegions:
             else:
                 owner = item.expert * grid.expert // self.weight_table.num_experts
                 replicas = grid.expert_replicas(stage, tensor_rank, owner)
-            for piece in self._pieces(rule, tensor_rank, ranks):
+            for piece in self._pieces_on_rank(rule, tensor_rank, ranks):
                 if piece.hf_name == name:
                     yield Region.from_piece(piece, item.shape), replicas
 
-    def _pieces(self, rule: WeightRule, tensor_rank: int, ranks: int) -> Sequence[Piece]:
+    def _pieces_on_rank(self, rule: WeightRule, tensor_rank: int, ranks: int) -> Sequence[Piece]:
         """Return what a tensor rank holds of a rule's tensors: of every expert's the same."""
         key = id(rule), tensor_rank
         if key not in self._pieces_of_rules:

@@ -163,12 +163,12 @@ class PredictedSharding:
         if rule.split in (row_parallel, column_parallel):
             dim = 1 if rule.split is row_parallel else 0
             if shape[dim] % num_ranks:
-                self._refuse(tensor, shape[dim], num_ranks)
+                self._refuse_indivisible(tensor, shape[dim], num_ranks)
             return _equal_part(shape, dim, rank, num_ranks)
         if rule.split is vocab_parallel:
             rows = padded_vocabulary(shape[0])
             if rows % num_ranks:
-                self._refuse(tensor, rows, num_ranks)
+                self._refuse_indivisible(tensor, rows, num_ranks)
             start, end = rank * rows // num_ranks, min((rank + 1) * rows // num_ranks, shape[0])
             return Region.narrow(shape, 0, start, end - start) if start < end else None
         assert isinstance(rule.split, QueryGroups)
@@ -178,7 +178,7 @@ class PredictedSharding:
         # There are fewer key-value heads than ranks, so several ranks have the same one.
         return _equal_part(shape, 0, rank * groups // num_ranks, groups)
 
-    def _refuse(self, tensor: HFTensor, size: int, num_ranks: int) -> NoReturn:
+    def _refuse_indivisible(self, tensor: HFTensor, size: int, num_ranks: int) -> NoReturn:
         keys, remedy = f"rollout.tensor_parallel={self.layout.tensor_parallel}", ""
         padding_note = "" if size in tensor.shape else " padded rows"
         if tensor.expert is not None:

@@ -80,7 +80,7 @@ def planned_push(config: Config, hf_config: HFConfig) -> list[SetPlan]:
     """Return the plans of the sets of a recipe's push from `parallel.processes` trainer ranks."""
     layout, push = engine_layout(config), config.push
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
-    matched_regions = _planner(config, hf_config, grid, layout)
+    matched_regions = _regions_of_recipe(config, hf_config, grid, layout)
     return plan_sets(
         matched_regions,
         fp8_bytes if push.fp8 else plain_bytes(config.rollout.dtype),
@@ -116,7 +116,7 @@ def check_pushes(config: Config, hf_config: HFConfig, world_size: int) -> None:
     layout = engine_layout(config)
     sharding = predicted_sharding(config, hf_config, layout)
     grid = TrainerGrid.from_recipe(config.parallel, world_size)
-    _planner(config, hf_config, grid, layout)  # as every trainer rank does
+    _regions_of_recipe(config, hf_config, grid, layout)  # as every trainer rank does
     sharding.check_divisible()
     if config.push.fp8:
         parallel = config.parallel
@@ -142,7 +142,7 @@ def predicted_sharding(
     return PredictedSharding(hf_config, layout, drafts=config.rollout.drafts_by_mtp)
 
 
-def _planner(
+def _regions_of_recipe(
     config: Config, hf_config: HFConfig, grid: TrainerGrid, layout: EngineLayout
 ) -> MatchedRegions:
     sharding = predicted_sharding(config, hf_config, layout)

@@ -331,7 +331,7 @@ def _assign_scatter_rounds(
     while len(links_left):
         load = np.maximum(send_counts[sender[links_left]], receive_counts[receiver[links_left]])
         busiest_first = links_left[np.lexsort((links_left, -buckets_left[links_left], -load))]
-        matched_links = _matching(
+        matched_links = _greedy_matching(
             busiest_first.tolist(), sender[busiest_first].tolist(), receiver[busiest_first].tolist()
         )
         rounds[next_bucket[matched_links]] = number
@@ -343,7 +343,7 @@ def _assign_scatter_rounds(
     return rounds
 
 
-def _matching(links: list[int], senders: list[int], receivers: list[int]) -> np.ndarray:
+def _greedy_matching(links: list[int], senders: list[int], receivers: list[int]) -> np.ndarray:
     """Return links, in order of preference, no two of which share a sender or a receiver."""
     busy_senders, busy_receivers, matched_links = set(), set(), []
     for link, sender, receiver in zip(links, senders, receivers, strict=True):

@@ -141,7 +141,7 @@ class NCCLReceiver(PayloadReceiver):
         streams.order_copies_after_current()
         receiver = self.receive_payloads(push_number)
         relay_payload = receiver.relay_payload()
-        payloads = {source: receiver.payload(source) for source in _sources(rounds)}
+        payloads = {source: receiver.payload(source) for source in _payload_sources(rounds)}
 
         def bound(transfer: RankTransfer, payload: BufferPayload) -> BucketTransfer:
             start, end = payload.bucket_range(transfer.number, transfer.count)
@@ -152,7 +152,7 @@ class NCCLReceiver(PayloadReceiver):
                 PushRound(
                     communicator,
                     None if send is None else bound(send, relay_payload),
-                    None if receive is None else bound(receive, payloads[_source(receive)]),
+                    None if receive is None else bound(receive, payloads[_payload_source(receive)]),
                 )
                 for send, receive in pairs
             ]
@@ -226,12 +226,12 @@ class NCCLReceiver(PayloadReceiver):
             ) from error
 
 
-def _sources(rounds: RankRounds) -> set[int | RelaySource]:
+def _payload_sources(rounds: RankRounds) -> set[int | RelaySource]:
     pairs = [*rounds.scatter, *rounds.relay]
-    return {_source(receive) for _, receive in pairs if receive is not None}
+    return {_payload_source(receive) for _, receive in pairs if receive is not None}
 
 
-def _source(transfer: RankTransfer) -> int | RelaySource:
+def _payload_source(transfer: RankTransfer) -> int | RelaySource:
     return transfer.source if transfer.source >= 0 else RelaySource(-1 - transfer.source)
 
 

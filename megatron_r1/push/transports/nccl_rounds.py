@@ -245,7 +245,7 @@ class Communicator:
             try:
                 if is_done():
                     return self.error is None
-                self._check()
+                self._check_transfers()
             except (NCCLError, SetFailedError, TimeoutError, DistStoreError) as error:
                 self.abort(error)
             if self.error is not None and time.monotonic() > self._aborted_at + ABORT_SECONDS:
@@ -261,7 +261,7 @@ class Communicator:
         if handle is not None:
             _abort_communicator(handle)
 
-    def _check(self) -> None:
+    def _check_transfers(self) -> None:
         """Raise the error that makes the awaited transfers impossible."""
         if self._handle is None:
             if self.error is not None:
@@ -363,15 +363,15 @@ class RoundRunner:
         enqueued_rounds: deque[tuple[PushRound, torch.Tensor, Callable[[], bool]]] = deque()
         for push_round in rounds:
             if not self._free:
-                self._end(*enqueued_rounds.popleft())
+                self._complete_round(*enqueued_rounds.popleft())
             if push_round.communicator.error is None:
                 buffers = self._free.popleft()
-                self._enqueue(push_round, buffers)
+                self._enqueue_round(push_round, buffers)
                 enqueued_rounds.append((push_round, buffers, self._streams.transfers_ended()))
         while enqueued_rounds:
-            self._end(*enqueued_rounds.popleft())
+            self._complete_round(*enqueued_rounds.popleft())
 
-    def _enqueue(self, push_round: PushRound, buffers: torch.Tensor) -> None:
+    def _enqueue_round(self, push_round: PushRound, buffers: torch.Tensor) -> None:
         sent_bucket = received_bucket = None
         if push_round.sent is not None:
             peer, payload, start, end = push_round.sent
@@ -384,7 +384,7 @@ class RoundRunner:
         stream = self._streams.order_transfers_after_copies()
         push_round.communicator.send_recv(sent_bucket, received_bucket, stream)
 
-    def _end(
+    def _complete_round(
         self, push_round: PushRound, buffers: torch.Tensor, has_ended: Callable[[], bool]
     ) -> None:
         if push_round.communicator.wait(has_ended) and push_round.received is not None:

@@ -123,7 +123,7 @@ class LinkPayload(Payload):
             dtype = dtype_of(self.table.slots[self.chunks[run.number].slot])
             rows = self._chunk_tensors[run.number][run.top : run.bottom]
             rows = rows.to(target.device, dtype).contiguous()
-            self._read(run, rows)
+            self._update_checksum(run, rows)
             values = rows.reshape(-1).view(torch.uint8)
             packed_parts.append(values[run.skipped : run.skipped + run.num_bytes])
         if end > self.weight_bytes:
@@ -131,7 +131,7 @@ class LinkPayload(Payload):
             packed_parts.append(checksums[self.checksums_between(start, end)])
         torch.cat(packed_parts, out=target)
 
-    def _read(self, run: ByteRun, rows: torch.Tensor) -> None:
+    def _update_checksum(self, run: ByteRun, rows: torch.Tensor) -> None:
         """Add to the checksum those of the rows that the bucket before did not have."""
         if self._running is None or self._running[0] != run.number:
             row_bytes = self._row_bytes[run.number]
@@ -177,8 +177,8 @@ class BufferPayload(Payload):
             end: the byte after the last.
             target: (end - start,) uint8."""
         offset = 0
-        for view in self._views(start, end):
-            _copy(target[offset : offset + view.numel()].view(view.shape), view)
+        for view in self._views_between(start, end):
+            _copy_rows(target[offset : offset + view.numel()].view(view.shape), view)
             offset += view.numel()
 
     def unpack(self, start: int, end: int, source: torch.Tensor) -> None:
@@ -189,11 +189,11 @@ class BufferPayload(Payload):
             end: the byte after the last.
             source: (end - start,) uint8."""
         offset = 0
-        for view in self._views(start, end):
-            _copy(view, source[offset : offset + view.numel()].view(view.shape))
+        for view in self._views_between(start, end):
+            _copy_rows(view, source[offset : offset + view.numel()].view(view.shape))
             offset += view.numel()
 
-    def _views(self, start: int, end: int) -> Iterator[torch.Tensor]:
+    def _views_between(self, start: int, end: int) -> Iterator[torch.Tensor]:
         """Yield the memory between two bytes of the payload, uint8 (rows, bytes of a row)."""
         for index, top, _, num_skipped, num_bytes in self.runs(start, end):
             chunk = self.chunks[index]
@@ -215,7 +215,7 @@ class BufferPayload(Payload):
             yield self.checksums.view(torch.uint8)[self.checksums_between(start, end)][None]
 
 
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+def _copy_rows(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy bytes (rows, bytes of a row) in words as large as their alignment allows."""
     if len(target) == 1:  # torch would refuse words of another size than its pitch allows
         target, source = target[0], source[0]

@@ -170,7 +170,7 @@ def check_coverage(table: SlotTable, chunks: Iterable[TensorChunk]) -> None:
     for index, slot in enumerate(table.slots):
         slot_parts = parts.get(index, [])
         size = sum(part.num_elements for part in slot_parts)
-        if size != slot.height * slot.width or _overlap(slot_parts):
+        if size != slot.height * slot.width or _chunks_overlap(slot_parts):
             problems.append(f"{slot.name} ({size} of {slot.height * slot.width} elements)")
     if problems:
         raise ValueError(
@@ -182,7 +182,7 @@ def _first_few(tensors: Sequence[str], count: int = 5) -> str:
     return ", ".join(tensors[:count]) + (", ..." if len(tensors) > count else "")
 
 
-def _overlap(parts: list[TensorChunk]) -> bool:
+def _chunks_overlap(parts: list[TensorChunk]) -> bool:
     return any(
         max(a.top, b.top) < min(a.bottom, b.bottom) and max(a.left, b.left) < min(a.right, b.right)
         for i, a in enumerate(parts)

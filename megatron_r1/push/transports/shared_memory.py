@@ -127,7 +127,7 @@ class SharedMemoryReceiver(Receiver):
             path.unlink()
         if self._file is not None:
             self._file.close()
-        self.start_thread(self._follow, progress, name="receive")
+        self.start_thread(self._follow_senders, progress, name="receive")
 
     def close(self) -> None:
         """Join the threads and remove the file of the buffers."""
@@ -136,7 +136,7 @@ class SharedMemoryReceiver(Receiver):
         if self._file is not None:
             self._file.close()
 
-    def _follow(self, progress: dict[int, np.ndarray]) -> None:
+    def _follow_senders(self, progress: dict[int, np.ndarray]) -> None:
         """Check each sender's rows as they are written."""
         senders = [_SenderProgress(*item, self.received_chunks) for item in progress.items()]
         try:
@@ -219,7 +219,7 @@ class SharedMemorySender(Sender):
         # In this order: `_SenderProgress.check` must not take the count of the last push for this.
         progress[WRITTEN_INDEX] = 0
         progress[PUSH_INDEX] = push_number
-        targets, offset = self._targets(push_number), 0
+        targets, offset = self._target_views(push_number), 0
         for index, chunk in enumerate(self.chunks):
             row_bytes = chunk.row_bytes(self.table)
 
@@ -233,7 +233,7 @@ class SharedMemorySender(Sender):
             memory_fence()
             progress[WRITTEN_INDEX] = offset = offset + chunk.num_bytes(self.table)
 
-    def _targets(self, push_number: int) -> list[torch.Tensor]:
+    def _target_views(self, push_number: int) -> list[torch.Tensor]:
         """Return the views that the chunks of this push fill."""
         index = push_number % self.table.num_buffers
         if index not in self._views:
