@@ -59,7 +59,7 @@ class CheckpointSeries:
         """
         for name in checkpoint_folders.remove_partial(self._folder):
             self._notify(f"{name} was still being written when the run ended; removed")
-        self._choose(*self._newest())
+        self._choose_checkpoint(*self._newest_usable())
         self._saving: _PendingSave | None = None
         self._completed: dict[str, float] = {}
 
@@ -85,9 +85,9 @@ class CheckpointSeries:
             if not reply["faults"]:
                 break
             damaged_checkpoints.append(DamagedCheckpoint(candidate, tuple(reply["faults"])))
-            candidate, passed_over = self._newest(bound=candidate)
+            candidate, passed_over = self._newest_usable(bound=candidate)
             damaged_checkpoints += passed_over
-        self._choose(candidate, damaged_checkpoints)
+        self._choose_checkpoint(candidate, damaged_checkpoints)
 
     async def load(self, trainer: TrainerClient, with_reference: bool) -> None:
         """Have the ranks load `latest_checkpoint`, after `verify`."""
@@ -164,10 +164,12 @@ class CheckpointSeries:
             checkpoint_folders.prune, self._folder, settings.keep, settings.keep_every
         )
 
-    def _newest(self, bound: Path | None = None) -> tuple[Path | None, list[DamagedCheckpoint]]:
+    def _newest_usable(
+        self, bound: Path | None = None
+    ) -> tuple[Path | None, list[DamagedCheckpoint]]:
         return checkpoint_folders.newest_usable(self._folder, self._settings.verify, bound)
 
-    def _choose(self, good: Path | None, damaged: list[DamagedCheckpoint]) -> None:
+    def _choose_checkpoint(self, good: Path | None, damaged: list[DamagedCheckpoint]) -> None:
         """Continue from `good` and set the newer, `damaged` ones aside.
 
         Raises:

@@ -119,13 +119,13 @@ class EngineLinks:
         These are all that are not in full sets, if an engine joined, a set lost one or sets became
         smaller (`MAX_UNATTRIBUTED_FAILURES`); otherwise none. Sets with engines that are not among
         `engines` are dropped."""
-        self._drop([s for s in self.sets if not set(s.engines) <= set(engines)])
+        self._drop_sets([s for s in self.sets if not set(s.engines) <= set(engines)])
         full_sets = [s for s in self.sets if len(s.engines) == self._max_engines]
         partial_sets = [s for s in self.sets if s not in full_sets]
         in_full_set = {engine for engine_set in full_sets for engine in engine_set.engines}
         remaining_engines = [engine for engine in engines if engine not in in_full_set]
         has_joined = sum(len(s.engines) for s in partial_sets) < len(remaining_engines)
-        num_sets = len(self._divide(remaining_engines))
+        num_sets = len(self._engines_by_set(remaining_engines))
         return remaining_engines if has_joined or len(partial_sets) != num_sets else []
 
     async def form_sets(
@@ -140,8 +140,8 @@ class EngineLinks:
             engines: running engines; their present sets are dropped.
             on_engine_lost: called with each lost engine and the error.
             resume: engines may compute afterwards."""
-        self._drop([s for s in self.sets if set(s.engines) & set(engines)])
-        groups = self._divide(engines)
+        self._drop_sets([s for s in self.sets if set(s.engines) & set(engines)])
+        groups = self._engines_by_set(engines)
         set_problems: dict[Engine, str] = {}  # why the engine's set of several could not connect
         while groups:
             sets = [self._new_set(group) for group in groups]
@@ -321,7 +321,7 @@ class EngineLinks:
         members = {member for failure in failures for member in failure.members}
         if failures[0].is_damaged:
             raise EngineError(f"{', '.join(engine.name for engine in engines)}: {error}")
-        self._drop([engine_set])
+        self._drop_sets([engine_set])
         suspects = engines if len(engines) == 1 else [engines[member] for member in members]
         at_fault = [
             engine for engine in engines if engine in suspects or engine.death_noticed.is_set()
@@ -343,7 +343,7 @@ class EngineLinks:
         is_alone = self._num_unattributed_failures >= MAX_UNATTRIBUTED_FAILURES
         return 1 if is_alone else max_engines(self.settings)
 
-    def _divide(self, engines: Sequence[Engine]) -> list[list[Engine]]:
+    def _engines_by_set(self, engines: Sequence[Engine]) -> list[list[Engine]]:
         """Return the engines of each new set."""
         sets = engine_sets(len(engines), self._max_engines) if engines else []
         return [[engines[index] for index in indices] for indices in sets]
@@ -352,7 +352,7 @@ class EngineLinks:
         self._num_sets += 1
         return EngineSet(f"{engines[0].name}.{self._num_sets}.{self.store[1]}", engines)
 
-    def _drop(self, sets: Sequence[EngineSet]) -> None:
+    def _drop_sets(self, sets: Sequence[EngineSet]) -> None:
         self._closed_sets += [engine_set.name for engine_set in sets]
         self.sets = [engine_set for engine_set in self.sets if engine_set not in sets]
 

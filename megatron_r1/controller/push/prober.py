@@ -81,7 +81,7 @@ class Prober:
         Raises:
             EngineDied: the engine gives no usable answer.
         """
-        responses = await self._answers(
+        responses = await self._engine_answers(
             engine,
             lambda prompt: engine.client.generate(prompt, n=1, max_tokens=PROBE_TOKENS, seed=0),
         )
@@ -92,7 +92,7 @@ class Prober:
             ]
         )
 
-    async def _answers(
+    async def _engine_answers(
         self, engine: Engine, ask: Callable[[Sequence[int]], Coroutine[Any, Any, T]]
     ) -> list[T]:
         """Return the engine's answer to each prompt.
@@ -123,7 +123,7 @@ class OffloadedProber(Prober):
             await self.trainer.prepare_probe(self.prompts)
 
     async def _probe_diff(self, engine: Engine) -> float:
-        logprobs = await self._answers(
+        logprobs = await self._engine_answers(
             engine, lambda prompt: engine.client.compute_logprobs(prompt, 1)
         )
         return await self.trainer.compare_probe(self.prompts, logprobs)

@@ -176,16 +176,16 @@ class RolloutCollector:
                 responses = [graded.response for graded in restored.responses]
                 tracked_group.await_grades()
             elif self.player is None:
-                responses = await self._generate(prompt, prompt_ids, sampling)
+                responses = await self._generate_group(prompt, prompt_ids, sampling)
             else:
-                results = await self._play(prompt, sampling)
+                results = await self._play_episodes(prompt, sampling)
                 responses = [result.episode.response() for result in results]
             progress.sampled_at = time.perf_counter()
             if not restored:
                 tracked_group.sampling_done(responses)
             async with _open_tasks() as tasks:
                 grading = tasks.create_task(
-                    self._grade(progress, tracked_group, responses, results)
+                    self._grade_group(progress, tracked_group, responses, results)
                 )
                 scoring = tasks.create_task(
                     self._teacher_logprobs(progress, prompt, prompt_ids, responses, results)
@@ -214,7 +214,7 @@ class RolloutCollector:
             sampling.min_p,
         )
 
-    async def _generate(
+    async def _generate_group(
         self,
         prompt: Prompt,
         token_ids: Sequence[int],
@@ -243,7 +243,9 @@ class RolloutCollector:
             truncate_at_stop(response, count, sampling.stop, decode)[0] for response in responses
         ]
 
-    async def _play(self, prompt: Prompt, sampling: RolloutSampling) -> list[EpisodeResult]:
+    async def _play_episodes(
+        self, prompt: Prompt, sampling: RolloutSampling
+    ) -> list[EpisodeResult]:
         """Play the group's episodes.
 
         Raises:
@@ -258,7 +260,7 @@ class RolloutCollector:
 
             async def answer(token_ids: Sequence[int], max_tokens: int) -> Response:
                 turn_sampling = replace(sampling, group_size=1, max_response_tokens=max_tokens)
-                return (await self._generate(prompt, token_ids, turn_sampling, affinity))[0]
+                return (await self._generate_group(prompt, token_ids, turn_sampling, affinity))[0]
 
             return answer
 
@@ -270,7 +272,7 @@ class RolloutCollector:
         self.fleet.state.require_usable()
         return [episode.result() for episode in episodes]
 
-    async def _grade(
+    async def _grade_group(
         self,
         progress: RolloutProgress,
         tracked: InFlightGroup,

@@ -26,24 +26,24 @@ class InFlightGroup:
 
     def __init__(self, tracker: InFlightGroups, prompt: Prompt) -> None:
         self._tracker, self.prompt = tracker, prompt
-        self._enter("sampling")
+        self._enter_phase("sampling")
 
     def await_grades(self) -> None:
         """Enter phase "grading" with responses that were sampled in an earlier process."""
-        self._enter("grading")
+        self._enter_phase("grading")
 
     def sampling_done(self, responses: Sequence[Response]) -> None:
         """Count the group's responses and enter phase "grading"."""
-        self._enter("grading")
+        self._enter_phase("grading")
         self._tracker.num_sampled += 1
         self._tracker.num_responses += len(responses)
         self._tracker.num_tokens += sum(len(response.token_ids) for response in responses)
 
     def await_teacher(self) -> None:
         """Enter phase "awaiting_teacher": only log-probabilities of a teacher are missing."""
-        self._enter("awaiting_teacher")
+        self._enter_phase("awaiting_teacher")
 
-    def _enter(self, phase: Phase) -> None:
+    def _enter_phase(self, phase: Phase) -> None:
         self.phase, self.since = phase, time.monotonic()
 
 

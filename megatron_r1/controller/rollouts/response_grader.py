@@ -47,9 +47,11 @@ class ResponseGrader:
         # In a thread, and one group after the other: 16 x 64K tokens take 40 ms, and of a batch
         # many groups may arrive at once.
         loop = asyncio.get_running_loop()
-        texts = await loop.run_in_executor(self._decoding, self._decode, responses)
+        texts = await loop.run_in_executor(self._decoding, self._decode_responses, responses)
         pairs = zip(responses, texts, strict=True)
-        return await asyncio.gather(*(self._grade(prompt, *pair, weights) for pair in pairs))
+        return await asyncio.gather(
+            *(self._grade_response(prompt, *pair, weights) for pair in pairs)
+        )
 
     async def grade_episodes(
         self, prompt: Prompt, results: Sequence[EpisodeResult], weights: Mapping[str, float]
@@ -87,10 +89,10 @@ class ResponseGrader:
         return _make_graded_response(response, result.text, combine(grades, weights), episode)
 
     @timeline.timed("controller/text of tokens")
-    def _decode(self, responses: Sequence[Response]) -> list[str]:
+    def _decode_responses(self, responses: Sequence[Response]) -> list[str]:
         return [self._tokenizer.decode(response.token_ids) for response in responses]
 
-    async def _grade(
+    async def _grade_response(
         self, prompt: Prompt, response: Response, text: str, weights: Mapping[str, float]
     ) -> GradedResponse:
         terms = list(dict.fromkeys((ACCURACY, "format", *weights)))

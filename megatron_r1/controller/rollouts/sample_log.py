@@ -99,7 +99,7 @@ class SampleLog:
         if not self._may_write.is_set():
             self._buffered.append((path, make))
             return
-        self._thread.submit(self._append, path, make)
+        self._thread.submit(self._append_record, path, make)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(SYNC_SECONDS, self._sync_later)
 
@@ -113,8 +113,8 @@ class SampleLog:
         await self._may_write.wait()
         # Before the batch is trained on: otherwise a later group could outlive, on disk, the policy
         # that made it.
-        await asyncio.wrap_future(self._thread.submit(self._sync))
-        await asyncio.wrap_future(self._thread.submit(self._close, path))
+        await asyncio.wrap_future(self._thread.submit(self._sync_files))
+        await asyncio.wrap_future(self._thread.submit(self._close_file, path))
         if isinstance(self._failure, OSError):
             raise RunError(
                 f"{self.folder}: samples cannot be written down ({self._failure}); make room, or "
@@ -125,22 +125,22 @@ class SampleLog:
 
     async def prune(self, last_step: float = math.inf) -> None:
         """Delete the logs up to `last_step`, to which no checkpoint goes back; default all."""
-        await asyncio.wrap_future(self._thread.submit(self._remove, last_step))
+        await asyncio.wrap_future(self._thread.submit(self._remove_steps, last_step))
 
     async def close(self) -> None:
         """Sync and end the thread. May be called more than once."""
         if self._timer is not None:
             self._timer.cancel()
         await asyncio.to_thread(self._thread.shutdown)
-        self._sync()
+        self._sync_files()
         for path in list(self._open):
-            self._close(path)
+            self._close_file(path)
 
     def _sync_later(self) -> None:
         self._timer = None
-        self._thread.submit(self._sync)
+        self._thread.submit(self._sync_files)
 
-    def _append(self, path: Path, make: Callable[[], GroupRecord | CommitRecord]) -> None:
+    def _append_record(self, path: Path, make: Callable[[], GroupRecord | CommitRecord]) -> None:
         if self._failure is not None:
             return
         try:
@@ -156,7 +156,7 @@ class SampleLog:
         except Exception as error:  # noqa: BLE001
             self._failure = error
 
-    def _sync(self) -> None:
+    def _sync_files(self) -> None:
         try:
             for descriptor in self._unsynced:
                 os.fsync(descriptor)
@@ -164,14 +164,14 @@ class SampleLog:
             self._failure = self._failure or error
         self._unsynced.clear()
 
-    def _remove(self, last_step: float) -> None:
+    def _remove_steps(self, last_step: float) -> None:
         for path in self.folder.glob("step_*.log"):
             match = _FILE_NAME.fullmatch(path.name)
             if match and int(match[1]) <= last_step:
                 path.unlink()
-                self._close(path)
+                self._close_file(path)
 
-    def _close(self, path: Path) -> None:
+    def _close_file(self, path: Path) -> None:
         if (descriptor := self._open.pop(path, None)) is not None:
             self._unsynced.discard(descriptor)
             os.close(descriptor)

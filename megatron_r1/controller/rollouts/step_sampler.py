@@ -85,7 +85,7 @@ class StepSampler:
         one_at_a_time = rl.dynamic_sampling or gpu.device() == "cpu"
         steps = first_step, self.config.run.steps
         self._stream = RolloutStream(
-            self._sample, *steps, rl.staleness, one_at_a_time=one_at_a_time
+            self._sample_step, *steps, rl.staleness, one_at_a_time=one_at_a_time
         )
 
     def ensure_started(self, step: int) -> None:
@@ -120,7 +120,7 @@ class StepSampler:
         if self._stream is not None:
             await self._stream.close()
 
-    async def _sample(self, step: int) -> SampledStep:
+    async def _sample_step(self, step: int) -> SampledStep:
         """Draw the prompts of a step and collect its rollout under the step's settings."""
         config = self.config.at(step)
         rl, rollout_config = config.rl, config.rollout
@@ -226,7 +226,9 @@ class RolloutStream(Generic[T]):
         """Start the rollouts that may begin now that the engines hold `policy_version`."""
         while self._next_step <= min(self._last_step, policy_version + 1 + self._staleness):
             step, previous_task = self._next_step, self._tasks.get(self._next_step - 1)
-            self._tasks[step] = asyncio.create_task(self._start(step, previous_task))
+            self._tasks[step] = asyncio.create_task(
+                self._sample_after_previous(step, previous_task)
+            )
             self._next_step += 1
 
     async def get(self, step: int) -> T:
@@ -252,7 +254,7 @@ class RolloutStream(Generic[T]):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _start(self, step: int, before: asyncio.Task[T] | None) -> T:
+    async def _sample_after_previous(self, step: int, before: asyncio.Task[T] | None) -> T:
         if self._one_at_a_time and before is not None:
             await asyncio.wait({before})
         return await self._sample(step)

@@ -104,8 +104,8 @@ class HealthServer(Collector):
             UserError: the port is taken.
         """
         application = web.Application()
-        application.router.add_get("/health", self._health)
-        application.router.add_get("/metrics", self._metrics)
+        application.router.add_get("/health", self._health_response)
+        application.router.add_get("/metrics", self._metrics_response)
         self._runner = web.AppRunner(application, access_log=None)
         await self._runner.setup()
         try:
@@ -127,11 +127,11 @@ class HealthServer(Collector):
         self._file.unlink(missing_ok=True)
         await self._runner.cleanup()
 
-    async def _health(self, _: web.Request) -> web.Response:
+    async def _health_response(self, _: web.Request) -> web.Response:
         facts = health(self._watchdog)
         return web.json_response(facts, status=503 if facts["status"] == "stalled" else 200)
 
-    async def _metrics(self, _: web.Request) -> web.Response:
+    async def _metrics_response(self, _: web.Request) -> web.Response:
         content_type = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
         body = prometheus_client.generate_latest(self._registry)
         return web.Response(body=body, headers=content_type)

@@ -53,7 +53,7 @@ class Supervisor:
                 await stack.enter_async_context(server)
                 self._run.recorder.view.show_message(f"health: {server.address}/health, /metrics")
             failures: list[Exception] = []
-            watch = asyncio.create_task(self._watch(block, failures))
+            watch = asyncio.create_task(self._watch_run(block, failures))
             try:
                 yield
             except (Exception, asyncio.CancelledError):  # also what fails as it is cancelled
@@ -106,7 +106,7 @@ class Supervisor:
         except EngineError as error:
             self._run.recorder.view.show_message(f"engines did not free their memory: {error}")
 
-    async def _watch(self, block: asyncio.Task[Any], failures: list[Exception]) -> None:
+    async def _watch_run(self, block: asyncio.Task[Any], failures: list[Exception]) -> None:
         """Watch until cancelled. Where the run must stop, cancels `block` and appends why."""
         watch = asyncio.current_task()
         assert watch is not None

@@ -156,7 +156,7 @@ class TrainerClient:
             UserError: the first rank that fails does so by a user's mistake.
             TrainerError: it fails for another reason.
         """
-        descriptions = await self._gather("start", self.world_size)
+        descriptions = await self._gather_replies("start", self.world_size)
         self.ranks = cast(list[RankDescription], descriptions)
 
     async def load(
@@ -172,7 +172,9 @@ class TrainerClient:
         Returns:
             `packing/waste` and `packing/fill` (`packing.Packing`), `packing/microbatches` per rank
             and update, and `packing/padding`, the share of padding tokens."""
-        packings, shares = await asyncio.to_thread(self._shares, minibatches, samples_per_unit)
+        packings, shares = await asyncio.to_thread(
+            self._packed_shares, minibatches, samples_per_unit
+        )
         load_result = (await self._call_ranks(LOAD, shares=shares))[self._last_stage_rank]
         self._packings = packings
         return {
@@ -182,7 +184,7 @@ class TrainerClient:
             **load_result,
         }
 
-    def _shares(
+    def _packed_shares(
         self, minibatches: list[list[Sample]], samples_per_unit: int
     ) -> tuple[list[Packing], list[list[Buffer]]]:
         """Return the packing of every mini-batch, and each replica's encoded share of all."""
@@ -359,7 +361,7 @@ class TrainerClient:
             raise
         # The caller may be cancelled from here on. The exchange goes on all the same: its replies
         # would otherwise be taken for those to the next call.
-        exchange = asyncio.create_task(self._exchange(operation, arguments, shares))
+        exchange = asyncio.create_task(self._exchange_messages(operation, arguments, shares))
         exchange.add_done_callback(self._end_exchange)
         return await asyncio.shield(exchange)
 
@@ -368,7 +370,7 @@ class TrainerClient:
         if not exchange.cancelled():
             exchange.exception()  # mark as retrieved, also where the caller was cancelled
 
-    async def _exchange(
+    async def _exchange_messages(
         self,
         operation: str,
         arguments: dict[str, Any] | None,
@@ -391,7 +393,7 @@ class TrainerClient:
                 self.is_usable = False
                 raise TrainerLost(self.processes.cause_of_death(rank, operation)) from None
         self.is_usable = False
-        replies = await self._gather(operation, len(self.ranks))
+        replies = await self._gather_replies(operation, len(self.ranks))
         self.is_usable = True
         return replies
 
@@ -399,7 +401,7 @@ class TrainerClient:
     def _last_stage_rank(self) -> int:
         return next(r["rank"] for r in self.ranks if r["is_last_stage"])
 
-    async def _gather(self, operation: str, count: int) -> list[dict[str, Any]]:
+    async def _gather_replies(self, operation: str, count: int) -> list[dict[str, Any]]:
         """Return the results by rank.
 
         Raises:
@@ -418,7 +420,7 @@ class TrainerClient:
                         raise TrainerLost(self.processes.cause_of_death(lost_rank, operation))
                 if reply is not None:
                     if reply.error is not None:
-                        await self._fail(reply, operation)
+                        await self._raise_rank_error(reply, operation)
                     replies[reply.rank] = reply.result or {}
                     self.pending_call.missing.discard(reply.rank)
                     self.num_replies += 1
@@ -426,7 +428,7 @@ class TrainerClient:
             self.pending_call = None
         return [replies[rank] for rank in range(count)]
 
-    async def _fail(self, reply: RankReply, operation: str) -> NoReturn:
+    async def _raise_rank_error(self, reply: RankReply, operation: str) -> NoReturn:
         """Raise the error of `reply` to a call of `operation`, or, if another rank was killed, that
         cause of the error."""
         assert reply.error is not None

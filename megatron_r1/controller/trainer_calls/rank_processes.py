@@ -74,7 +74,9 @@ class RankProcesses:
                 **import_environment(),
                 **(process_memory.trainer_allocator(os.environ) if gpu.is_usable() else {}),
             }
-            self._processes.append(_start_rank([address, settings], self._log(rank), environment))
+            self._processes.append(
+                _start_rank([address, settings], self._log_path(rank), environment)
+            )
 
     def stop(self) -> None:
         """End every rank: SIGTERM, and after five seconds SIGKILL."""
@@ -111,7 +113,7 @@ class RankProcesses:
             operation: the name of the call that it was in."""
         if rank >= len(self._processes):
             return f"trainer rank {rank} is gone"
-        code, log = None, self._log(rank)
+        code, log = None, self._log_path(rank)
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._processes[rank].wait(timeout=EXIT_SECONDS)
         ending = (
@@ -129,7 +131,7 @@ class RankProcesses:
             ending = "is gone"
         return f"trainer rank {rank} {ending}; the end of {log}:\n{last_lines(log)}"
 
-    def _log(self, rank: int) -> Path:
+    def _log_path(self, rank: int) -> Path:
         return self._log_folder / f"trainer_{rank}.log"
 
 

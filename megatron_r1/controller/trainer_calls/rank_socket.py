@@ -106,11 +106,11 @@ class RankSocket:
             Exception: the error with which the task failed.
         """
         if self._reader is None:
-            self._reader = asyncio.create_task(self._receive())
+            self._reader = asyncio.create_task(self._receive_messages())
         elif self._reader.done():
             self._reader.result()
 
-    async def _receive(self) -> None:
+    async def _receive_messages(self) -> None:
         decode_reply = msgspec.msgpack.Decoder(RankReply).decode
         decode_status = msgspec.msgpack.Decoder(RankStatus).decode
         while True:

@@ -207,7 +207,7 @@ def keep_the_drafter(module):
 
 def keep_first_settings(module):
     """A schedule is a comment: every step samples as the first."""
-    upstream = module.StepSampler._sample
+    upstream = module.StepSampler._sample_step
 
     async def sample(self, step):
         first = self.config.at(1)
@@ -217,7 +217,7 @@ def keep_first_settings(module):
         finally:
             module.Config.at = at
 
-    module.StepSampler._sample = sample
+    module.StepSampler._sample_step = sample
 
 
 def block(module):

@@ -237,7 +237,7 @@ class _PolicyTrainer(PolicyTrainer):
 
     async def load(self, minibatches: list[list[Any]]) -> dict[str, float]:
         self.num_tokens = sum(len(sample) for samples in minibatches for sample in samples)
-        call_all = self.trainer._gather
+        call_all = self.trainer._gather_replies
 
         async def gather(operation: str, count: int) -> list[dict[str, Any]]:
             replies = await call_all(operation, count)
@@ -245,11 +245,11 @@ class _PolicyTrainer(PolicyTrainer):
             self.received = {n: sum(r.get(n, 0) for r in replies) for n in names}
             return replies
 
-        self.trainer._gather = gather  # type: ignore[method-assign]
+        self.trainer._gather_replies = gather  # type: ignore[method-assign]
         try:
             return await super().load(minibatches)
         finally:
-            self.trainer._gather = call_all  # type: ignore[method-assign]
+            self.trainer._gather_replies = call_all  # type: ignore[method-assign]
             self.loaded, self.used = time.perf_counter(), _cpu_seconds()
 
 

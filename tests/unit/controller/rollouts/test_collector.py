@@ -123,7 +123,7 @@ def test_a_group_waits_for_a_teacher_only_where_there_is_one(monkeypatch, with_t
     async def compute_logprobs(prompt, token_ids, first, step):
         return array("f", [0.0])
 
-    monkeypatch.setattr(InFlightGroup, "_enter", lambda group, phase: phases.append(phase))
+    monkeypatch.setattr(InFlightGroup, "_enter_phase", lambda group, phase: phases.append(phase))
     teachers = SimpleNamespace(compute_logprobs=compute_logprobs)
     collector = RolloutCollector(Engine(), None, TEXT, RewardsConfig(), teachers)
     collector.grader = SimpleNamespace(grade=grade)
