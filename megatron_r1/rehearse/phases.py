@@ -89,25 +89,25 @@ class PhaseRunner:
             RunError: a phase fails; it names the phase, with the end of its log.
         """
         if self.verb == "sample":
-            self._sample()
+            self._rehearse_sampling()
             return self.results
         self._run_until_killed()
-        self._resume()
-        self._export()
+        self._resume_in_other_layout()
+        self._check_export()
         return self.results
 
     def _run_until_killed(self) -> None:
         title = "start, first step, checkpoint, kill -9"
-        with self._phase(title) as phase:
+        with self._running_phase(title) as phase:
             phase.wait(lambda: complete_checkpoints(self.run_folder.checkpoints))
         lines = list(self.run_folder.read_metrics())
         steps = [line["step"] for line in lines]
         saved = complete_checkpoints(self.run_folder.checkpoints)[-1].name
-        self._show(title, phase, f"{saved} is complete; steps {steps} before the kill")
+        self._add_result(title, phase, f"{saved} is complete; steps {steps} before the kill")
         if self.verb == "rl":
             self._compare_with_plan(round(lines[0]["push/links"]), lines[0]["push/bytes"])
 
-    def _resume(self) -> None:
+    def _resume_in_other_layout(self) -> None:
         parallel = layout.different_layout(self.config.parallel)
         changed = {
             f"parallel.{key}": value
@@ -121,13 +121,13 @@ class PhaseRunner:
             config = config.with_changes(rollout=fewer)
         settings = [f"--{key}={value}" for key, value in changed.items()]
         title = "resume in another layout, to the end"
-        with self._phase(title, config, settings) as phase:
+        with self._running_phase(title, config, settings) as phase:
             phase.wait_for_end()
         lines = list(self.run_folder.read_metrics())
         steps = [line["step"] for line in lines]
         if steps != list(range(1, self.config.run.steps + 1)):
             raise RunError(f"rehearse: {title}: metrics.jsonl has steps {steps}, one is missing")
-        self._show(title, phase, f"{' '.join(settings)}; steps {steps}, each once")
+        self._add_result(title, phase, f"{' '.join(settings)}; steps {steps}, each once")
         if self.verb == "rl":
             self._show_pushes(lines)
 
@@ -197,7 +197,7 @@ class PhaseRunner:
         evidence = f"responses of up to {longest} tokens, where {limits} are the most"
         self.results.append(PhaseResult("schedule", evidence, 0.0))
 
-    def _export(self) -> None:
+    def _check_export(self) -> None:
         title, start, cpu_start = "export", time.monotonic(), launch.cpu_seconds()
         self.notify(title)
         process = subprocess.run(
@@ -212,23 +212,23 @@ class PhaseRunner:
         seconds, cpu_seconds = time.monotonic() - start, launch.cpu_seconds() - cpu_start
         self.results.append(PhaseResult(title, process.stdout.strip(), seconds, cpu_seconds))
 
-    def _sample(self) -> None:
+    def _rehearse_sampling(self) -> None:
         samples = self.run_folder.samples_path
         title = "start, sampling, kill -9"
-        with self._phase(title) as phase:
+        with self._running_phase(title) as phase:
             phase.wait(lambda: samples.exists() and samples.stat().st_size)
-        self._show(title, phase, f"{_num_lines(samples)} responses before the kill")
+        self._add_result(title, phase, f"{_num_lines(samples)} responses before the kill")
         title = "the same command, to the end"
-        with self._phase(title) as phase:
+        with self._running_phase(title) as phase:
             phase.wait_for_end()
         responses = _num_lines(samples)
         file = OUTPUT_FILES.get(self.config.sample.output)
         written = self.run_folder.path / file if file else samples
         num_kept = _num_lines(written) if written.exists() else 0
-        self._show(title, phase, f"{responses} responses; {num_kept} lines in {written.name}")
+        self._add_result(title, phase, f"{responses} responses; {num_kept} lines in {written.name}")
 
     @contextlib.contextmanager
-    def _phase(
+    def _running_phase(
         self, title: str, config: Config | None = None, settings: Sequence[str] = ()
     ) -> Iterator["_Phase"]:
         """Start the command, which is killed with all its processes at the end of the block."""
@@ -247,7 +247,7 @@ class PhaseRunner:
             # Before the kill: the children of killed processes have no parent that waits for them.
             phase.cpu_seconds = launch.cpu_seconds() - cpu_start
 
-    def _show(self, title: str, phase: "_Phase", evidence: str) -> None:
+    def _add_result(self, title: str, phase: "_Phase", evidence: str) -> None:
         self.results.append(PhaseResult(title, evidence, phase.seconds, phase.cpu_seconds))
 
 
@@ -268,7 +268,7 @@ class _Phase:
         """Wait until `condition()` is true; a command that ends before has failed."""
         while not condition():
             if self.process.poll() is not None:
-                self._fail(f"the command ended with status {self.process.returncode}")
+                self._raise_run_error(f"the command ended with status {self.process.returncode}")
             self._check_time()
             time.sleep(POLL_SECONDS)
 
@@ -278,15 +278,15 @@ class _Phase:
             self._check_time()
             time.sleep(POLL_SECONDS)
         if self.process.returncode:
-            self._fail(f"the command ended with status {self.process.returncode}")
+            self._raise_run_error(f"the command ended with status {self.process.returncode}")
 
     def _check_time(self) -> None:
         if time.monotonic() - self.started_at > self.timeout_seconds:
-            self._fail(f"not done after {self.timeout_seconds:g} s")
+            self._raise_run_error(f"not done after {self.timeout_seconds:g} s")
         if self.stacks_path.exists() and self.stacks_path.stat().st_size:
-            self._fail(f"the controller does not answer; its stacks: {self.stacks_path}")
+            self._raise_run_error(f"the controller does not answer; its stacks: {self.stacks_path}")
 
-    def _fail(self, reason: str) -> None:
+    def _raise_run_error(self, reason: str) -> None:
         cause = "\n".join(find_errors(self.log)) or f"{self.log} ends:\n{last_lines(self.log)}"
         raise RunError(f"rehearse: {self.title}: {reason}\n{cause}")
 

@@ -112,9 +112,9 @@ class ClockServer:
     def __init__(self, backlog: int) -> None:
         self._socket = socket.create_server(("", 0), backlog=backlog)
         self.port = self._socket.getsockname()[1]
-        threading.Thread(target=self._serve, name="clock", daemon=True).start()
+        threading.Thread(target=self._serve_clock, name="clock", daemon=True).start()
 
-    def _serve(self) -> None:
+    def _serve_clock(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = self._socket.accept()

@@ -66,7 +66,7 @@ class RankProgress:
         self._started_at = time.monotonic()
         self._factor = 1.0
         self._end_event, self._beats = threading.Event(), 0
-        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+        self._thread = threading.Thread(target=self._watch_ranks, name="progress", daemon=True)
 
     def start(self) -> None:
         """Watch from now on."""
@@ -78,7 +78,7 @@ class RankProgress:
         Args:
             name: the step.
             times_limit: the multiple of the usual limit that this step may take."""
-        self._finish()
+        self._record_step_seconds()
         self._number, self._name, self._factor = self._number + 1, name, times_limit
         self._started_at = time.monotonic()
         self.store.set(f"step/{self._rank}", f"{self._number}\t{self._host}\t{name}")
@@ -91,7 +91,7 @@ class RankProgress:
 
     def close(self) -> None:
         """End the watch."""
-        self._finish()
+        self._record_step_seconds()
         self._end_event.set()
         self._thread.join()
 
@@ -102,7 +102,7 @@ class RankProgress:
         before = {rank: _stored_text(store, f"alive/{rank}") for rank in ranks}
         for _ in range(4):
             time.sleep(POLL_SECONDS)
-            self._beat(store)
+            self._send_heartbeat(store)
         silent = [rank for rank in ranks if _stored_text(store, f"alive/{rank}") == before[rank]]
         steps = {rank: _stored_text(store, f"step/{rank}") for rank in ranks}
         numbers = {rank: int(step.split("\t")[0]) if step else 0 for rank, step in steps.items()}
@@ -119,19 +119,19 @@ class RankProgress:
         remedy = f"The others wait in {waiting!r}. Replace that host, or look at it"
         return f"{listing}{remainder}. {remedy}"
 
-    def _finish(self) -> None:
+    def _record_step_seconds(self) -> None:
         if self._name:
             self.seconds[self._name] = round(time.monotonic() - self._started_at, 3)
 
-    def _beat(self, store: Store) -> None:
+    def _send_heartbeat(self, store: Store) -> None:
         self._beats += 1
         store.set(f"alive/{self._rank}", str(self._beats))
 
-    def _watch(self) -> None:
+    def _watch_ranks(self) -> None:
         try:
             store = self._connect()
             while not self._end_event.wait(POLL_SECONDS):
-                self._beat(store)
+                self._send_heartbeat(store)
                 if store.check([FAILURE_KEY]):
                     return self._end("")
                 late_seconds = self._limit * self._factor + STAGGER_SECONDS * min(
