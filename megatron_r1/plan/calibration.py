@@ -114,24 +114,24 @@ class RunCalibration:
                 cause=Cause.EMPTY,
             )
         self.lines = lines[1:] or lines
-        self._lengths()
-        self._solve("compute_efficiency", "time/train", "scoring", "training", "critic")
+        self._set_lengths()
+        self._fit_assumption("compute_efficiency", "time/train", "scoring", "training", "critic")
         self.reasons["link_efficiency"] = "time/train is computation and communication together"
         if job.generates:
-            self._drafts()
-            self._rollout()
+            self._set_draft_acceptance()
+            self._fit_rollout()
         if has_push(job):
-            self._solve("push_efficiency", "time/push", "push")
+            self._fit_assumption("push_efficiency", "time/push", "push")
 
-    def _median(self, key: str) -> float | None:
+    def _run_median(self, key: str) -> float | None:
         values = [value for line in self.lines if (value := finite_metric(line, key)) is not None]
         return median(values) if values else None
 
-    def _lengths(self) -> None:
+    def _set_lengths(self) -> None:
         """Set the job's lengths to the run's: tokens of a sample from how full the micro-batches
         were (packing/fill), of a response from its own metric."""
-        job, mean = self.job, self._median("response_length/mean")
-        fill, count = self._median("packing/fill"), self._median("packing/microbatches")
+        job, mean = self.job, self._run_median("response_length/mean")
+        fill, count = self._run_median("packing/fill"), self._run_median("packing/microbatches")
         sample = None
         if fill and count:
             limit = job.parallel.microbatch_tokens
@@ -144,7 +144,7 @@ class RunCalibration:
                 / job.num_responses
             )
         if mean and job.generates:
-            response, longest = max(1, round(mean)), self._median("response_length/max") or mean
+            response, longest = max(1, round(mean)), self._run_median("response_length/max") or mean
             self.values["response_fraction"] = min(1.0, mean / job.max_response_tokens)
             changes = {"max_response_tokens": max(response, round(longest))}
             config = job.config.with_changes(rollout=changes)
@@ -161,45 +161,45 @@ class RunCalibration:
     def _changed_job(self, **values: Any) -> PlannedJob:
         return replace(self.job, assumptions=replace(self.job.assumptions, **values))
 
-    def _seconds(self, parts: tuple[str, ...], **values: float) -> float | None:
+    def _planned_seconds(self, parts: tuple[str, ...], **values: float) -> float | None:
         """Return the sum of the planned seconds of `parts` with these values."""
         section = time_section(JobEstimate(self._changed_job(**values)).times)
         part_seconds = [section[name].value for name in parts if name in section]
         return None if not part_seconds or None in part_seconds else sum(filter(None, part_seconds))
 
-    def _drafts(self) -> None:
+    def _set_draft_acceptance(self) -> None:
         """Set the acceptance with which a pass gives as many tokens as it did."""
         if not drafts_with_mtp(self.job):
             self.reasons["draft_acceptance"] = "no MTP layer drafts"
             return
-        if not (length := self._median("speculative/length")) or length <= 1:
+        if not (length := self._run_median("speculative/length")) or length <= 1:
             self.reasons["draft_acceptance"] = "the metrics have no right drafts"
             return
         acceptance = draft_acceptance(length, self.job.config.rollout.speculative.tokens)
         self.values["draft_acceptance"] = acceptance
         self.job = self._changed_job(draft_acceptance=acceptance)
 
-    def _rollout(self) -> None:
+    def _fit_rollout(self) -> None:
         """One number of seconds determines one of two: engines of one GPU have no exchanges."""
         has_exchanges = self.job.engine_gpus > 1
         names = "decode_latency_per_layer", "bandwidth_efficiency"
         fitted_name, other_name = names if has_exchanges else names[::-1]
-        self._solve(fitted_name, "time/rollout", "rollout")
+        self._fit_assumption(fitted_name, "time/rollout", "rollout")
         self.reasons[other_name] = (
             f"time/rollout was used for {fitted_name}"
             if has_exchanges
             else "engines have one GPU each"
         )
 
-    def _solve(self, name: str, key: str, *parts: str) -> None:
+    def _fit_assumption(self, name: str, key: str, *parts: str) -> None:
         """Set `name` to the value with which `parts` of the plan take the median of `key`."""
-        measured_seconds = self._median(key)
+        measured_seconds = self._run_median(key)
         if not measured_seconds:
             self.reasons[name] = f"the metrics have no {key}"
             return
         low, high = EFFICIENCY_LIMITS
         seconds_at_low, seconds_at_high = (
-            self._seconds(parts, **{name: value}) for value in EFFICIENCY_LIMITS
+            self._planned_seconds(parts, **{name: value}) for value in EFFICIENCY_LIMITS
         )
         if seconds_at_low is None or seconds_at_high is None:
             self.reasons[name] = "the run does not fit on this hardware as planned"
@@ -214,7 +214,7 @@ class RunCalibration:
         is_falling = seconds_at_low > seconds_at_high
         for _ in range(BISECTIONS):
             middle = math.sqrt(low * high)
-            too_long = (self._seconds(parts, **{name: middle}) or 0.0) > measured_seconds
+            too_long = (self._planned_seconds(parts, **{name: middle}) or 0.0) > measured_seconds
             low, high = (middle, high) if too_long == is_falling else (low, middle)
         self.values[name] = low
         self.job = self._changed_job(**{name: low})

@@ -46,12 +46,12 @@ class RankCounts:
         if key not in self._counts_by_key:
             layer_of_kind = {self.job.is_sparse_layer[layer]: layer for layer in chunk.layers}
             shards = {kind: replace(self._shard, layers=(layer_of_kind[kind],)) for kind in kinds}
-            layers = (self._counted(kind, shards[kind]) * n for kind, n in kinds.items())
-            counts = self._counted((*ends.values(),), replace(self._shard, **ends))
+            layers = (self._shard_counts(kind, shards[kind]) * n for kind, n in kinds.items())
+            counts = self._shard_counts((*ends.values(),), replace(self._shard, **ends))
             self._counts_by_key[key] = counts + sum(layers, ParameterCounts())
         return self._counts_by_key[key]
 
-    def _counted(self, key: Hashable, shard: Shard) -> ParameterCounts:
+    def _shard_counts(self, key: Hashable, shard: Shard) -> ParameterCounts:
         if key not in self._counts_by_key:
             job, adapters = self.job, self.job.adapters
             trained_entries = None if adapters is None else layout_from_table(adapters, shard)

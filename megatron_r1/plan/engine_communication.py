@@ -73,7 +73,7 @@ class EngineInterconnect:
         """Return the nodes that hold so many ranks."""
         return -(-ranks // self.hardware.gpus_per_node)
 
-    def _rate(self, ranks: int) -> float:
+    def _ring_rate(self, ranks: int) -> float:
         """Return bytes per second around a ring: over nodes, through all adapters of a node."""
         hardware = self.hardware
         is_one_node = self.nodes(ranks) == 1
@@ -85,7 +85,7 @@ class EngineInterconnect:
         if ranks == 1:
             return 0.0
         nodes = self.nodes(ranks)
-        nvlink_hops, rate = min(ranks, self.hardware.gpus_per_node) - 1, self._rate(ranks)
+        nvlink_hops, rate = min(ranks, self.hardware.gpus_per_node) - 1, self._ring_rate(ranks)
         return min(
             protocol.start_seconds
             + 2
@@ -102,7 +102,7 @@ class EngineInterconnect:
         reduce-scatter of as many takes the same."""
         if ranks == 1:
             return 0.0
-        network_hops, rate = self.nodes(ranks) - 1, self._rate(ranks)
+        network_hops, rate = self.nodes(ranks) - 1, self._ring_rate(ranks)
         nvlink_hops = ranks - 1 - network_hops
         return min(
             protocol.start_seconds

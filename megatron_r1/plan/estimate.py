@@ -89,7 +89,7 @@ class JobEstimate:
         if job.trains:
             title = f"memory of pipeline rank {self.peak_rank.rank}, the fullest"
             sections[title] = memory_section(job, self.peak_rank)
-            sections["host memory of a node"] = self._host()
+            sections["host memory of a node"] = self._host_memory()
             if disk := offload_disk(job):
                 sections["local disk of a node"] = disk
         if job.generates:
@@ -102,13 +102,13 @@ class JobEstimate:
         if job.trains and job.generates:
             sections["samples of a rollout"] = samples_section(job)
             push = push_section(job) | moved_experts_section(job)
-            sections["push"] = {name: self._ranged(name, part) for name, part in push.items()}
+            sections["push"] = {name: self._with_range(name, part) for name, part in push.items()}
         if job.trains:
             traffic = communication_section(job, self.peak_rank.rank)
             sections["sent by a rank per optimizer step"] = traffic
             if choice := exchange_choice(job, estimate_step):
                 sections["exchange with experts, hidden or not"] = {
-                    name: self._ranged("optimizer step", part) if part.unit == "s" else part
+                    name: self._with_range("optimizer step", part) if part.unit == "s" else part
                     for name, part in choice.items()
                 }
         sections["operations"] = flops_section(job)
@@ -120,7 +120,7 @@ class JobEstimate:
         sections["assumed"] = assumed_section(job)
         return sections
 
-    def _ranged(self, name: str, quantity: Quantity) -> Quantity:
+    def _with_range(self, name: str, quantity: Quantity) -> Quantity:
         """Return a quantity with the range of the part of a step that it belongs to."""
         return with_range(self.times, name, quantity)
 
@@ -128,9 +128,16 @@ class JobEstimate:
         """Return one sentence per limit that is exceeded: the number, the limit and the remedy."""
         problems, job = [], self.job
         if job.trains:
-            problems = [self._gpu(), self._host_problem(self._host(), job.world_size)]
+            problems = [
+                self._gpu_problem(),
+                self._host_problem(self._host_memory(), job.world_size),
+            ]
             problems += [self._host_problem(self._engines_host(), job.rollout_gpus)]
-        problems += [self._engine_fraction(), self._cache(), self._push()] if job.generates else []
+        problems += (
+            [self._engine_fraction(), self._cache_problem(), self._push_problem()]
+            if job.generates
+            else []
+        )
         return [text for text in problems if text]
 
     def notes(self) -> list[str]:
@@ -148,7 +155,7 @@ class JobEstimate:
             f"rollout.request_timeout_seconds={limit:g} would end it: raise that"
         ]
 
-    def _gpu(self) -> str | None:
+    def _gpu_problem(self) -> str | None:
         rank, memory = self.peak_rank, self.job.hardware.memory
         if rank.peak_bytes <= memory:
             return None
@@ -175,16 +182,16 @@ class JobEstimate:
             "optimizer": "raise parallel.optimizer_offload, or use more GPUs",
             RECEIVE_BUFFER: SMALLER_RECEIVE_BUFFER,
             DEEPEP_BUFFERS: FEWER_BUFFERED_TOKENS,
-            "reference": f"keep it away from the fullest rank: {self._split()}",
+            "reference": f"keep it away from the fullest rank: {self._split_remedy()}",
             "reserved": "use GPUs with more memory",
-        }.get(kind, self._split())
+        }.get(kind, self._split_remedy())
 
-    def _split(self) -> str:
+    def _split_remedy(self) -> str:
         """Return the remedy that leaves a rank fewer parameters."""
         experts = "parallel.expert, .pipeline" if self.job.has_experts else "parallel.pipeline"
         return f"raise {experts} or .tensor"
 
-    def _host(self) -> QuantityTable:
+    def _host_memory(self) -> QuantityTable:
         """Return the host memory of the fullest node; ranks of one pipeline stage share a node."""
         job = self.job
         fullest_rank = max(self.ranks, key=lambda rank: sum(rank.host.values()))
@@ -229,7 +236,9 @@ class JobEstimate:
             "optimizer": "lower parallel.optimizer_offload, or ",
             "critic's optimizer": "lower parallel.optimizer_offload, or ",
         }.get(largest_kind, "")
-        remedy = SMALLER_RECEIVE_BUFFER if largest_kind == RECEIVE_BUFFER else fix + self._split()
+        remedy = (
+            SMALLER_RECEIVE_BUFFER if largest_kind == RECEIVE_BUFFER else fix + self._split_remedy()
+        )
         return (
             f"a host needs {_byte_text(required_bytes)} of {_byte_text(memory)}, "
             f"{parts[largest_kind]} of it {largest_kind}: {remedy}"
@@ -256,7 +265,7 @@ class JobEstimate:
             f"{math.floor(100 * free_fraction) / 100}"
         )
 
-    def _cache(self) -> str | None:
+    def _cache_problem(self) -> str | None:
         engines, job = self.engines, self.job
         required_bytes = engines.token_bytes * job.max_sample_tokens
         if engines.cache_bytes >= required_bytes:
@@ -279,7 +288,7 @@ class JobEstimate:
             f"{self._more_room()}"
         )
 
-    def _push(self) -> str | None:
+    def _push_problem(self) -> str | None:
         """Return the problem of a push that arrives in the place of the KV cache, or None."""
         engines, memory = self.engines, self.job.hardware.memory
         required_bytes, cache_bytes = reused_kv_cache_bytes(self.job), max(0, engines.cache_bytes)
@@ -314,7 +323,10 @@ class JobEstimate:
         if self.engines.receive_buffer_bytes:
             remedies.append("set push.transport to gloo, which receives on the host")
         if self.engines.trainer_bytes:
-            remedies += [self._split(), "give the engines GPUs of their own (--rollout-gpus)"]
+            remedies += [
+                self._split_remedy(),
+                "give the engines GPUs of their own (--rollout-gpus)",
+            ]
         elif self.engines.cache_bytes > 0:
             remedies.append("lower rollout.max_response_tokens")
         return ", or ".join(remedies)

@@ -58,7 +58,9 @@ class RolloutTime:
         cached_tokens = engines.cached_tokens
         read_bytes = self._weights_read(sequences) + sequences * cached_tokens * engines.token_bytes
         flops = (
-            sequences * decode_flops(job.hf_config, cached_tokens, self._speedup) / engines.tensor
+            sequences
+            * decode_flops(job.hf_config, cached_tokens, self._matmul_speedup)
+            / engines.tensor
         )
         flops *= (1 + engines.num_draft_tokens) * passes / layers
         latency = assumptions.pass_seconds + self.exchange_seconds(sequences)
@@ -73,7 +75,7 @@ class RolloutTime:
         return seconds / self.tokens_per_pass
 
     @property
-    def _speedup(self) -> float:
+    def _matmul_speedup(self) -> float:
         """Rate of the products with weights over bf16's."""
         return self.job.assumptions.fp8_speedup if pushes_fp8(self.job) else 1.0
 
@@ -173,7 +175,7 @@ class RolloutTime:
         """Seconds in which a group computes the prompts of its sequences."""
         job, prompt = self.job, self.job.assumptions.prompt_tokens
         compute = job.hardware.bf16 * job.assumptions.compute_efficiency * self.engines.tensor
-        flops = prompt * forward_flops(job.hf_config, prompt, self._speedup)
+        flops = prompt * forward_flops(job.hf_config, prompt, self._matmul_speedup)
         return self.engines.sequences * flops / compute
 
     @property

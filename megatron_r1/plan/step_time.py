@@ -45,12 +45,12 @@ class StepTime:
         """Return seconds of one mean micro-batch's matrix products on a pipeline rank."""
         job = self.job
         counts = zip(self._layer_flops, job.num_layers_of_kinds(rank), strict=True)
-        flops = sum(operations * count for operations, count in counts) * self._passes(
+        flops = sum(operations * count for operations, count in counts) * self._forward_passes(
             with_backward
         )
         if any(chunk.head for chunk in job.stages[rank]):
             flops += head_flops(job.hf_config) * (3 if with_backward else 1)
-        return self._seconds(flops)
+        return self._seconds_of_flops(flops)
 
     def exposed_communication_seconds(self, rank: int, with_backward: bool) -> float:
         """Return seconds of one micro-batch's communication that computation does not hide."""
@@ -65,7 +65,9 @@ class StepTime:
             attention = attention_flops(self.job.hf_config, self.sample_tokens) * sum(
                 self.job.num_layers_of_kinds(rank)
             )
-            attention_seconds = self._seconds(attention * self._passes(with_backward))
+            attention_seconds = self._seconds_of_flops(
+                attention * self._forward_passes(with_backward)
+            )
             seconds["context"] = max(0.0, seconds["context"] - attention_seconds)
         if "expert" in seconds and with_backward:
             seconds["expert"] = self.expert_exchange_seconds(rank)
@@ -79,15 +81,19 @@ class StepTime:
         seconds = group.seconds(self.job, group.microbatch_bytes)
         if not self.job.parallel.overlap_expert_exchange or not sparse:
             return seconds
-        experts = expert_flops(self.job, self.job.is_sparse_layer.index(True)) / self._speedup
+        experts = (
+            expert_flops(self.job, self.job.is_sparse_layer.index(True)) / self._matmul_speedup
+        )
         parts = (self._layer_flops[1] - experts, experts)
         transfer_seconds = group.seconds(self.job, group.forward_bytes) / (2 * sparse)
-        paired_seconds = sparse * exposed_seconds(transfer_seconds, *map(self._seconds, parts))
+        paired_seconds = sparse * exposed_seconds(
+            transfer_seconds, *map(self._seconds_of_flops, parts)
+        )
         unpaired = unpaired_fraction(self.job, rank)
         return unpaired * seconds + (1 - unpaired) * paired_seconds
 
     @property
-    def _speedup(self) -> float:
+    def _matmul_speedup(self) -> float:
         """How many times as fast as bf16's the products of layers are."""
         job = self.job
         return 1.0 if job.config.fp8.recipe == "none" else job.assumptions.fp8_speedup
@@ -99,18 +105,18 @@ class StepTime:
         job = self.job
         layer_of_kind = {sparse: layer for layer, sparse in enumerate(job.is_sparse_layer)}
         dense, sparse = (
-            layer_flops(job, layer_of_kind[kind], self.sample_tokens, self._speedup)
+            layer_flops(job, layer_of_kind[kind], self.sample_tokens, self._matmul_speedup)
             if kind in layer_of_kind
             else 0.0
             for kind in (False, True)
         )
         return dense, sparse
 
-    def _passes(self, with_backward: bool) -> int:
+    def _forward_passes(self, with_backward: bool) -> int:
         """Return a layer's work in forward passes."""
         return 3 + (self.job.parallel.recompute == "full") if with_backward else 1
 
-    def _seconds(self, flops: float) -> float:
+    def _seconds_of_flops(self, flops: float) -> float:
         """Return seconds of `flops` per token for a rank's share of a mean micro-batch."""
         job = self.job
         fraction = job.rank_tokens / job.parallel.tensor
