@@ -80,7 +80,7 @@ def _token_logprobs(logits: Any, targets: Any, inplace: bool = False) -> Any:
     return r1_kernels.token_logprobs(_AsComputed.apply(logits), targets, inplace_backward=inplace)
 
 
-def _rows(
+def _with_baselines(
     call: Callable[..., Results],
     ours: Callable[..., Any],
     eager: Callable[..., Any],
@@ -114,10 +114,10 @@ def _on_kept_ids(call: Callable[..., Results], ours: Callable[..., Any]) -> Impl
     )
 
 
-_ON_HIDDEN = _rows(
+_ON_HIDDEN = _with_baselines(
     calls.on_hidden, r1_kernels.linear_token_logprobs, eager.eager_linear_token_logprobs
 )
-_ON_LOGITS = _rows(calls.on_logits, _token_logprobs, eager.eager_token_logprobs)
+_ON_LOGITS = _with_baselines(calls.on_logits, _token_logprobs, eager.eager_token_logprobs)
 _IN_PLACE = Implementation(
     OURS, calls.on_logits, lambda: partial(_token_logprobs, inplace=True), overwrites=True
 )
@@ -129,7 +129,9 @@ _FUNCTIONS = (
         "policy loss from hidden states, forward and backward",
         HiddenInputs,
         (
-            *_rows(calls.linear_policy_loss, _linear_policy_loss, eager.eager_linear_policy_loss),
+            *_with_baselines(
+                calls.linear_policy_loss, _linear_policy_loss, eager.eager_linear_policy_loss
+            ),
             _on_kept_ids(calls.linear_policy_loss, _linear_policy_loss),
             peers.LIGER_LINEAR_GRPO,
             *(
@@ -194,20 +196,22 @@ _FUNCTIONS = (
         "policy_loss",
         "policy loss from log-probabilities, forward and backward",
         PolicyInputs,
-        _rows(calls.policy_loss, _policy_loss, eager.eager_policy_loss, "no ratio, clip or KL out"),
+        _with_baselines(
+            calls.policy_loss, _policy_loss, eager.eager_policy_loss, "no ratio, clip or KL out"
+        ),
         gradients=True,
     ),
     KernelCase(
         "quantize_blockwise",
         "a matrix to fp8 with a scale for each 128 x 128 block (DeepGEMM's definition)",
         MatrixInputs,
-        _rows(calls.quantize, r1_kernels.quantize_blockwise, eager.eager_quantize),
+        _with_baselines(calls.quantize, r1_kernels.quantize_blockwise, eager.eager_quantize),
     ),
     KernelCase(
         "dequantize_blockwise",
         "and back",
         MatrixInputs,
-        _rows(calls.dequantize, r1_kernels.dequantize_blockwise, eager.eager_dequantize),
+        _with_baselines(calls.dequantize, r1_kernels.dequantize_blockwise, eager.eager_dequantize),
     ),
 )
 
@@ -220,7 +224,10 @@ def alone(kernel: Kernel) -> KernelCase:
     )
     inputs = partial(ExampleInputs, kernel)
     return KernelCase(
-        kernel.name, kernel.computes, inputs, _rows(calls.primitive, own_function, eager_function)
+        kernel.name,
+        kernel.computes,
+        inputs,
+        _with_baselines(calls.primitive, own_function, eager_function),
     )
 
 

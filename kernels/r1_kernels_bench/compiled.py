@@ -125,15 +125,15 @@ def traffic(ttir: str) -> Traffic:
             continue
         indent = line[: -len(line.lstrip(" "))]
         end = next(i for i in range(number, len(lines)) if lines[i].startswith(indent + "}"))
-        loaded_bytes, stored_bytes = _moved(lines[number:end])
+        loaded_bytes, stored_bytes = _moved_bytes(lines[number:end])
         if loaded_bytes:
             step = re.search(r"step %c(\d+)_i(?:32|64)", line)
             assert step, f"a loop whose step is no constant: {line}"
             return Traffic(int(step[1]), loaded_bytes, stored_bytes)
-    return Traffic(None, *_moved(lines))
+    return Traffic(None, *_moved_bytes(lines))
 
 
-def _moved(lines: list[str]) -> tuple[int, int]:
+def _moved_bytes(lines: list[str]) -> tuple[int, int]:
     num_bytes = {"load": 0, "store": 0}
     for line in lines:
         if access := ACCESS.search(line):
@@ -144,7 +144,7 @@ def _moved(lines: list[str]) -> tuple[int, int]:
 
 def resources(kernel: Any) -> dict[str, int]:
     """Return registers, spilled bytes and shared bytes of a kernel compiled by Triton."""
-    usage = _cuobjdump(kernel, "-res-usage")
+    usage = _cuobjdump_output(kernel, "-res-usage")
     sizes = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "registers": sizes["REG"],
@@ -161,7 +161,7 @@ def main_loop(kernel: Any, kernel_traffic: Traffic, elements: float) -> dict[str
         kernel_traffic: the bytes that it moves.
         elements: the elements of one thread; with a loop, in one iteration of the source's loop."""
     body = _innermost_loop(
-        _instructions(_cuobjdump(kernel, "-sass")), kernel_traffic.elements is not None
+        _sass_instructions(_cuobjdump_output(kernel, "-sass")), kernel_traffic.elements is not None
     )
     loads = [i.num_bytes for i in body if i.is_a("LDG")]
     stores = [i.num_bytes for i in body if i.is_a("STG")]
@@ -178,7 +178,7 @@ def main_loop(kernel: Any, kernel_traffic: Traffic, elements: float) -> dict[str
     }
 
 
-def _cuobjdump(kernel: Any, option: str) -> str:
+def _cuobjdump_output(kernel: Any, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -186,7 +186,7 @@ def _cuobjdump(kernel: Any, option: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _instructions(sass: str) -> list[Instruction]:
+def _sass_instructions(sass: str) -> list[Instruction]:
     """Return the instructions without padding."""
     instructions = [
         Instruction(int(a, 16), name, operands) for a, name, operands in INSTRUCTION.findall(sass)

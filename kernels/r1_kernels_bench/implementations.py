@@ -158,15 +158,15 @@ def describe_error(error: BaseException) -> str:
 VOCAB_CHUNK = 32_768  # what TRL's trainers pass
 
 
-def _imported(name: str) -> Callable[[], Any]:
+def _peer_loader(name: str) -> Callable[[], Any]:
     """Return a loader of `module:name`: a peer is imported when it is measured, if at all."""
     return partial(resolve_name, name)
 
 
-LIGER_CROSS_ENTROPY = _imported("liger_kernel.ops:LigerFusedLinearCrossEntropyFunction.apply")
+LIGER_CROSS_ENTROPY = _peer_loader("liger_kernel.ops:LigerFusedLinearCrossEntropyFunction.apply")
 
 
-def _cce(**overrides: None) -> Callable[..., Any]:
+def _load_cce(**overrides: None) -> Callable[..., Any]:
     from cut_cross_entropy import linear_cross_entropy
 
     options = {"reduction": "none", "impl": "cce", **overrides}
@@ -175,16 +175,19 @@ def _cce(**overrides: None) -> Callable[..., Any]:
 
 # Per-token losses without logits in memory. Its default leaves out blocks of small gradients.
 CCE = Implementation(
-    "cut-cross-entropy", on_hidden, _cce, "drops small gradients; no entropy", gpu_only=True
+    "cut-cross-entropy", on_hidden, _load_cce, "drops small gradients; no entropy", gpu_only=True
 )
 CCE_EXACT = replace(
-    CCE, name="cut-cross-entropy, exact", load=partial(_cce, filter_eps=None), computes="no entropy"
+    CCE,
+    name="cut-cross-entropy, exact",
+    load=partial(_load_cce, filter_eps=None),
+    computes="no entropy",
 )
 # Without gradients there are none to drop.
 CCE_FORWARD = replace(CCE_EXACT, name=CCE.name)
 
 
-def _megatron() -> Callable[..., Any]:
+def _load_megatron() -> Callable[..., Any]:
     """The vocabulary-parallel cross entropy that Megatron-Core fuses, on a group of one."""
     import torch.distributed as dist
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
@@ -205,7 +208,7 @@ def _megatron() -> Callable[..., Any]:
 
 # It exponentiates fp32 logits in place.
 MEGATRON = Implementation(
-    "Megatron-Core fused", on_logits, _megatron, "no entropy", overwrites=True
+    "Megatron-Core fused", on_logits, _load_megatron, "no entropy", overwrites=True
 )
 
 
@@ -223,7 +226,7 @@ TRL_CHUNKED = Implementation("TRL chunked", on_hidden, _trl_chunked)
 TRL_LOGITS = Implementation(
     "TRL log_softmax_and_entropy",
     on_logits,
-    _imported("trl.kernels.logprob_entropy:selective_log_softmax_and_entropy"),
+    _peer_loader("trl.kernels.logprob_entropy:selective_log_softmax_and_entropy"),
     gpu_only=True,
 )
 
@@ -321,14 +324,14 @@ LIGER_LINEAR_GRPO = Implementation(
 LIGER_SELECTIVE = Implementation(
     "Liger selective_log_softmax",
     _selective_log_softmax,
-    _imported("liger_kernel.ops.grpo_loss:fused_selective_log_softmax"),
+    _peer_loader("liger_kernel.ops.grpo_loss:fused_selective_log_softmax"),
     "no entropy",
     gpu_only=True,
 )
 LIGER_TRITON_GRPO = Implementation(
     "Liger triton_grpo_loss",
     _triton_grpo,
-    _imported("liger_kernel.transformers.grpo_loss:triton_grpo_loss"),
+    _peer_loader("liger_kernel.transformers.grpo_loss:triton_grpo_loss"),
     "the policy loss too; no entropy, no log-probs out",
     gpu_only=True,
     overwrites=True,

@@ -194,10 +194,12 @@ class HiddenInputs(Inputs):
         self.hidden = hidden.to(sizes.torch_dtype).requires_grad_()
         self.weight = weight.to(sizes.torch_dtype).requires_grad_()
         del hidden, weight
-        self._solve(sizes, targets, random_options)
+        self._compute_reference(sizes, targets, random_options)
 
     @torch.no_grad()
-    def _solve(self, sizes: ProblemSizes, targets: Tensor, random: dict[str, Any]) -> None:
+    def _compute_reference(
+        self, sizes: ProblemSizes, targets: Tensor, random: dict[str, Any]
+    ) -> None:
         hidden, weight, device = self.hidden, self.weight, self.hidden.device
         exact_weight = weight.double()
 

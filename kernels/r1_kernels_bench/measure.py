@@ -39,7 +39,7 @@ class CPUMeter:
         started_at = time.perf_counter()
         results = call()  # kept, as its memory counts
         seconds = time.perf_counter() - started_at
-        peak = None if bytes_before is None else _status("VmHWM")
+        peak = None if bytes_before is None else _status_bytes("VmHWM")
         del results
         return CallCost(
             seconds, None if bytes_before is None or peak is None else max(0, peak - bytes_before)
@@ -54,7 +54,7 @@ class CPUMeter:
             Path("/proc/self/clear_refs").write_text("5")
         except OSError:  # not Linux, or a container that forbids it
             return None
-        return _status("VmRSS")
+        return _status_bytes("VmRSS")
 
 
 class CUDAMeter:
@@ -88,7 +88,7 @@ class CUDAMeter:
         torch.cuda.empty_cache()
 
 
-def _status(field: str) -> int | None:
+def _status_bytes(field: str) -> int | None:
     match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     return int(match[1]) * 1024 if match else None
 

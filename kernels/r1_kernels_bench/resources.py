@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 for launch in compiled.compile_launches(kernel, example, arch):
                     entry = measure(example, launch, arch)
                     entries[f"{name}, sm_{arch}"] = entry
-                    print(_line(name, arch, entry), flush=True)
+                    print(_table_line(name, arch, entry), flush=True)
     print(LEGEND)
     missing_kernels = compiled.kernels() - {entry["kernel"] for entry in entries.values()}
     if missing_kernels and len(kernels) == len(KERNELS):
@@ -154,7 +154,7 @@ def measure(example: Any, launch: Any, arch: int) -> dict[str, Any]:
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in entry.items()}
 
 
-def _line(name: str, arch: int, e: dict[str, Any]) -> str:
+def _table_line(name: str, arch: int, e: dict[str, Any]) -> str:
     limits = e.get("elements_per_second", {}).values()
     return (
         f"{name:52} {arch:5} {e['registers']:4} {e['spilled_bytes']:5} {e['shared_bytes']:6} "

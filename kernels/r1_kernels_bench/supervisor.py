@@ -56,7 +56,7 @@ def worker_results(
             yield from ((case, {"failed": TOO_LATE}) for case in task["cases"])
             return
         activity, reason = "", ""
-        for message in _messages(task, silence, worker):
+        for message in _worker_messages(task, silence, worker):
             if "result" in message:
                 yield message["case"], message["result"]
                 task["cases"] = task["cases"][1:]
@@ -75,7 +75,7 @@ def worker_results(
                 task["skip"][case][activity] = reason
 
 
-def _messages(
+def _worker_messages(
     task: dict[str, Any], silence: float, command: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield the worker's messages, then {"ended": why} unless it ended with success."""
@@ -175,17 +175,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     if options.sweep:
-        return _swept(options)
+        return _sweep_results(options)
     from r1_kernels_bench import table
     from r1_kernels_bench.cases import BY_NAME
 
     on_gpu = torch.cuda.is_available()
     try:
-        size = _sizes(options, on_gpu)
-        names = _names(options.only, list(BY_NAME))
+        size = _problem_sizes(options, on_gpu)
+        names = _selected_kernels(options.only, list(BY_NAME))
     except ValueError as error:
         sys.exit(str(error))
-    environment = _environment(on_gpu)
+    environment = _machine_description(on_gpu)
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     print(f"{environment['device']}, {environment['date']}\n{size}\n{versions}")
     print(LEGEND if on_gpu else LEGEND + CPU_NOTE)
@@ -200,8 +200,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "deadline": time.time() + 60 * options.minutes,
     }
     cases = []
-    for name, result in worker_results(task, _progress):
-        _progress("")
+    for name, result in worker_results(task, _show_progress):
+        _show_progress("")
         cases.append(table.summarize(name, BY_NAME[name].about, result))
         print("\n" + "\n".join(table.lines(cases[-1])), flush=True)
     if options.plot:
@@ -209,18 +209,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {**environment, "sizes": task["sizes"], "repeats": task["repeats"], "cases": cases}
 
 
-def _swept(options: argparse.Namespace) -> dict[str, Any]:
+def _sweep_results(options: argparse.Namespace) -> dict[str, Any]:
     """Return the machine and the entries of `sweep.run`, or exit where no sweep is possible."""
     from r1_kernels_bench import sweep
 
     if refusal_reason := sweep.refusal(options):
         sys.exit(refusal_reason)
-    environment = _environment(on_gpu=True)
+    environment = _machine_description(on_gpu=True)
     print(f"{environment['device']}, {environment['date']}; {sweep.SUMMARY}")
     return {**environment, "sweep": sweep.run(options)}
 
 
-def _sizes(options: argparse.Namespace, on_gpu: bool) -> inputs.ProblemSizes:
+def _problem_sizes(options: argparse.Namespace, on_gpu: bool) -> inputs.ProblemSizes:
     preset = options.preset or ("full" if on_gpu else "cpu")
     names = [field.name for field in dataclasses.fields(inputs.ProblemSizes)]
     overrides = {
@@ -229,7 +229,7 @@ def _sizes(options: argparse.Namespace, on_gpu: bool) -> inputs.ProblemSizes:
     return dataclasses.replace(inputs.PRESETS[preset], **overrides)
 
 
-def _names(only: list[str] | None, kernel_names: list[str]) -> list[str]:
+def _selected_kernels(only: list[str] | None, kernel_names: list[str]) -> list[str]:
     """Return the selected kernels; `linear_token_logprobs` selects both of its tables."""
     selection = [
         name for name in kernel_names if not only or {name, name.split("+")[0]} & set(only)
@@ -244,7 +244,7 @@ def _names(only: list[str] | None, kernel_names: list[str]) -> list[str]:
     return selection
 
 
-def _environment(on_gpu: bool) -> dict[str, Any]:
+def _machine_description(on_gpu: bool) -> dict[str, Any]:
     import torch
 
     if on_gpu:
@@ -260,7 +260,7 @@ def _environment(on_gpu: bool) -> dict[str, Any]:
     }
 
 
-def _progress(doing: str) -> None:
+def _show_progress(doing: str) -> None:
     """Show what is being measured on one terminal line that the next call overwrites."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{doing}")

@@ -73,10 +73,10 @@ class Choices(NamedTuple):
     @property
     def present_values(self) -> dict[str, int]:
         """The present values."""
-        constants = self._constants()
+        constants = self._swept_constants()
         return {name: constants[name] for name in self.values}
 
-    def _constants(self) -> dict[str, Any]:
+    def _swept_constants(self) -> dict[str, Any]:
         if not self.table:
             return vars(self.module)
         constants = getattr(self.module, self.table[0])
@@ -86,7 +86,7 @@ class Choices(NamedTuple):
     def apply(self, values: Values) -> Iterator[None]:
         """Launch with these values within the block."""
         new_values: dict[str, Any] = dict(values)
-        table_patch = mock.patch.dict(self._constants(), values) if self.table else None
+        table_patch = mock.patch.dict(self._swept_constants(), values) if self.table else None
         with table_patch or mock.patch.multiple(self.module, **new_values):
             yield
 
@@ -223,7 +223,9 @@ def measure(
         if example is None:
             break
         if example.name in choices.launches:
-            for row, seconds in zip(rows, _timed(choices, example, meter, repeats), strict=True):
+            for row, seconds in zip(
+                rows, _candidate_seconds(choices, example, meter, repeats), strict=True
+            ):
                 row["seconds"][example.name] = seconds
         del example
         meter.settle()
@@ -238,7 +240,9 @@ def measure(
     }
 
 
-def _timed(choices: Choices, example: ExampleLaunch, meter: Any, repeats: int) -> list[float]:
+def _candidate_seconds(
+    choices: Choices, example: ExampleLaunch, meter: Any, repeats: int
+) -> list[float]:
     """Return each candidate's median seconds; a round times each once, after one of warm-up."""
     call = getattr(load_primitives("triton"), choices.kernel)
     times: list[list[float]] = [[] for _ in choices.candidates]
@@ -276,12 +280,13 @@ def lines(entry: Mapping[str, Any]) -> list[str]:
     for row in entry["rows"]:
         mark = " *" if row["values"] == entry["in_use"] else ""
         cells = "".join(f" {row['seconds'][name] * 1e6:30.1f}" for name in timed_names)
-        table.append(f"  {_words(row['values']) + mark:34}{cells}")
+        table.append(f"  {_values_text(row['values']) + mark:34}{cells}")
     table.append(
-        f"  best: {_words(entry['best'])}, {entry['best_time']:.2f} of the time of those in use (*)"
+        f"  best: {_values_text(entry['best'])}, {entry['best_time']:.2f} of the time of those in "
+        "use (*)"
     )
     return table
 
 
-def _words(values: Values) -> str:
+def _values_text(values: Values) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -24,14 +24,14 @@ def summarize(name: str, about: str, result: dict[str, Any]) -> dict[str, Any]:
     own_row: dict[str, Any] = next((row for row in rows if row["name"] == OURS), {})
     min_seconds = bound["needed"] / bound["rate"] if bound else None
     for row in rows:
-        row["time_ratio"] = _ratio(row["median_seconds"], own_row["median_seconds"])
-        row["memory_ratio"] = _ratio(row["extra_bytes"], own_row["extra_bytes"])
-        row["share_of_bound"] = _ratio(min_seconds, row["median_seconds"])
+        row["time_ratio"] = _ratio_to_base(row["median_seconds"], own_row["median_seconds"])
+        row["memory_ratio"] = _ratio_to_base(row["extra_bytes"], own_row["extra_bytes"])
+        row["share_of_bound"] = _ratio_to_base(min_seconds, row["median_seconds"])
     failure = result.get("failed", "")
     return {"kernel": name, "about": about, "failed": failure, "bound": bound, "rows": rows}
 
 
-def _ratio(value: float | None, base: float | None) -> float | None:
+def _ratio_to_base(value: float | None, base: float | None) -> float | None:
     return value / base if value is not None and base else None
 
 
@@ -47,19 +47,19 @@ def lines(case: dict[str, Any]) -> list[str]:
     width = max(len(row["name"]) for row in rows)
     columns = [" " * width, "time", "x ours", "extra memory", "x ours", "of bound"]
     columns += [f"err {name}" for name in errors] + ["computes"]
-    cells = [_cells(row, errors) for row in run_rows]
+    cells = [_row_cells(row, errors) for row in run_rows]
     reasons = [f"  {r['name']:{width}}  not run: {r['not_run']}" for r in rows if r["not_run"]]
     return [*head, *(align([columns, *cells]) if cells else []), *reasons]
 
 
-def _cells(row: dict[str, Any], errors: list[str]) -> list[str]:
+def _row_cells(row: dict[str, Any], errors: list[str]) -> list[str]:
     fraction = row["share_of_bound"]
     return [
         row["name"],
         duration(row["median_seconds"]),
-        _times(row["time_ratio"]),
+        _ratio_text(row["time_ratio"]),
         "-" if row["extra_bytes"] is None else quantity(row["extra_bytes"], "B"),
-        _times(row["memory_ratio"]),
+        _ratio_text(row["memory_ratio"]),
         "-" if fraction is None else f"{fraction:.0%}" if fraction >= 0.1 else f"{fraction:.1%}",
         *(f"{row['errors'][name]:.1e}" if name in row["errors"] else "-" for name in errors),
         row["computes"],
@@ -77,7 +77,7 @@ def align(rows: list[list[str]]) -> list[str]:
     return lines
 
 
-def _times(ratio: float | None) -> str:
+def _ratio_text(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
@@ -122,10 +122,10 @@ def draw(cases: list[dict[str, Any]], title: str, path: Path) -> None:
     for (case, rows), (left, right) in zip(case_rows, panels, strict=True):
         names = [row["name"] for row in rows]
         seconds = [row["median_seconds"] for row in rows]
-        _bars(left, names, seconds, [duration(value) for value in seconds])
+        _draw_bars(left, names, seconds, [duration(value) for value in seconds])
         memory = [row["extra_bytes"] for row in rows]
         labels = ["not measured" if m is None else quantity(m, "B") for m in memory]
-        _bars(right, names, [max(m or 0, SMALLEST_BYTES) for m in memory], labels)
+        _draw_bars(right, names, [max(m or 0, SMALLEST_BYTES) for m in memory], labels)
         left.set_title(f"{case['kernel']}: time (log scale)", fontsize=9, loc="left")
         right.set_title("peak extra memory (log scale)", fontsize=9, loc="left")
         right.set_yticklabels([])
@@ -133,7 +133,7 @@ def draw(cases: list[dict[str, Any]], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _bars(axes: Any, names: list[str], values: list[float], labels: list[str]) -> None:
+def _draw_bars(axes: Any, names: list[str], values: list[float], labels: list[str]) -> None:
     colors = [OURS_COLOR if name.startswith(OURS) else PEER_COLOR for name in names]
     bars = axes.barh(range(len(names)), values, color=colors, height=0.75)
     axes.bar_label(bars, labels, padding=3, fontsize=8)

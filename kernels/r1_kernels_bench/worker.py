@@ -80,8 +80,8 @@ class Calls:
             row["errors"] = self.inputs.errors(call())
             self.working[implementation.name] = call
 
-        self._attempt(first_call, implementation, row)
-        self._restore(implementation, row, settle=True)
+        self._attempt_call(first_call, implementation, row)
+        self._restore_inputs(implementation, row, settle=True)
 
     def time_once(self, implementation: Implementation, row: dict[str, Any]) -> None:
         """Add the seconds and the extra memory of one call to the row."""
@@ -92,10 +92,10 @@ class Calls:
             if extra_bytes is not None:
                 row["extra_bytes"] = max(row["extra_bytes"] or 0, extra_bytes)
 
-        self._attempt(timed_call, implementation, row)
-        self._restore(implementation, row, settle=implementation.name not in self.working)
+        self._attempt_call(timed_call, implementation, row)
+        self._restore_inputs(implementation, row, settle=implementation.name not in self.working)
 
-    def _attempt(
+    def _attempt_call(
         self, step: Callable[[], None], implementation: Implementation, row: dict[str, Any]
     ) -> None:
         self.report(doing=implementation.name)
@@ -106,7 +106,9 @@ class Calls:
             if not row["seconds"]:
                 row["not_run"] = describe_error(error)
 
-    def _restore(self, implementation: Implementation, row: dict[str, Any], settle: bool) -> None:
+    def _restore_inputs(
+        self, implementation: Implementation, row: dict[str, Any], settle: bool
+    ) -> None:
         """Restore what the call overwrote, and free its memory if `settle`. This is not done in the
         handler of its exception, which holds the failed call's tensors."""
         try:

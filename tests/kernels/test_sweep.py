@@ -116,7 +116,8 @@ def code(kernel, stages):
         return run(self, *arguments, num_stages=stages, **options)
     with mock.patch.object(JITFunction, "run", staged):
         launch = compiled.compile_launches(kernel, example, 90)[0].kernel
-    return [each[1:] for each in compiled._instructions(compiled._cuobjdump(launch, "-sass"))]
+    sass = compiled._cuobjdump_output(launch, "-sass")
+    return [each[1:] for each in compiled._sass_instructions(sass)]
 for kernel in KERNELS:
     example = next(launches(kernel, ExampleSizes(), "meta"))
     assert code(kernel, 1) == code(kernel, 4), kernel.name
