@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from r1_grading.remote import read_settings
-from r1_grading.remote.judge import SAFETY, PairVotes, Judge, JudgeSettings
+from r1_grading.remote.judge import SAFETY, Judge, JudgeSettings, PairVotes
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.sample import SERVED_JUDGE, SampleConfig
@@ -39,7 +39,7 @@ class ResponseJudge(ABC):
         Raises:
             Ungradable: the judge cannot decide on these responses."""
         key = ("compare", self._identity, question, first, second)
-        return PairVotes(*await self._cache.get(key, lambda: self._comparison_counts(*key[2:])))
+        return PairVotes(*await self._cache.get(key, lambda: self._vote_counts(*key[2:])))
 
     async def safety(self, question: str, response: str) -> float:
         """Return the share of votes for safe, in [0, 1].
@@ -57,7 +57,7 @@ class ResponseJudge(ABC):
         """Close its connections."""
 
     @abstractmethod
-    async def _comparison_counts(self, question: str, first: str, second: str) -> list[int]:
+    async def _vote_counts(self, question: str, first: str, second: str) -> list[int]:
         """Return the counts of `PairVotes`: wins, losses, ties."""
 
     @abstractmethod
@@ -77,7 +77,7 @@ class FunctionJudge(ResponseJudge):
         super().__init__((function.identity, num_votes), cache)
         self._function, self._num_votes = function, num_votes
 
-    async def _comparison_counts(self, question: str, first: str, second: str) -> list[int]:
+    async def _vote_counts(self, question: str, first: str, second: str) -> list[int]:
         orders = [(first, second), (second, first)] * (self._num_votes // 2)
         votes = await asyncio.gather(*(self._call_function(question, *order) for order in orders))
         for_first = [1 - vote if i % 2 else vote for i, vote in enumerate(votes)]
@@ -124,7 +124,7 @@ class ServedJudge(ResponseJudge):
         """Close the connections to the judge."""
         await self._judge.close()
 
-    async def _comparison_counts(self, question: str, first: str, second: str) -> list[int]:
+    async def _vote_counts(self, question: str, first: str, second: str) -> list[int]:
         compared = await self._judge.compare(question, first, second)
         return [compared.wins, compared.losses, compared.ties]
 
