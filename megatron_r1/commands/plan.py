@@ -217,7 +217,7 @@ def as_json(
                 "pipeline_rank": rank.rank,
                 "parameters": rank.counts.parameters,
                 "training": rank.training,
-                "scoring": rank.scoring,
+                "logprobs": rank.logprobs,
                 "host": rank.host,
             }
             for rank in estimate.ranks

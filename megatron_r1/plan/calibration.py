@@ -115,7 +115,7 @@ class RunCalibration:
             )
         self.lines = lines[1:] or lines
         self._set_lengths()
-        self._fit_assumption("compute_efficiency", "time/train", "scoring", "training", "critic")
+        self._fit_assumption("compute_efficiency", "time/train", "logprobs", "training", "critic")
         self.reasons["link_efficiency"] = "time/train is computation and communication together"
         if job.generates:
             self._set_draft_acceptance()

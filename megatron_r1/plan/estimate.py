@@ -160,7 +160,7 @@ class JobEstimate:
         if rank.peak_bytes <= memory:
             return None
         is_training = sum(rank.training.values()) == rank.peak_bytes
-        parts = rank.training if is_training else rank.scoring
+        parts = rank.training if is_training else rank.logprobs
         kinds = parts if parts["reserved"] >= memory else parts.keys() - {"reserved"}
         largest_kind = max(kinds, key=parts.__getitem__)
         return (

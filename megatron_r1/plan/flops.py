@@ -79,12 +79,12 @@ def head_flops(hf_config: HFConfig) -> float:
 
 
 def flops_section(job: PlannedJob) -> QuantityTable:
-    """Return the floating-point operations of an optimizer step and of scoring a rollout."""
+    """Return the floating-point operations of an optimizer step and of a rollout's logprobs."""
     section = _training_flops(job) if job.trains else {}
     if job.critic:
         critic = _training_flops(job.critic)
         section["critic's optimizer step"] = critic["optimizer step"]
-        section["values of a rollout"] = critic["scoring a rollout"]
+        section["values of a rollout"] = critic["logprobs of a rollout"]
     return section | (_rollout_flops(job) if job.generates else {})
 
 
@@ -112,7 +112,7 @@ def _training_flops(job: PlannedJob) -> QuantityTable:
             passes, passes_text = 2, "2 forward passes (policy, reference)"
         formula = f"{passes_text} over {job.num_responses:,} samples"
         flops = passes * forward * job.num_responses * length
-        section["scoring a rollout"] = Quantity(flops, "FLOP", formula)
+        section["logprobs of a rollout"] = Quantity(flops, "FLOP", formula)
     return section
 
 

@@ -33,7 +33,7 @@ class RankMemory:
     """Its parameters by kind"""
     training: dict[str, int]
     """Bytes on the GPU by kind while it trains"""
-    scoring: dict[str, int]
+    logprobs: dict[str, int]
     """Bytes on the GPU by kind while it computes log-probabilities alone"""
     host: dict[str, int]
     """Bytes on its host by kind"""
@@ -48,8 +48,8 @@ class RankMemory:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes of the larger of training and scoring."""
-        return max(sum(self.training.values()), sum(self.scoring.values()))
+        """Bytes of the larger of training and the pass of log-probabilities."""
+        return max(sum(self.training.values()), sum(self.logprobs.values()))
 
 
 PERSISTENT_KINDS = ("parameters", "gradients", "optimizer")
@@ -104,26 +104,26 @@ def _rank_memory(
     persistent_kinds = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
     ends = {"loss head": head_bytes, "reserved": round(job.assumptions.reserved)}
     training = {**persistent_kinds, "activations": kept_bytes, "layer in work": layer_bytes, **ends}
-    scoring_reference = reference_size if job.computes_ref_logprobs else 0
-    scoring = {
+    logprobs_reference = reference_size if job.computes_ref_logprobs else 0
+    logprobs = {
         **persistent_kinds,
-        "reference": scoring_reference,
+        "reference": logprobs_reference,
         "layer in work": forward_bytes,
         **ends,
     }
     if buffer := 0 if job.rollout_gpus else receive_buffer_bytes(job, "GPU"):
-        training[RECEIVE_BUFFER] = scoring[RECEIVE_BUFFER] = buffer
+        training[RECEIVE_BUFFER] = logprobs[RECEIVE_BUFFER] = buffer
     if buffers := 0 if job.rollout_gpus else deepep_buffer_bytes(job):
-        training[DEEPEP_BUFFERS] = scoring[DEEPEP_BUFFERS] = buffers
+        training[DEEPEP_BUFFERS] = logprobs[DEEPEP_BUFFERS] = buffers
     if parallel.reference_offload == "device":
-        training["reference"] = scoring["reference"] = host.pop("reference")
+        training["reference"] = logprobs["reference"] = host.pop("reference")
     if job.verb != "rl":
-        scoring = {}
+        logprobs = {}
     freed_bytes = 0
-    if job.config.rollout.colocated and scoring:  # until the first update
-        freed_bytes = scoring.pop("gradients")
+    if job.config.rollout.colocated and logprobs:  # until the first update
+        freed_bytes = logprobs.pop("gradients")
     return RankMemory(
-        rank, counts, training, scoring, host, freed_bytes + offloaded_bytes(job, counts)
+        rank, counts, training, logprobs, host, freed_bytes + offloaded_bytes(job, counts)
     )
 
 
@@ -142,9 +142,9 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: ParameterCounts
         )
     freed_bytes = persistent["gradients"] if critic.config.rollout.colocated else 0
     training = {**memory.training, CRITIC: num_bytes}
-    scoring = {**memory.scoring, CRITIC: num_bytes - freed_bytes}
+    logprobs = {**memory.logprobs, CRITIC: num_bytes - freed_bytes}
     freed_bytes += memory.freed_bytes + offloaded_bytes(critic, counts)
-    return replace(memory, training=training, scoring=scoring, host=host, freed_bytes=freed_bytes)
+    return replace(memory, training=training, logprobs=logprobs, host=host, freed_bytes=freed_bytes)
 
 
 def _activation_bytes(
@@ -248,9 +248,9 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> QuantityTable:
         kind: byte_quantity(num_bytes, formulas[kind]) for kind, num_bytes in rank.training.items()
     }
     section["peak, training"] = byte_quantity(sum(rank.training.values()), "sum of the above")
-    if rank.scoring:
-        section["peak, scoring"] = byte_quantity(
-            sum(rank.scoring.values()),
+    if rank.logprobs:
+        section["peak, logprobs"] = byte_quantity(
+            sum(rank.logprobs.values()),
             f"persistent state{', without gradients' if rank.freed_bytes else ''}, the reference "
             "beside the policy, one layer's forward pass",
         )

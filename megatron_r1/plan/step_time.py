@@ -193,7 +193,7 @@ class StepTime:
         )
         return pipeline_seconds + gradient_seconds * self.job.assumptions.gradients_exposed
 
-    def scoring_seconds(self) -> float:
+    def logprobs_seconds(self) -> float:
         """Seconds of a step's passes without gradients."""
         job = self.job
         count = job.num_microbatches * job.num_minibatches
@@ -217,8 +217,8 @@ class StepTime:
             return float(not TRANSPORTS[self.job.config.push.transport].is_single_host)
         if name == STALLS:
             return 1.0
-        if name in ("scoring", "training", "optimizer step", "critic"):
-            backward = name != "scoring"
+        if name in ("logprobs", "training", "optimizer step", "critic"):
+            backward = name != "logprobs"
             seconds = self.exposed_communication_seconds(self.busiest_rank, backward)
             seconds += self.pipeline_stall_seconds(backward)
             return seconds / self.microbatch_seconds(self.busiest_rank, backward)

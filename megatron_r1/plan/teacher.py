@@ -25,7 +25,7 @@ def check_teachers(config: Config) -> None:
 
 
 def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> QuantityTable:
-    """Return memory and scoring time on a teacher's own GPUs, if its model type is supported.
+    """Return memory and logprobs' seconds on a teacher's own GPUs, if its model type is supported.
 
     Args:
         job: the planned run.
@@ -42,7 +42,7 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
     total, tokens = ModelCounts(hf_config).num_total, job.num_responses * job.sample_tokens
     flops = forward_flops(hf_config, job.sample_tokens)
     seconds = tokens * flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)
-    scoring = (
+    formula = (
         f"{tokens:,} tokens x {flops:.2e} FLOP on {format_count(gpus, 'GPU')}; while the students' "
         "other answers are sampled" + ("; if all questions were its" if has_others else "")
     )
@@ -56,7 +56,7 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
             f"2 x {key}.max_num_batched_tokens={teacher.max_num_batched_tokens} x "
             f"{hf_config['vocab_size']} x {LOGITS_BYTES} B, whole on each GPU",
         ),
-        "scoring a rollout": Quantity(seconds, "s", scoring).with_spread(
+        "logprobs of a rollout": Quantity(seconds, "s", formula).with_spread(
             job.assumptions.time_spread
         ),
     }

@@ -14,7 +14,7 @@ from megatron_r1.plan.step_time import STALLS, StepTime
 
 MEASUREMENTS = {
     "rollout": "seconds of a decoding pass",
-    "scoring": "seconds of a micro-batch",
+    "logprobs": "seconds of a micro-batch",
     "training": "seconds of a micro-batch",
     "critic": "seconds of a micro-batch",
     "push": "seconds between phases",
@@ -46,7 +46,7 @@ def narrowing_number(job: PlannedJob, name: str) -> str | None:
     if name == OFFLOAD:
         to_disk = job.config.parallel.offload_between_phases == "disk"
         return "local_disk" if to_disk else "host_link"
-    if name in ("scoring", "training", "optimizer step", "critic"):
+    if name in ("logprobs", "training", "optimizer step", "critic"):
         return "compute_efficiency"
     engine_number = "decode_latency_per_layer" if job.engine_gpus > 1 else "bandwidth_efficiency"
     numbers = {

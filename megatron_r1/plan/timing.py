@@ -1,4 +1,4 @@
-"""The seconds of one step by part, each with its range: rollout, scoring, optimizer steps, push,
+"""The seconds of one step by part, each with its range: rollout, logprobs, optimizer steps, push,
 and what lies between them.
 
 Between them engines load pushed weights, sleep and wake, or the trainer saves a checkpoint."""
@@ -44,12 +44,12 @@ def time_section(times: StepTime) -> QuantityTable:
         section["rollout"] = Quantity(seconds, "s", rollout_formula)
     section |= routing_replay_time(job)
     if job.verb == "rl":
-        section["scoring"] = Quantity(times.scoring_seconds(), "s", _scoring_formula(times))
+        section["logprobs"] = Quantity(times.logprobs_seconds(), "s", _logprobs_formula(times))
     if job.trains:
         section |= _training_section(times)
     if job.critic:
         critic = StepTime(job.critic, times.engines)
-        seconds = critic.scoring_seconds() + critic.optimizer_step_seconds() * job.num_minibatches
+        seconds = critic.logprobs_seconds() + critic.optimizer_step_seconds() * job.num_minibatches
         section["critic"] = Quantity(seconds, "s", "one forward pass for values, and its training")
     if job.verb == "rl":
         section |= offload_time(job, times.push_seconds())
@@ -87,7 +87,7 @@ def time_section(times: StepTime) -> QuantityTable:
 TIME_PARTS = (
     "rollout",
     ROUTED_EXPERTS,
-    "scoring",
+    "logprobs",
     "training",
     "critic",
     OFFLOAD,
@@ -137,7 +137,7 @@ def _step_seconds(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
     return Quantity(value, "s", formula, low, high)
 
 
-def _scoring_formula(times: StepTime) -> str:
+def _logprobs_formula(times: StepTime) -> str:
     """Return the passes that score a rollout, and the host's waits in them."""
     job, rank = times.job, times.busiest_rank
     passes, waits = "a forward pass of the policy", times.host_wait_seconds(rank, False)

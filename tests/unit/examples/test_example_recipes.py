@@ -75,7 +75,7 @@ def test_every_recipe_can_be_planned_and_fits(recipe, tmp_path):
     assert ("push" in plan["sections"]) == (verb == "rl")
     time = plan["sections"]["time"]
     assert ("rollout" in time) == (verb in ("rl", "sample")) and time["step"]["value"] > 0
-    assert ("scoring" in time) == (verb == "rl") == any(rank["scoring"] for rank in plan["ranks"])
+    assert ("logprobs" in time) == (verb == "rl") == any(rank["logprobs"] for rank in plan["ranks"])
 
 
 @pytest.mark.parametrize(

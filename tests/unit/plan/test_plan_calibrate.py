@@ -114,7 +114,7 @@ def a_run(folder: Path, tmp_path: Path, truth: dict, gpus: str) -> None:
         "packing/microbatches": 1.0,
         "packing/fill": samples * 80 / int(gpus) / parallel["tokens_per_microbatch"],
         "time/rollout": seconds["rollout"],
-        "time/train": seconds["scoring"] + seconds["training"],
+        "time/train": seconds["logprobs"] + seconds["training"],
         "time/push": seconds["push"],
     }
     warmup = {key: value * 3 for key, value in step.items()}

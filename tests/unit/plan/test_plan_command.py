@@ -178,7 +178,7 @@ def test_each_of_several_teachers_is_planned(tmp_path):
     first = sections["engine memory of a teacher's GPU"]
     second = sections["engine memory of a teacher's GPU, teacher.by_source.code"]
     assert (
-        "on 6 GPUs" in second["scoring a rollout"]["formula"]
+        "on 6 GPUs" in second["logprobs of a rollout"]["formula"]
         and "/ 2 GPUs" in (second["weights"]["formula"])
     )
     assert first != second

@@ -99,7 +99,7 @@ def test_deepep_s_buffers_are_the_engine_s_and_stay_while_it_sleeps(vllm, copies
     assert estimate.engines.buffers["DeepEP's buffers"] == buffers
     assert plain.engines.cache_bytes - estimate.engines.cache_bytes == buffers
     for rank, without in zip(estimate.ranks, plain.ranks, strict=True):
-        assert rank.training["DeepEP's buffers"] == rank.scoring["DeepEP's buffers"] == buffers
+        assert rank.training["DeepEP's buffers"] == rank.logprobs["DeepEP's buffers"] == buffers
         assert rank.peak_bytes - without.peak_bytes == buffers
     assert estimate.problems() == []
     # They are of the share that the engines' setting names, and not the trainer's.

@@ -71,7 +71,7 @@ def test_the_overlap_hides_time_and_takes_the_memory_of_a_second_layer():
     assert times[0].expert_exchange_seconds(rank) == sent.seconds(without, sent.microbatch_bytes)
     assert 0 < times[1].expert_exchange_seconds(rank) < times[0].expert_exchange_seconds(rank)
     assert times[1].optimizer_step_seconds() < times[0].optimizer_step_seconds()
-    assert times[1].scoring_seconds() == times[0].scoring_seconds(), (
+    assert times[1].logprobs_seconds() == times[0].logprobs_seconds(), (
         "there is no other pass to hide behind"
     )
     for plain, more in zip(rank_memory(without), rank_memory(hidden), strict=True):

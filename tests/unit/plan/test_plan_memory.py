@@ -28,7 +28,7 @@ def test_gradients_are_the_engines_memory_while_these_compute(colocated):
     rank = max(estimate.ranks, key=lambda rank: rank.resident_bytes)
     kinds = ["parameters", "optimizer"] + ["gradients"] * (not colocated)
     assert estimate.engines.trainer_bytes == sum(rank.training[kind] for kind in kinds)
-    assert ("gradients" in rank.scoring) != colocated and "gradients" in rank.training
+    assert ("gradients" in rank.logprobs) != colocated and "gradients" in rank.training
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_the_engines_may_take_what_is_away():
 
 def test_training_and_scoring_need_as_much_as_without():
     for here, away in zip(estimate("none").ranks, estimate("host").ranks, strict=True):
-        assert away.training == here.training and away.scoring == here.scoring
+        assert away.training == here.training and away.logprobs == here.logprobs
 
 
 @pytest.mark.more

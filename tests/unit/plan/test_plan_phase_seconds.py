@@ -72,12 +72,12 @@ def test_a_rank_waits_for_the_bytes_of_every_hop_of_the_pipeline():
 
 
 def seconds_of(job):
-    """Seconds of a micro-batch's update, of an optimizer step's and of a rollout's scoring, and the
-    layers of experts of the busiest rank."""
+    """Seconds of a micro-batch's update, of an optimizer step's and of a rollout's logprobs, and
+    the layers of experts of the busiest rank."""
     times = StepTime(job, EngineMemory(job))
     rank = times.busiest_rank
     sparse = sum(n >= 3 for chunk in job.stages[rank] for n in chunk.layers)
-    return times.microbatch_seconds(rank, True), times.scoring_seconds(), sparse
+    return times.microbatch_seconds(rank, True), times.logprobs_seconds(), sparse
 
 
 def test_the_host_waits_once_in_a_layer_whose_counts_it_does_not_know():
@@ -97,7 +97,7 @@ def test_the_host_waits_once_in_a_layer_whose_counts_it_does_not_know():
     )
     assert own_alone - alone == pytest.approx(of_a_pass)
     assert score == pytest.approx(2 * alone + of_a_pass)
-    assert "the host waits 0.2 s" in time_section(JobEstimate(jobs[0]).times)["scoring"].formula
+    assert "the host waits 0.2 s" in time_section(JobEstimate(jobs[0]).times)["logprobs"].formula
     update = time_section(JobEstimate(jobs[1]).times)["optimizer step"].formula
     assert "0.0008 s waits of the host" in update
 
@@ -124,6 +124,6 @@ def test_deepep_s_dispatch_and_plain_megatron_wait_for_counts_they_could_know():
 
 def test_a_step_is_the_sum_of_its_parts():
     section = time_section(JobEstimate(planned()).times)
-    names = ("rollout", "routed experts", "scoring", "training")
+    names = ("rollout", "routed experts", "logprobs", "training")
     names += ("push", "load", "sleep and wake", "saves")
     assert section["step"].number == pytest.approx(sum(section[n].number for n in names))

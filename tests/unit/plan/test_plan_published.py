@@ -166,7 +166,7 @@ SHORT = ("--rollout.max_response_tokens", "2048")
 
 
 def trainer_seconds(times):
-    return sum(times[name] for name in ("routed experts", "scoring", "training", "saves"))
+    return sum(times[name] for name in ("routed experts", "logprobs", "training", "saves"))
 
 
 @pytest.mark.parametrize(

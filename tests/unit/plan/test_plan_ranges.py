@@ -143,7 +143,7 @@ def test_with_rollouts_ahead_each_end_is_that_of_the_longest_of_three():
     job = calibrated(planned(**alone, rl__staleness=1), {"decode_latency_per_layer"})
     section = times(job)
     stop = [section["push"], section["load"]]
-    trainer = [section[name] for name in ("scoring", "training", "saves")]
+    trainer = [section[name] for name in ("logprobs", "training", "saves")]
     trained = sum(part.high for part in (*trainer, section[ROUTED_EXPERTS]))
     either = (section["rollout"].number + trained) / 2
     assert either > trained

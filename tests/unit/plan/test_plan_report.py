@@ -78,6 +78,6 @@ def test_json_holds_every_number_with_its_formula(tmp_path, capsys):
             assert ("low" in quantity) == ("high" in quantity), name
     step = plan["sections"]["time"]["step"]
     assert step["low"] < step["value"] < step["high"]
-    phases = [rank[phase] for rank in plan["ranks"] for phase in ("training", "scoring")]
+    phases = [rank[phase] for rank in plan["ranks"] for phase in ("training", "logprobs")]
     peak = JobEstimate(real_job(tokens_per_microbatch=9216)).peak_rank.peak_bytes
     assert max(sum(phase.values()) for phase in phases) == peak

@@ -71,10 +71,10 @@ def test_a_node_s_host_holds_the_longest_of_one_replica_and_its_ranks_parts():
 def waits_spared(on: dict, off: dict) -> float:
     """The seconds of a step in which the host waits for counts that replay knows.
 
-    In four layers of each of 256 micro-batches it waits 0.2 ms in scoring and in training, over 1 -
-    bubble."""
+    In four layers of each of 256 micro-batches it waits 0.2 ms for logprobs and in training, over
+    1 - bubble."""
     once = 4 * 256 * 200e-6
-    spared = sum(off[name].value - on[name].value for name in ("scoring", "training"))
+    spared = sum(off[name].value - on[name].value for name in ("logprobs", "training"))
     assert spared == pytest.approx(once * (527 / 512 + 47 / 32))
     return spared
 
