@@ -227,14 +227,14 @@ class RewardPool:
                 worker = await WorkerProcess.start(self.memory_limit_bytes)
                 self._workers.add(worker)
                 try:
-                    await self._serve(worker)
+                    await self._feed_worker(worker)
                 finally:
                     await worker.kill()
                 self._workers.discard(worker)
         except Exception as error:  # noqa: BLE001 - raised again by every `grade`
             self._fail_pool(error)
 
-    async def _serve(self, worker: WorkerProcess) -> None:
+    async def _feed_worker(self, worker: WorkerProcess) -> None:
         """Send jobs to one worker until it is lost or must be replaced."""
         sent_jobs: deque[OutstandingJob] = deque()
         try:

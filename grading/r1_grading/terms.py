@@ -369,7 +369,7 @@ class RewardTerms:
         if thought_opened:
             run_arguments["thought_opened"] = True
         grades = await asyncio.gather(
-            *(self._call(term, prompt, text, run_arguments) for term in terms)
+            *(self._grade_term(term, prompt, text, run_arguments) for term in terms)
         )
         return dict(zip(terms, grades, strict=True))
 
@@ -407,7 +407,7 @@ class RewardTerms:
                 kind = _kind_of_term(term, prompt)
                 if kind == ENVIRONMENT:
                     continue
-                trial = await self._try(term, prompt, thought_opened)
+                trial = await self._try_term(term, prompt, thought_opened)
                 if not trial.is_graded:
                     name = f"rewards.weights.{term}: it"
                     if term == ACCURACY:
@@ -418,7 +418,7 @@ class RewardTerms:
                     key = "kind" if term == ACCURACY else f"rewards.weights.{term}"
                     raise RewardUnusable(f"{name} {trial.reason}{hint}", trial.missing, key=key)
 
-    async def _try(self, term: str, prompt: Gradable, thought_opened: bool) -> Grade:
+    async def _try_term(self, term: str, prompt: Gradable, thought_opened: bool) -> Grade:
         """Return a grade, which is ungraded if the reward cannot be used.
 
         A user's own reward may raise where there is no answer; one that also raises on a
@@ -429,7 +429,7 @@ class RewardTerms:
             trial = (await self.grade([term], prompt, text, 0, thought_opened))[term]
         return trial
 
-    async def _call(
+    async def _grade_term(
         self, term: str, prompt: Gradable, text: str, run_arguments: Mapping[str, object]
     ) -> Grade:
         kind = _kind_of_term(term, prompt)

@@ -52,14 +52,14 @@ class StderrTail:
 
     def __init__(self, stream: asyncio.StreamReader) -> None:
         self._stream, self._tail = stream, b""
-        self.task = asyncio.create_task(self._read())
+        self.task = asyncio.create_task(self._read_tail())
 
     @property
     def last_line(self) -> str:
         """The last line so far, "" if there is none."""
         return last_line(self._tail, "")
 
-    async def _read(self) -> None:
+    async def _read_tail(self) -> None:
         while chunk := await self._stream.read(65536):
             self._tail = (self._tail + chunk)[-TAIL_BYTES:]
 
@@ -148,7 +148,7 @@ class FramedProcess(Generic[Reply]):
 
         The kill continues when the caller is cancelled: call again to wait for the end."""
         if self._ending is None:
-            self._ending = asyncio.create_task(self._end())
+            self._ending = asyncio.create_task(self._end_process())
         return await asyncio.shield(self._ending)
 
     @property
@@ -156,7 +156,7 @@ class FramedProcess(Generic[Reply]):
         """The last line that the process wrote to its standard error."""
         return self._stderr.last_line
 
-    async def _end(self) -> int:
+    async def _end_process(self) -> int:
         kill_group(self.process)
         status = await self.process.wait()
         # A grandchild that left the group may hold the pipes open. Do not wait for it: close the

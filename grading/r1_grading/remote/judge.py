@@ -189,7 +189,7 @@ class JudgeClient:
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
         self.cache = None if settings.cache is None else ReplyCache(settings.cache)
-        self.probe = self._body("Reply with the word ready.")
+        self.probe = self._request_body("Reply with the word ready.")
         url = f"{settings.api_base}/chat/completions"
         self.service = Service(settings, url, Completion[ChatChoice], self.probe)
 
@@ -218,7 +218,9 @@ class JudgeClient:
         while (num_missing := num_votes - len(verdicts)) and next_vote < end:
             batch = range(next_vote, min(next_vote + num_missing, end))
             next_vote = batch.stop
-            votes = await asyncio.gather(*(self._vote(instructions, texts, i) for i in batch))
+            votes = await asyncio.gather(
+                *(self._request_vote(instructions, texts, i) for i in batch)
+            )
             verdicts += [verdict for verdict in votes if verdict is not None]
         if num_missing:
             raise Ungradable(
@@ -227,17 +229,19 @@ class JudgeClient:
             )
         return verdicts
 
-    async def _vote(self, instructions: str, texts: dict[str, str], number: int) -> str | None:
+    async def _request_vote(
+        self, instructions: str, texts: dict[str, str], number: int
+    ) -> str | None:
         message, key = judge_prompt(instructions, texts, number)
         verdict = read_verdict(
-            await self._reply(message, number), key, VERDICTS_BY_TASK[instructions]
+            await self._fetch_reply(message, number), key, VERDICTS_BY_TASK[instructions]
         )
         if verdict is None:
             self.service.counters["no_verdict"] += 1
         return verdict
 
-    async def _reply(self, message: str, number: int) -> str:
-        body = self._body(message)
+    async def _fetch_reply(self, message: str, number: int) -> str:
+        body = self._request_body(message)
         if self.cache and (cached_reply := await self.cache.get(body, number)) is not None:
             self.service.counters["cached"] += 1
             return cached_reply
@@ -249,7 +253,7 @@ class JudgeClient:
             await self.cache.put(body, number, reply)
         return reply
 
-    def _body(self, message: str) -> dict[str, Any]:
+    def _request_body(self, message: str) -> dict[str, Any]:
         body = {
             "model": self.settings.model,
             "messages": [{"role": "user", "content": message}],
@@ -292,7 +296,7 @@ class ReplyCache:
 
     async def get(self, request: dict[str, Any], vote: int) -> str | None:
         """Return the stored reply to a request's vote, or None."""
-        return await asyncio.to_thread(self._read, self._path(request, vote))
+        return await asyncio.to_thread(self._read_reply, self._entry_path(request, vote))
 
     async def put(self, request: dict[str, Any], vote: int, reply: str) -> None:
         """Store the reply to a request's vote.
@@ -303,14 +307,14 @@ class ReplyCache:
             reply: the judge's reply."""
         entry = {"request": request, "vote": vote, "answer": reply}
         # Not durable: a reply lost in a power cut is requested again.
-        path, content = self._path(request, vote), json.dumps(entry)
+        path, content = self._entry_path(request, vote), json.dumps(entry)
         await asyncio.to_thread(atomic_write, path, content, durable=False)
 
-    def _path(self, request: dict[str, Any], vote: int) -> Path:
+    def _entry_path(self, request: dict[str, Any], vote: int) -> Path:
         name = hashlib.sha256(json.dumps([request, vote], sort_keys=True).encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.json"
 
-    def _read(self, path: Path) -> str | None:
+    def _read_reply(self, path: Path) -> str | None:
         try:
             reply = json.loads(path.read_text(encoding="utf-8"))["answer"]
         except (OSError, ValueError, KeyError, TypeError):

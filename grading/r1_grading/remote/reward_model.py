@@ -75,7 +75,7 @@ class RewardModel:
 
     def __init__(self, settings: RewardModelSettings) -> None:
         self.settings = settings
-        self._probe = self._body(CHECK_QUESTION, CHECK_RESPONSE)
+        self._probe = self._request_body(CHECK_QUESTION, CHECK_RESPONSE)
         url = f"{settings.url.removesuffix('/v1')}/classify"
         self.service = Service(settings, url, _Classification, self._probe)
 
@@ -89,9 +89,9 @@ class RewardModel:
         )
         try:
             full_reply = await self.service.request(self._probe, CHECK_SECONDS)
-            self._reward(full_reply)
+            self._grade_of_reply(full_reply)
             summary = CHECK_RESPONSE.partition("</think>")[2]
-            part = await self.service.request(self._body(CHECK_QUESTION, summary))
+            part = await self.service.request(self._request_body(CHECK_QUESTION, summary))
         except (Ungradable, ValueError) as error:
             raise ServiceError(f"{error_prefix}: {error}") from None
         # Chat templates of reasoning models drop the thought from assistant messages.
@@ -135,9 +135,9 @@ class RewardModel:
         )
         if part.text is None:
             return Grade(0.0, part.reason)
-        classification = await self.service.request(self._body(question_text, part.text))
+        classification = await self.service.request(self._request_body(question_text, part.text))
         try:
-            return self._reward(classification)
+            return self._grade_of_reply(classification)
         except ValueError as error:
             raise ServiceError(f"{self.service.url}: {error}") from None
 
@@ -145,7 +145,7 @@ class RewardModel:
         """Close the connections to the service."""
         await self.service.close()
 
-    def _reward(self, reply: _Classification) -> Grade:
+    def _grade_of_reply(self, reply: _Classification) -> Grade:
         scores = reply.data[0].probs if len(reply.data) == 1 else []
         label = self.settings.label
         if not scores or not all(map(math.isfinite, scores)):
@@ -166,7 +166,7 @@ class RewardModel:
             reward = float(score >= settings.threshold)
         return Grade(reward, f"score {score:.4g}")
 
-    def _body(self, question: str, response: str) -> dict[str, Any]:
+    def _request_body(self, question: str, response: str) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.settings.model, "use_activation": False}
         if self.settings.template is not None:
             text = fill_template(self.settings.template, question, response)

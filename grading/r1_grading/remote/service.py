@@ -143,7 +143,7 @@ class Service:
         for attempt in itertools.count():
             try:
                 async with self._slots:
-                    return await self._post(body)
+                    return await self._post_request(body)
             except _TryAgain as failure:
                 self.trouble = str(failure)
                 num_faults += failure.is_fault
@@ -154,7 +154,7 @@ class Service:
                 # A text that breaks the model server must cost one sample only; the probe shows
                 # whether it is an outage instead.
                 is_suspect = num_faults >= TRIES_BEFORE_PROBE or (num_faults and is_over)
-                if is_suspect and await self._works():
+                if is_suspect and await self._answers_probe():
                     raise Ungradable(f"{failure} ({num_faults} times)") from None
                 if is_over:
                     raise ServiceError(
@@ -172,14 +172,14 @@ class Service:
             await self._session.close()
             self._session = None
 
-    async def _works(self) -> bool:
+    async def _answers_probe(self) -> bool:
         try:
-            await self._post(self._probe)
+            await self._post_request(self._probe)
         except (_TryAgain, Ungradable, ServiceError):
             return False
         return True
 
-    async def _post(self, body: dict[str, Any]) -> Any:
+    async def _post_request(self, body: dict[str, Any]) -> Any:
         if self._is_closed:
             raise ServiceError(f"{self.url}: this client was closed")
         self.counters["requests"] += 1
@@ -196,7 +196,7 @@ class Service:
                 headers=self._headers,
                 allow_redirects=False,  # the key goes to the named host only
             ) as response:
-                return self._read(response, await response.read())
+                return self._read_response(response, await response.read())
         except TimeoutError:
             seconds = self.settings.timeout_seconds
             # The reply's length is bounded, so a slow reply is due to load, not to this request.
@@ -208,7 +208,7 @@ class Service:
         except aiohttp.ClientError as error:
             raise _TryAgain(f"cannot be reached ({error})", is_fault=False) from None
 
-    def _read(self, response: aiohttp.ClientResponse, content: bytes) -> Any:
+    def _read_response(self, response: aiohttp.ClientResponse, content: bytes) -> Any:
         status = response.status
         message = f"status {status}: {shorten(content.decode(errors='replace'), EXCERPT_CHARS)}"
         if status == 200:

@@ -29,7 +29,7 @@ class ServiceSettings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _scalars(cls, value: Any, info: ValidationInfo) -> Any:
+    def _read_scalar(cls, value: Any, info: ValidationInfo) -> Any:
         return read_field(cls, value, info)
 
     @field_validator("url")

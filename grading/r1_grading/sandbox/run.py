@@ -114,7 +114,7 @@ class SandboxProcess:
         """
         reached_limit = self._collect_output()
         seconds = time.monotonic() - self.started_at
-        self._kill()
+        self._kill_processes()
         exit_status = self._exit_status()
         stdout, stderr = (bytes(self.received[fd]) for fd in (self.stdout_fd, self.stderr_fd))
         if exit_status is None and (self.init_pidfd is None or not reached_limit):
@@ -126,7 +126,7 @@ class SandboxProcess:
     def close(self) -> None:
         """Kill the sandbox if it still runs. Safe in any state."""
         try:
-            self._kill()
+            self._kill_processes()
         finally:
             if self.init_pidfd is not None:
                 os.close(self.init_pidfd)
@@ -173,7 +173,7 @@ class SandboxProcess:
         with contextlib.suppress(BrokenPipeError), self.filter_file:
             self.filter_file.write(self.system_calls)
 
-    def _kill(self) -> None:
+    def _kill_processes(self) -> None:
         """Kill every process of the sandbox that still runs, and wait for the end of all."""
         if self.init_pidfd is None:
             self.process.kill()

@@ -42,7 +42,7 @@ class PythonSession:
             budget = limits.program()
             self._sandbox = launch(stack, command, budget, subprocess.PIPE, {})
             stack.enter_context(contextlib.closing(self._sandbox))
-            self._begin(self._sandbox)
+            self._start_interpreter(self._sandbox)
             self._stack = stack.pop_all()
 
     def run(self, source: str, seconds: float) -> str:
@@ -61,10 +61,10 @@ class PythonSession:
         assert stdin is not None, "started with a pipe"
         try:
             stdin.write(len(content).to_bytes(4, "big") + content)
-            size = int.from_bytes(self._read(4, deadline), "big")
+            size = int.from_bytes(self._read_bytes(4, deadline), "big")
             if size > self._output_bytes:
                 raise SessionEnded(f"over {self._output_bytes / 2**20:g} MiB of output")
-            return self._read(size, deadline).decode("utf-8", "replace")
+            return self._read_bytes(size, deadline).decode("utf-8", "replace")
         except BrokenPipeError:
             self.close()
             raise SessionEnded("the interpreter's process ended") from None
@@ -76,7 +76,7 @@ class PythonSession:
         """End the interpreter. Safe to call again."""
         self._stack.close()
 
-    def _begin(self, sandbox: SandboxProcess) -> None:
+    def _start_interpreter(self, sandbox: SandboxProcess) -> None:
         """Wait until bubblewrap has built the sandbox, and start the interpreter."""
         poll = select.poll()
         poll.register(sandbox.status_fd, select.POLLIN)
@@ -91,7 +91,7 @@ class PythonSession:
             if b"\n" in chunk:
                 sandbox.start_program()
 
-    def _read(self, count: int, deadline: float) -> bytes:
+    def _read_bytes(self, count: int, deadline: float) -> bytes:
         poll = select.poll()
         poll.register(self._sandbox.stdout_fd, select.POLLIN)
         content = b""

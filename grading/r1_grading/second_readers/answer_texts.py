@@ -222,47 +222,47 @@ class _Parser:
     def whole(self) -> Node:
         if not self._tokens:
             raise Unsure("no value")
-        node = self._sum()
+        node = self._parse_sum()
         if self._position < len(self._tokens):
             raise Unsure(f"the sign {self._tokens[self._position][1]!r}")
         return node
 
-    def _next(self) -> tuple[str, str]:
+    def _next_token(self) -> tuple[str, str]:
         return self._tokens[self._position] if self._position < len(self._tokens) else ("", "")
 
-    def _take(self, *signs: str) -> str:
-        kind, text = self._next()
+    def _take_token(self, *signs: str) -> str:
+        kind, text = self._next_token()
         if kind and (not signs or text in signs):
             self._position += 1
             return text
         return ""
 
-    def _expect(self, sign: str) -> None:
-        if not self._take(sign):
+    def _expect_sign(self, sign: str) -> None:
+        if not self._take_token(sign):
             raise Unsure(f"{sign!r} is missing")
 
-    def _sum(self) -> Node:
+    def _parse_sum(self) -> Node:
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise Unsure("deep nesting")
-        sign = self._take("+", "-")
-        node = self._product()
+        sign = self._take_token("+", "-")
+        node = self._parse_product()
         node = Node("negative", (node,)) if sign == "-" else node
-        while sign := self._take("+", "-"):
-            node = Node("plus" if sign == "+" else "minus", (node, self._product()))
+        while sign := self._take_token("+", "-"):
+            node = Node("plus" if sign == "+" else "minus", (node, self._parse_product()))
         self._depth -= 1
         return node
 
-    def _product(self) -> Node:
-        node = self._factor()
+    def _parse_product(self) -> Node:
+        node = self._parse_factor()
         while True:
-            if sign := self._take("*", "/"):
-                is_negative = self._take("-")
-                factor = self._factor()
+            if sign := self._take_token("*", "/"):
+                is_negative = self._take_token("-")
+                factor = self._parse_factor()
                 factor = Node("negative", (factor,)) if is_negative else factor
                 node = Node("times" if sign == "*" else "divided", (node, factor))
                 continue
-            kind, text = self._next()
+            kind, text = self._next_token()
             starts = kind in ("word", "command") or text in ("(", "[", "{")
             if kind == "number":
                 raise Unsure("a number behind a factor")
@@ -270,120 +270,120 @@ class _Parser:
                 return node
             if text == "\\frac" and node.name == "number":
                 raise Unsure("a mixed number")
-            node = Node("times", (node, self._factor()))
+            node = Node("times", (node, self._parse_factor()))
 
-    def _factor(self) -> Node:
-        node = self._atom()
+    def _parse_factor(self) -> Node:
+        node = self._parse_atom()
         while True:
-            if self._take("^"):
-                exponent = self._exponent()
+            if self._take_token("^"):
+                exponent = self._parse_exponent()
                 node = Node("power", (node, exponent))
-            elif self._take("!"):
+            elif self._take_token("!"):
                 node = Node("factorial", (node,))
             else:
                 return node
 
-    def _exponent(self) -> Node:
-        if self._next()[1] == "{":
-            return self._group("{", "}")
-        sign = self._take("-")
-        kind, text = self._next()
+    def _parse_exponent(self) -> Node:
+        if self._next_token()[1] == "{":
+            return self._parse_group("{", "}")
+        sign = self._take_token("-")
+        kind, text = self._next_token()
         if kind == "number" and len(text) > 1 and "\\" not in text:
             # `x^23` is x^2 3 in LaTeX and x^23 elsewhere.
             raise Unsure("an exponent without braces")
-        node = self._atom()
+        node = self._parse_atom()
         return Node("negative", (node,)) if sign else node
 
-    def _group(self, start: str, end: str) -> Node:
-        self._expect(start)
-        node = self._sum()
-        self._expect(end)
+    def _parse_group(self, start: str, end: str) -> Node:
+        self._expect_sign(start)
+        node = self._parse_sum()
+        self._expect_sign(end)
         return node
 
-    def _atom(self) -> Node:
-        kind, text = self._next()
+    def _parse_atom(self) -> Node:
+        kind, text = self._next_token()
         if text in ("(", "[", "{"):
-            return self._group(text, {"(": ")", "[": "]", "{": "}"}[text])
+            return self._parse_group(text, {"(": ")", "[": "]", "{": "}"}[text])
         if text == "|":
             self._position += 1
-            node = self._sum()
-            self._expect("|")
+            node = self._parse_sum()
+            self._expect_sign("|")
             return Node("absolute", (node,))
         if kind == "number":
             self._position += 1
-            if self._next()[1] == "_":
+            if self._next_token()[1] == "_":
                 raise Unsure("a base")
             return Node("number", value=Fraction(text), is_decimal="." in text)
         if kind == "word":
             self._position += 1
-            return self._word(text)
+            return self._parse_word(text)
         if kind == "command":
             self._position += 1
-            return self._command(text[1:])
+            return self._parse_command(text[1:])
         raise Unsure(f"the sign {text!r}" if kind else "a formula that breaks off")
 
-    def _word(self, text: str) -> Node:
+    def _parse_word(self, text: str) -> Node:
         if text in MPMATH_FUNCTIONS or text in ("log", "sqrt", "pi"):
-            return self._command(text)
+            return self._parse_command(text)
         if len(text) > 1:
             raise Unsure(f"the word {text!r}")
         if text in ("e", "i"):
             return E if text == "e" else I
-        return self._letter(text)
+        return self._parse_letter(text)
 
-    def _letter(self, name: str) -> Node:
-        if self._take("_"):
-            index = self._group_text() if self._next()[1] == "{" else self._take()
+    def _parse_letter(self, name: str) -> Node:
+        if self._take_token("_"):
+            index = self._group_text() if self._next_token()[1] == "{" else self._take_token()
             name = f"{name}_{index}"
-        if self._next()[1] == "(" and len(name) == 1 and name in "fghFGH":
+        if self._next_token()[1] == "(" and len(name) == 1 and name in "fghFGH":
             raise Unsure("a function without a formula")
         return Node("letter", value=name)
 
     def _group_text(self) -> str:
-        self._expect("{")
+        self._expect_sign("{")
         texts = []
-        while (text := self._take()) not in ("}", ""):
+        while (text := self._take_token()) not in ("}", ""):
             texts.append(text)
         return "".join(texts)
 
-    def _command(self, name: str) -> Node:
+    def _parse_command(self, name: str) -> Node:
         if name == "pi":
             return PI
         if name in GREEK:
-            return self._letter(f"\\{name}")
+            return self._parse_letter(f"\\{name}")
         if name == "frac":
-            return Node("divided", (self._argument(), self._argument()))
+            return Node("divided", (self._parse_argument(), self._parse_argument()))
         if name == "sqrt":
             index = Node("number", value=Fraction(2))
-            if self._next()[1] == "[":
-                index = self._group("[", "]")
+            if self._next_token()[1] == "[":
+                index = self._parse_group("[", "]")
             if not is_whole(index) or not 1 < index.value < 100:
                 raise Unsure("the index of a root")
-            return Node("root", (index, self._argument()))
+            return Node("root", (index, self._parse_argument()))
         if name == "log":
-            if not self._take("_"):
+            if not self._take_token("_"):
                 raise Unsure("a logarithm without its base")
-            return Node("log", (self._argument(), self._function_argument()))
+            return Node("log", (self._parse_argument(), self._function_argument()))
         if name in MPMATH_FUNCTIONS:
-            power = self._exponent() if self._take("^") else None
+            power = self._parse_exponent() if self._take_token("^") else None
             node = Node(name, (self._function_argument(),))
             return node if power is None else Node("power", (node, power))
         raise Unsure(f"the command \\{name}")
 
-    def _argument(self) -> Node:
-        kind, text = self._next()
+    def _parse_argument(self) -> Node:
+        kind, text = self._next_token()
         if kind == "number" and len(text) > 1:
             raise Unsure("an argument without braces")
-        return self._atom()
+        return self._parse_atom()
 
     def _function_argument(self) -> Node:
         """Return what a function is applied to: one bracket, or factors without a sign."""
-        if self._next()[1] in ("(", "{", "["):
-            node = self._atom()
-            if self._next()[1] == "^":
+        if self._next_token()[1] in ("(", "{", "["):
+            node = self._parse_atom()
+            if self._next_token()[1] == "^":
                 raise Unsure("a power behind a function's bracket")
             return node
-        node = self._factor()
-        while self._next()[0] == "word" and len(self._next()[1]) == 1:
-            node = Node("times", (node, self._factor()))
+        node = self._parse_factor()
+        while self._next_token()[0] == "word" and len(self._next_token()[1]) == 1:
+            node = Node("times", (node, self._parse_factor()))
         return node

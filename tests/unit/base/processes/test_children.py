@@ -58,7 +58,7 @@ def end_framed(child):
 
         transport = SimpleNamespace(close=lambda: None)
         process = SimpleNamespace(pid=child.pid, returncode=0, wait=wait, _transport=transport)
-        await FramedProcess._end(SimpleNamespace(process=process, _stderr=tail))
+        await FramedProcess._end_process(SimpleNamespace(process=process, _stderr=tail))
 
     asyncio.run(story())
 
