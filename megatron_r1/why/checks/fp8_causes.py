@@ -130,12 +130,12 @@ class FP8Search:
         engines = [
             (max(fit.evidence for fit in fits.values()), engine)
             for engine in self._gaps.means_by_name()
-            if (fits := self._fits(engine, logprobs_by_hypothesis))
+            if (fits := self._fits_to_engine(engine, logprobs_by_hypothesis))
         ]
         if not engines:
             return None
         evidence, engine = max(engines)
-        fits = self._fits(engine, logprobs_by_hypothesis)
+        fits = self._fits_to_engine(engine, logprobs_by_hypothesis)
         if evidence > MIN_STANDARD_ERRORS_FOR_PARTS:
             fits |= self._fits_of_parts()
         holding_fits = {hypothesis: fit for hypothesis, fit in fits.items() if fit.holds}
@@ -144,7 +144,7 @@ class FP8Search:
         best_hypothesis = min(
             holding_fits, key=lambda hypothesis: holding_fits[hypothesis].residual
         )
-        return self._explain(engine, best_hypothesis, holding_fits[best_hypothesis])
+        return self._explain_departure(engine, best_hypothesis, holding_fits[best_hypothesis])
 
     def _hypotheses_of_all_weights(self) -> Iterator[tuple[Hypothesis, list[np.ndarray]]]:
         """Yield hypotheses of all weights, with their log-probabilities by sequence."""
@@ -157,7 +157,7 @@ class FP8Search:
             if (logprobs := policies.logprobs_after(version)) is not None:
                 yield Hypothesis("weights", version), logprobs
 
-    def _fits(
+    def _fits_to_engine(
         self, engine: str, logprobs_by_hypothesis: Mapping[Hypothesis, Sequence[np.ndarray]]
     ) -> dict[Hypothesis, Fit]:
         """Return how well each hypothesis fits an engine, whose sequences are then the tried ones;
@@ -166,18 +166,18 @@ class FP8Search:
         if not self._tried_sequences:
             return {}
         return {
-            hypothesis: self._fit([logprobs[index] for index in self._tried_sequences])
+            hypothesis: self._fit_of_logprobs([logprobs[index] for index in self._tried_sequences])
             for hypothesis, logprobs in logprobs_by_hypothesis.items()
         }
 
-    def _fit(self, logprobs: Sequence[np.ndarray]) -> Fit:
+    def _fit_of_logprobs(self, logprobs: Sequence[np.ndarray]) -> Fit:
         """Return how well log-probabilities of the tried sequences fit."""
         old_logprobs = [self._policies.old_logprobs[index] for index in self._tried_sequences]
         effect = np.concatenate(logprobs) - np.concatenate(old_logprobs)
-        return fit_effect(effect, self._differences)
+        return fit_effect(effect, self._tried_differences)
 
     @property
-    def _differences(self) -> np.ndarray:
+    def _tried_differences(self) -> np.ndarray:
         return np.concatenate([self._gaps.gaps[index] for index in self._tried_sequences])
 
     def _fits_of_parts(self) -> dict[Hypothesis, Fit]:
@@ -200,13 +200,13 @@ class FP8Search:
                 "weights": weights.version_tensors(version),
             }
             for kind, values in values_by_kind.items():
-                parts = self._parts(values or {}, weights.tensors)
+                parts = self._weight_parts(values or {}, weights.tensors)
                 for noun, part_values in islice(parts, MAX_TRIED):
                     logprobs = weights.logprobs(part_values, sequences)
-                    fits[Hypothesis(kind, version, noun)] = self._fit(logprobs)
+                    fits[Hypothesis(kind, version, noun)] = self._fit_of_logprobs(logprobs)
         return fits
 
-    def _parts(
+    def _weight_parts(
         self, values: Mapping[str, Tensor], newest_tensors: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield parts of the weights with their other values: experts, then groups of tensors.
@@ -232,7 +232,9 @@ class FP8Search:
             if len(names) < len(values):
                 yield noun, {name: values[name] for name in names}
 
-    def _explain(self, engine: str, hypothesis: Hypothesis, fit: Fit) -> ExplainedDeparture:
+    def _explain_departure(
+        self, engine: str, hypothesis: Hypothesis, fit: Fit
+    ) -> ExplainedDeparture:
         kind, version, noun = hypothesis
         newest_version, name = self._gaps.newest_version, engine or "engine"
         explained_engine = ExplainedEngine(fit.residual, fit.size, name)

@@ -98,7 +98,7 @@ class TensorSearch:
     def exchanged_tensors(self) -> ExplainedDeparture | None:
         """Try exchanges of tensors."""
         for noun, sources in islice(exchanges(self._weights.tensors), MAX_TRIED):
-            if self._residual(self._effect(sources)) > self._gaps.tolerance:
+            if self._mean_residual(self._effect_on_logprobs(sources)) > self._gaps.tolerance:
                 continue
             if (engine := self._explained_engine(sources)) is not None:
                 return ExplainedDeparture(
@@ -114,16 +114,16 @@ class TensorSearch:
         Parts of layers are tried in the order in which the older layers resemble the departure."""
         groups, layers = whole_groups(old_tensors)
         effects = {
-            noun: self._effect({name: old_tensors[name] for name in names})
+            noun: self._effect_on_logprobs({name: old_tensors[name] for name in names})
             for noun, names in (groups | layers).items()
         }
-        residuals = {noun: self._residual(effect) for noun, effect in effects.items()}
-        for layer in sorted(layers, key=lambda noun: -self._resemblance(effects[noun])):
+        residuals = {noun: self._mean_residual(effect) for noun, effect in effects.items()}
+        for layer in sorted(layers, key=lambda noun: -self._cosine_with_departure(effects[noun])):
             parts = layer_parts(layer, layers[layer])
             groups |= parts
             for noun, names in islice(parts.items(), max(0, MAX_TRIED - len(residuals))):
-                residuals[noun] = self._residual(
-                    self._effect({name: old_tensors[name] for name in names})
+                residuals[noun] = self._mean_residual(
+                    self._effect_on_logprobs({name: old_tensors[name] for name in names})
                 )
         groups |= layers
         smallest_residual = min(residuals.values())
@@ -134,16 +134,16 @@ class TensorSearch:
             for noun in sorted(explaining_nouns, key=lambda noun: len(groups[noun]))
         }
 
-    def _resemblance(self, effect: np.ndarray) -> float:
+    def _cosine_with_departure(self, effect: np.ndarray) -> float:
         """Return the cosine of an effect with the departure, 0 for no effect."""
         norms = np.linalg.norm(effect) * np.linalg.norm(self._departure)
         return float(effect @ self._departure / norms) if norms else 0.0
 
-    def _effect(self, values: dict[str, Tensor]) -> np.ndarray:
+    def _effect_on_logprobs(self, values: dict[str, Tensor]) -> np.ndarray:
         """Return how much changed tensors move the log-probabilities of the tried tokens."""
         return np.concatenate(self._weights.logprobs(values, self._sequences)) - self._old_logprobs
 
-    def _residual(self, effect: np.ndarray) -> float:
+    def _mean_residual(self, effect: np.ndarray) -> float:
         """Return the mean |difference| that an effect leaves of the departure."""
         return mean_gap([self._departure - effect])
 

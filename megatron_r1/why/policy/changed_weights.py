@@ -204,17 +204,17 @@ class ChangedWeights:
         new_values = {name: value.clone() for name, value in values.items()}
         saved_values = {name: self.tensors[name].clone() for name in values}
         try:
-            self._fill(new_values)
+            self._fill_tensors(new_values)
             (logprobs,) = token_logprobs.logprobs(
                 self._model,
                 [self._policies.models.rows[index] for index in sequences],
                 [self._policies.temperature],
             )
         finally:
-            self._fill(saved_values)
+            self._fill_tensors(saved_values)
         return [row_logprobs.numpy() for row_logprobs in logprobs]
 
-    def _fill(self, values: Mapping[str, Tensor]) -> None:
+    def _fill_tensors(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self.tensors[name].copy_(value)
 

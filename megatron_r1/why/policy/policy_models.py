@@ -162,8 +162,8 @@ class PolicyModels:
             return self._models[key]
         exceeds_memory, free_bytes = self._exceeds_memory, self.free_bytes
         if exceeds_memory:
-            memory = stream_memory(self._skeleton, free_bytes, self._max_row_tokens)
-            return StreamedModel(self._skeleton, self.tensors(*key), memory)
+            memory = stream_memory(self._model_skeleton, free_bytes, self._max_row_tokens)
+            return StreamedModel(self._model_skeleton, self.tensors(*key), memory)
         if self.model_bytes > free_bytes:
             raise NotInMemory(
                 f"another model takes {self.model_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB "
@@ -175,7 +175,7 @@ class PolicyModels:
         return model
 
     @cached_property
-    def _skeleton(self) -> Any:
+    def _model_skeleton(self) -> Any:
         return build_without_weights(self.step.model, self.step.hf_config)
 
     def _read_model(self, source: Path, prefix: str) -> Any:

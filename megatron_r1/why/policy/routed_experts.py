@@ -103,7 +103,7 @@ class RouterBiases:
                     for row_experts, row in zip(by_row, rows, strict=True)
                 ]
             )
-            size = len(self._bias(name))
+            size = len(self._router_bias(name))
             counts = torch.bincount(tokens_experts, minlength=size)
             self._counts[name] = self._counts.get(name, torch.zeros_like(counts)) + counts
 
@@ -111,9 +111,9 @@ class RouterBiases:
     def update(self) -> None:
         """Move the biases, and begin to count anew."""
         for name, counts in self._counts.items():
-            self._bias(name).add_(self._rate * (counts.double().mean() - counts).sign())
+            self._router_bias(name).add_(self._rate * (counts.double().mean() - counts).sign())
         self._counts.clear()
 
-    def _bias(self, experts: str) -> Tensor:
+    def _router_bias(self, experts: str) -> Tensor:
         router = self._model.get_submodule(experts.removesuffix(".experts") + ".gate")
         return getattr(router, ROUTER_BIAS)

@@ -102,16 +102,16 @@ class StreamedModel:
                 experts that were chosen, by the name of the layer's experts."""
         remaining_batches = list(batches(rows, self.config.vocab_size))
         while remaining_batches:
-            num_batches, outputs = self._run(remaining_batches, rows, note)
+            num_batches, outputs = self._run_first_batches(remaining_batches, rows, note)
             del remaining_batches[:num_batches]
             yield outputs
 
-    def _run(
+    def _run_first_batches(
         self, remaining_batches: Sequence[list[int]], rows: Sequence[TokenRow], note: Note | None
     ) -> tuple[int, dict[int, Tensor]]:
         """Run all layers on the first batches, and return how many and the outputs by row."""
         pass_batches = self._embed_batches(remaining_batches, rows)
-        for index in range(len(self._layers)):
+        for index in range(len(self._decoder_layers)):
             self._run_layer(index, pass_batches, note)
         return len(pass_batches), {
             row_index: hidden[: len(row.token_ids) - 1][row.is_sampled[1:]]
@@ -123,7 +123,7 @@ class StreamedModel:
         """Return the function of final norm and head, which keeps their weights: outputs of the
         last layer, (tokens, hidden size) → logits, (tokens, vocabulary)."""
         names = [name for name in self._outer_names if not name.endswith("embed_tokens.weight")]
-        state = self._read(self.skeleton, "", names)
+        state = self._read_weights(self.skeleton, "", names)
 
         @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class StreamedModel:
         return logits
 
     @property
-    def _layers(self) -> Sequence[torch.nn.Module]:
+    def _decoder_layers(self) -> Sequence[torch.nn.Module]:
         return cast(Any, self.skeleton.base_model.layers)[: self.config.num_hidden_layers]
 
     @property
@@ -148,7 +148,7 @@ class StreamedModel:
         """Return the first batches with what the model's forward calls its layers with."""
         base, prefix = self.skeleton.base_model, f"{self.skeleton.base_model_prefix}."
         names = [name for name in self._outer_names if name.startswith(prefix)]
-        state = self._read(base, prefix, [name.removeprefix(prefix) for name in names])
+        state = self._read_weights(base, prefix, [name.removeprefix(prefix) for name in names])
         pass_batches: list[_Batch] = []
         free_bytes = self.memory.kept_bytes
         for indices in remaining_batches:
@@ -163,9 +163,9 @@ class StreamedModel:
 
     def _run_layer(self, index: int, pass_batches: Sequence[_Batch], note: Note | None) -> None:
         """Read a layer, run it on batches, and free it."""
-        layer = cast(Any, self._layers[index])
+        layer = cast(Any, self._decoder_layers[index])
         prefix = f"{self.skeleton.base_model_prefix}.layers.{index}."
-        state = self._read(layer, prefix, list(layer.state_dict()))
+        state = self._read_weights(layer, prefix, list(layer.state_dict()))
         with seen_experts(self.skeleton) as experts:
             for batch in pass_batches:
                 args, options = batch.calls[index]
@@ -176,7 +176,7 @@ class StreamedModel:
                     note(batch.indices, experts)
                 experts.clear()
 
-    def _read(self, module: Any, prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
+    def _read_weights(self, module: Any, prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
         """Return weights of a module: experts that are read one by one as `ExpertStack`."""
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
         return {
@@ -200,11 +200,11 @@ class StreamedModel:
             return args[0]
 
         try:
-            for layer in self._layers:
+            for layer in self._decoder_layers:
                 layer.forward = return_input
             yield
         finally:
-            for layer in self._layers:
+            for layer in self._decoder_layers:
                 vars(layer).pop("forward", None)
 
 

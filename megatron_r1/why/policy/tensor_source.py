@@ -145,7 +145,7 @@ class TensorSource:
 
         Raises:
             CannotRecompute: it is made otherwise of published tensors than `place` says."""
-        places = self._places.get(name, {})
+        places = self._places_by_parameter.get(name, {})
         if None in places or (not places and name == HEAD_NAME):
             published = places[None][0][0] if places else HEAD_NAME
             return self._check_shape(self.read(published), shape, published, name)
@@ -177,7 +177,7 @@ class TensorSource:
         return values
 
     @cached_property
-    def _places(self) -> dict[str, dict[int | None, list[tuple[str, Place]]]]:
+    def _places_by_parameter(self) -> dict[str, dict[int | None, list[tuple[str, Place]]]]:
         """The published tensors of each parameter, by expert."""
         places: dict[str, dict[int | None, list[tuple[str, Place]]]] = {}
         for name in self.shapes:

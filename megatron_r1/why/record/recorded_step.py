@@ -130,7 +130,7 @@ class RecordedStep:
         if self.config.optimizer.decay == "constant" or not isinstance(logged_rate, int | float):
             return steps
         for num_steps in (steps, *range(self.step, MAX_STEPS_FACTOR * steps + 1)):
-            rates = self._rates(num_steps)
+            rates = self._scheduled_rates(num_steps)
             if math.isclose(sum(rates) / len(rates), logged_rate, rel_tol=RATE_TOLERANCE):
                 return num_steps
         return steps
@@ -138,9 +138,9 @@ class RecordedStep:
     @cached_property
     def learning_rates(self) -> list[float]:
         """The learning rate of each update of the step, by `formulas`."""
-        return self._rates(self.scheduled_steps)
+        return self._scheduled_rates(self.scheduled_steps)
 
-    def _rates(self, num_steps: int) -> list[float]:
+    def _scheduled_rates(self, num_steps: int) -> list[float]:
         settings = self.config.optimizer
         return [
             formulas.learning_rate(

@@ -125,7 +125,7 @@ class MomentFits:
             CannotRecompute: there is no checkpoint after the step."""
         if not self._inputs.trains_mtp_layers:
             return None
-        if (fitted := self._fit(fit_norms)) is None:
+        if (fitted := self._fit_moments(fit_norms)) is None:
             raise CannotRecompute("model.mtp: train, and no checkpoint says how gradients were cut")
         return fitted.norms
 
@@ -133,9 +133,9 @@ class MomentFits:
     def fitted_clip(self) -> float | None:
         """The norm to which the run clipped its gradients, by its first moments; None where these
         say none."""
-        return None if self._inputs.trains_mtp_layers else self._fit(fit_clip)
+        return None if self._inputs.trains_mtp_layers else self._fit_moments(fit_clip)
 
-    def _fit(self, fit: Callable[..., _Fitted]) -> _Fitted | None:
+    def _fit_moments(self, fit: Callable[..., _Fitted]) -> _Fitted | None:
         """Return what `fit_norms` or `fit_clip` finds; None without the run's moments or the norm
         that it logs."""
         logged_norm = self._step.metrics_row.get("grad_norm")

@@ -201,7 +201,7 @@ class Recomputation:
 
     def _scratch_model(self) -> Any:
         """Return a copy of the trained model, the same one each time, with the values of before."""
-        scratch = self._scratch
+        scratch = self._copied_model
         with torch.no_grad():
             for value, before in zip(
                 itertools.chain(scratch.parameters(), scratch.buffers()),
@@ -214,7 +214,7 @@ class Recomputation:
         return scratch
 
     @cached_property
-    def _scratch(self) -> Any:
+    def _copied_model(self) -> Any:
         return copy.deepcopy(self.inputs.trained_model)
 
     @cached_property

@@ -113,7 +113,7 @@ class StepUpdates:
             last_check = is_possible if index == len(minibatches) - 1 else None
             update = self._reuse_first_update(rows, terms) if is_known and not index else None
             if update is None:
-                update = self._compute(
+                update = self._compute_update(
                     index, rows, loss, rows_without_gradient, terms, updates, last_check
                 )
                 if is_known and not index:
@@ -151,7 +151,7 @@ class StepUpdates:
         if terms is not None and not known_gradients.by_term:
             return None
         if self._biases is not None:
-            for batch in self._batches(rows):
+            for batch in self._batched_rows(rows):
                 self._biases.count(first_update.batch_pass(batch).experts, list(batch.values()))
         gradients = known_gradients.gradients
         if terms is not None:
@@ -187,7 +187,7 @@ class StepUpdates:
         """Return the rows of a mini-batch that are trained on, by number."""
         return {index: self.rows[index] for index in minibatch if self.rows[index].is_trained}
 
-    def _batches(self, rows: Mapping[int, TokenRow]) -> list[dict[int, TokenRow]]:
+    def _batched_rows(self, rows: Mapping[int, TokenRow]) -> list[dict[int, TokenRow]]:
         """Return the rows of each pass, by number."""
         indices, values = list(rows), list(rows.values())
         return [
@@ -195,7 +195,7 @@ class StepUpdates:
             for batch in batches(values, self.model.config.vocab_size)
         ]
 
-    def _compute(
+    def _compute_update(
         self,
         index: int,
         minibatch: Sequence[int],
@@ -222,10 +222,10 @@ class StepUpdates:
             first_update = None
         totals = Totals(denominator=denominator(list(rows.values()), loss))
         trace = Trace(list(rows), {}, {})
-        by_batch = self._batches(rows)
+        by_batch = self._batched_rows(rows)
         for number, batch in enumerate(by_batch, 1):
-            forward_pass = self._pass(batch, first_update)
-            terms_by_row = self._terms(batch, forward_pass, loss, totals, trace)
+            forward_pass = self._forward_pass(batch, first_update)
+            terms_by_row = self._loss_terms(batch, forward_pass, loss, totals, trace)
             if self._biases is not None:
                 self._biases.count(forward_pass.experts, list(batch.values()))
             is_last = number == len(by_batch)
@@ -250,13 +250,15 @@ class StepUpdates:
         self.traces.append(trace)
         return totals.update(loss)
 
-    def _pass(self, rows: Mapping[int, TokenRow], first_update: FirstUpdate | None) -> ModelPass:
+    def _forward_pass(
+        self, rows: Mapping[int, TokenRow], first_update: FirstUpdate | None
+    ) -> ModelPass:
         """Return the forward pass of a batch, that of the first update where it is given."""
         if first_update is not None:
             return first_update.batch_pass(rows)
         return model_pass(self.model, list(rows.values()))
 
-    def _terms(
+    def _loss_terms(
         self,
         rows: Mapping[int, TokenRow],
         forward_pass: ModelPass,
@@ -299,11 +301,11 @@ class StepUpdates:
             totals: the sums of the rows that are not left out; they stay.
             terms: where they are added.
             first_update: the first update's forward passes, where it is that."""
-        for batch in self._batches(terms.left_out_rows(index)):
+        for batch in self._batched_rows(terms.left_out_rows(index)):
             left_out_totals = Totals(denominator=totals.denominator)
-            forward_pass = self._pass(batch, first_update)
+            forward_pass = self._forward_pass(batch, first_update)
             terms.backward(
-                self._terms(batch, forward_pass, loss, left_out_totals, None),
+                self._loss_terms(batch, forward_pass, loss, left_out_totals, None),
                 self._parameters if first_update is None else first_update.parameters,
                 keeps_graph=first_update is not None,
             )
