@@ -133,8 +133,10 @@ def message_faults(
 def log_faults(commits: str) -> list[str]:
     """Return the faults of the commits that `git log` lists for a range, each with its commit."""
     # Merges have no list of files here, and are judged by their own rule.
-    log = _git("log", "--format=%x01%h%x02%at%x02%P%x02%B%x02", "--name-status", "-M", commits)
-    is_shallow = _git("rev-parse", "--is-shallow-repository").strip() == "true"
+    log = _git_output(
+        "log", "--format=%x01%h%x02%at%x02%P%x02%B%x02", "--name-status", "-M", commits
+    )
+    is_shallow = _git_output("rev-parse", "--is-shallow-repository").strip() == "true"
     range_faults = []
     for entry in filter(None, log.split("\x01")):
         commit, date, parents, message, files = entry.split("\x02")
@@ -152,7 +154,7 @@ def _count_files(changes: str) -> tuple[int, int]:
     return len(lines), sum(MOVED_FILE.match(line) is not None for line in lines)
 
 
-def _git(*arguments: str) -> str:
+def _git_output(*arguments: str) -> str:
     command = ["git", *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 

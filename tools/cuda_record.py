@@ -58,11 +58,11 @@ class Counts:
 
 def digests(root: Path = ROOT) -> dict[str, str]:
     """Return a digest of each of `COVERED_PATHS`: of names and code of its tracked files."""
-    return {covered: _digest(root, covered) for covered in COVERED_PATHS}
+    return {covered: _code_digest(root, covered) for covered in COVERED_PATHS}
 
 
-def _digest(root: Path, covered: str) -> str:
-    names = _git(root, "ls-files", "-z", "--", covered).split("\0")
+def _code_digest(root: Path, covered: str) -> str:
+    names = _git_output(root, "ls-files", "-z", "--", covered).split("\0")
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(filter(None, names)):
         if Path(name) != RECORD and (root / name).exists():
@@ -118,7 +118,7 @@ def run(arguments: list[str]) -> int:
         print(f"{RECORD} stays as it is: not all of the tests have run")
         return code or 1
     record = {
-        "commit": _git(ROOT, "rev-parse", "--short=12", "HEAD").strip(),
+        "commit": _git_output(ROOT, "rev-parse", "--short=12", "HEAD").strip(),
         "date": datetime.date.today().isoformat(),
         "passed": counts.passed,
         "failed": counts.failed,
@@ -131,7 +131,7 @@ def run(arguments: list[str]) -> int:
     return code
 
 
-def _git(root: Path, *arguments: str) -> str:
+def _git_output(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 

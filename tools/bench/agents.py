@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(*arguments: Any) -> dict[str, Any]:
-    return asyncio.run(_measure(*arguments))
+    return asyncio.run(_measure_sessions(*arguments))
 
 
 def _describe_size(size: dict[str, Any]) -> str:
@@ -87,7 +87,7 @@ def _describe_size(size: dict[str, Any]) -> str:
     )
 
 
-async def _measure(
+async def _measure_sessions(
     num_sessions: int, num_turns: int, engine_seconds: float, parser: str
 ) -> dict[str, Any]:
     """Play all sessions at once; return turns/s, processor time and every turn's added seconds."""

@@ -222,13 +222,13 @@ def run_figures(
 def table_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return the table's cells of one algorithm from its runs, one per seed."""
     return {
-        "steps": _steps([run["steps_until_target"] for run in runs]),
+        "steps": _format_steps([run["steps_until_target"] for run in runs]),
         "held-out": Spread.from_values([run["heldout"] for run in runs]).format("accuracy"),
         "answers": f"{fmean(run['answers_per_step'] for run in runs):,.0f}",
     }
 
 
-def _steps(counts: Sequence[int | None]) -> str:
+def _format_steps(counts: Sequence[int | None]) -> str:
     """Format as `14`, `14.3 ± 1.5`, `14.0 in 2 of 3 seeds` or `never`."""
     reached = [count for count in counts if count is not None]
     if not reached:

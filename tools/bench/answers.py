@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pairs = [json.loads(line) for line in lines if line.strip()]
     result: dict[str, Any] = {"pairs": len(pairs), "plain": args.plain}
     print(f"{len(pairs)} pairs, {sum(pair['reward'] == 0 for pair in pairs)} of them wrong answers")
-    for name, verdict in (("math", _grade), ("math-verify", _math_verify(args.plain))):
+    for name, verdict in (("math", _is_correct), ("math-verify", _math_verify(args.plain))):
         verdicts = [verdict(str(pair["truth"]), str(pair["answer"])) for pair in pairs]
         misjudged_pairs = [
             pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict != pair["reward"]
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _grade(truth: str, answer: str) -> bool:
+def _is_correct(truth: str, answer: str) -> bool:
     return grade("math", f"<answer>{answer}</answer>", truth).reward == 1.0
 
 

@@ -275,13 +275,15 @@ def _rows_of(
                 estimates = [getattr(each, error.replace(" ", "_")) for each in rates]
                 rows.append(
                     {"verifier": verifier, "source": source, "error": error}
-                    | _row(len(population), label, estimates)
+                    | _fraction_figures(len(population), label, estimates)
                 )
                 _print_row(rows[-1])
     return rows
 
 
-def _row(population: int, label: float, estimates: Sequence[FractionEstimate]) -> dict[str, Any]:
+def _fraction_figures(
+    population: int, label: float, estimates: Sequence[FractionEstimate]
+) -> dict[str, Any]:
     """Return the figures of a fraction.
 
     Args:

@@ -62,7 +62,9 @@ def _hash_counts(num_processes: int) -> list[int]:
     """Return how often each of `num_processes` simultaneous processes hashes its own bytes."""
     context = multiprocessing.get_context("fork")
     begin, counts = context.Barrier(num_processes), context.SimpleQueue()
-    workers = [context.Process(target=_hash, args=(begin, counts)) for _ in range(num_processes)]
+    workers = [
+        context.Process(target=_hash_bytes, args=(begin, counts)) for _ in range(num_processes)
+    ]
     for worker in workers:
         worker.start()
     num_hashes = [counts.get() for _ in workers]
@@ -71,7 +73,7 @@ def _hash_counts(num_processes: int) -> list[int]:
     return num_hashes
 
 
-def _hash(begin: Any, counts: Any) -> None:
+def _hash_bytes(begin: Any, counts: Any) -> None:
     values, count = b"\1" * NUM_BYTES, 0
     begin.wait()
     end = time.perf_counter() + HASH_SECONDS

@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         num_parameters = write_model(Path(folder) / "model")
-        rows = asyncio.run(_measure(args, Path(folder)))
+        rows = asyncio.run(_measure_variants(args, Path(folder)))
     print("                          per second         per core second")
     print("sequences  drafts        tokens      x       tokens      x   accepted   tokens a pass")
     for row in rows:
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-async def _measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+async def _measure_variants(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     settings = {
         "num_threads": args.threads,
         "max_num_seqs": max(args.sequences),
@@ -154,17 +154,17 @@ async def _measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any
     try:
         await asyncio.gather(*(fleet.start(folder / "model") for fleet in fleets.values()))
         for fleet in fleets.values():
-            await _generate(fleet, 2, 16, args.temperature)  # the first is slower
+            await _time_generation(fleet, 2, 16, args.temperature)  # the first is slower
         rows = []
         for sequences in args.sequences:
-            rows += await _turns(fleets, sequences, args)
+            rows += await _measure_turns(fleets, sequences, args)
         return rows
     finally:
         for fleet in fleets.values():
             await fleet.close()
 
 
-async def _turns(
+async def _measure_turns(
     fleets: dict[str, RolloutFleet], sequences: int, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Return a row for each engine, of its turns with so many sequences at once."""
@@ -177,7 +177,7 @@ async def _turns(
             server = fleet.engines[0].server
             assert isinstance(server, EngineServer) and server.process
             cpu_start = core_seconds(server.process.pid)
-            seconds = await _generate(fleet, sequences, args.tokens, args.temperature)
+            seconds = await _time_generation(fleet, sequences, args.tokens, args.temperature)
             tokens = sequences * args.tokens
             cpu_seconds = core_seconds(server.process.pid) - cpu_start
             rounds[name].append((tokens / seconds, tokens / cpu_seconds))
@@ -195,7 +195,9 @@ async def _turns(
     return rows
 
 
-async def _generate(fleet: RolloutFleet, sequences: int, tokens: int, temperature: float) -> float:
+async def _time_generation(
+    fleet: RolloutFleet, sequences: int, tokens: int, temperature: float
+) -> float:
     """Return the seconds in which these sequences are sampled, the same prompts in every call."""
     draw = random.Random(0)
     prompts = [draw.choices(range(VOCABULARY), k=PROMPT_TOKENS) for _ in range(sequences)]

@@ -47,13 +47,15 @@ def find_wordings(text: str, patterns: dict[str, str]) -> Iterator[tuple[int, st
             yield text.count("\n", 0, match.start()) + 1, " ".join(match[0].split()), advice
 
 
-def _blank(match: re.Match[str]) -> str:
+def _blank_match(match: re.Match[str]) -> str:
     return re.sub(r"[^\n]", " ", match[0])
 
 
 def find_in_page(text: str) -> Iterator[tuple[int, str, str]]:
     """Yield what a page in Markdown has."""
-    prose = QUOTED_TEXT.sub(_blank, re.sub(r"^ *```.*?^ *```", _blank, text, flags=re.M | re.S))
+    prose = QUOTED_TEXT.sub(
+        _blank_match, re.sub(r"^ *```.*?^ *```", _blank_match, text, flags=re.M | re.S)
+    )
     yield from find_wordings(prose, PLAIN_WORDINGS | PLAIN_PAGES)
 
 
@@ -62,7 +64,7 @@ def find_in_settings(text: str) -> Iterator[tuple[int, str, str]]:
     for number, line in enumerate(text.splitlines(), 1):
         if comment := re.search(r"(?:^|\s)#(.*)", line):
             for _, words, advice in find_wordings(
-                QUOTED_TEXT.sub(_blank, comment[1]), PLAIN_WORDINGS
+                QUOTED_TEXT.sub(_blank_match, comment[1]), PLAIN_WORDINGS
             ):
                 yield number, words, advice
 
@@ -82,7 +84,7 @@ def find_in_messages(source: str) -> Iterator[tuple[int, str, str]]:
     }
     texts = {
         (node.lineno, node.value)
-        for origin in [*raises, *_origins(tree, names)]
+        for origin in [*raises, *_values_of_names(tree, names)]
         for node in ast.walk(origin)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
@@ -91,18 +93,18 @@ def find_in_messages(source: str) -> Iterator[tuple[int, str, str]]:
             yield line, words, advice
 
 
-def _origins(tree: ast.Module, names: set[str]) -> Iterator[ast.expr]:
+def _values_of_names(tree: ast.Module, names: set[str]) -> Iterator[ast.expr]:
     """Yield what is assigned or appended to names of a module, or returned by their functions."""
     for node in ast.walk(tree):
         match node:
-            case ast.Assign(targets=targets, value=value) if _targets(targets) & names:
+            case ast.Assign(targets=targets, value=value) if _target_names(targets) & names:
                 yield value
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
                 if name in names:
                     yield value
             case ast.AugAssign(target=ast.Name(id=name), value=value) if name in names:
                 yield value
-            case ast.For(target=target, iter=value) if _targets([target]) & names:
+            case ast.For(target=target, iter=value) if _target_names([target]) & names:
                 yield value
             case ast.Call(func=ast.Attribute(value=ast.Name(id=name)), args=values):
                 if name in names:
@@ -113,7 +115,7 @@ def _origins(tree: ast.Module, names: set[str]) -> Iterator[ast.expr]:
                         yield part.value
 
 
-def _targets(targets: Iterable[ast.expr]) -> set[str]:
+def _target_names(targets: Iterable[ast.expr]) -> set[str]:
     parts = (part for target in targets for part in ast.walk(target))
     return {part.id for part in parts if isinstance(part, ast.Name)}
 
@@ -132,7 +134,9 @@ def find_in_module(source: str) -> Iterator[tuple[int, str, str]]:
             case ast.Expr(value=ast.Constant(value=str())):
                 texts.append((node.lineno, "\n".join(lines[node.lineno - 1 : node.end_lineno])))
     for first, text in texts:
-        for line, words, advice in find_wordings(QUOTED_TEXT.sub(_blank, text), PLAIN_WORDINGS):
+        for line, words, advice in find_wordings(
+            QUOTED_TEXT.sub(_blank_match, text), PLAIN_WORDINGS
+        ):
             yield first + line - 1, words, advice
 
 
@@ -143,7 +147,7 @@ SECTION = re.compile(r"^ *(?:Args|Attributes|Returns|Yields|Raises):\n", re.M)
 def find_in_public_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield parameters and fields that are described outside of sections, and entries of sections
     that begin with "of"."""
-    for node in _public(parse(source)):
+    for node in _public_definitions(parse(source)):
         text = ast.get_docstring(node, clean=False)
         if text is None:
             continue
@@ -187,7 +191,7 @@ def find_in_raising_docstrings(source: str) -> Iterator[tuple[int, str, str]]:
     for node in ast.walk(parse(source)):
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        text = QUOTED_TEXT.sub(_blank, ast.get_docstring(node, clean=False) or "")
+        text = QUOTED_TEXT.sub(_blank_match, ast.get_docstring(node, clean=False) or "")
         for part in RAISES.finditer(SECTION.split(text, maxsplit=1)[0]):
             line = node.body[0].lineno + text.count("\n", 0, part.start())
             yield line, " ".join(part[0].split()), "an entry of `Raises:`, as `KeyError: no name.`"
@@ -205,7 +209,7 @@ def find_in_sections(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield entries of sections that are not one name with its description, that repeat a name, or
     whose name is no parameter."""
     tree = parse(source)
-    nodes = list(_public(tree))
+    nodes = list(_public_definitions(tree))
     nodes += [
         part
         for node in nodes
@@ -259,7 +263,7 @@ def find_vague_names(source: str) -> Iterator[tuple[int, str, str]]:
     for node in ast.walk(parse(source)):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
-        parameters = {parameter.arg: parameter.lineno for parameter in _parameters(node)}
+        parameters = {parameter.arg: parameter.lineno for parameter in _function_parameters(node)}
         variables = {
             (part.lineno, part.id)
             for part in ast.walk(node)
@@ -275,7 +279,7 @@ def find_vague_names(source: str) -> Iterator[tuple[int, str, str]]:
         yield line, name, "the kind of the value, as `known_keys`"
 
 
-def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+def _function_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
     arguments = node.args
     parameters = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     return parameters + [
@@ -283,7 +287,9 @@ def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
     ]
 
 
-def _public(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+def _public_definitions(
+    tree: ast.Module,
+) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
     statements: list[ast.stmt] = list(tree.body)
     for node in statements:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -296,7 +302,7 @@ def _public(tree: ast.Module) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.A
 def _described_names(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     """Return the parameters of a function, or the fields of a class and its constructor's."""
     if not isinstance(node, ast.ClassDef):
-        return [parameter.arg for parameter in _parameters(node)]
+        return [parameter.arg for parameter in _function_parameters(node)]
     names = []
     for part in node.body:
         if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
@@ -306,7 +312,7 @@ def _described_names(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     return names
 
 
-def _readers(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, str, str]]], ...]:
+def _readers_of_file(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, str, str]]], ...]:
     if name.suffix == ".md":
         return (find_in_page,)
     if name.suffix == ".py":
@@ -338,7 +344,7 @@ def main(root: Path, paths: list[str]) -> int:
             continue
         for line, words, advice in sorted(
             finding
-            for read in _readers(Path(name))
+            for read in _readers_of_file(Path(name))
             for finding in read(path.read_text(encoding="utf-8"))
         ):
             print(f"{name}:{line}: {words!r}: write {advice}")

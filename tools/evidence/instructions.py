@@ -65,7 +65,7 @@ class Version(NamedTuple):
         Raises:
             SyntaxError: a text is not Python.
         """
-        return [_statements(text or "") for text in self.texts]
+        return [_compiled_statements(text or "") for text in self.texts]
 
     def renamed_statements(self, later: "Version", renames: Renames) -> list[_Statements]:
         """Return those of each file with the names of a later version.
@@ -79,7 +79,9 @@ class Version(NamedTuple):
         """
         pairs = zip(self.texts, later.texts, strict=True)
         return [
-            _statements(text or "", renames | find_private_renames(text or "", new_text or ""))
+            _compiled_statements(
+                text or "", renames | find_private_renames(text or "", new_text or "")
+            )
             for text, new_text in pairs
         ]
 
@@ -112,9 +114,12 @@ def compute_the_same(old: Version, new: Version) -> bool:
 
 def _compute_the_same(old: Version, new: Version, renames: Renames) -> bool:
     old_files, new_files = old.renamed_statements(new, renames), new.statements()
-    if _counts(old_files) != _counts(new_files):
+    if _statement_counts(old_files) != _statement_counts(new_files):
         return False
-    if not all(_common(a, b) == _common(b, a) for a, b in zip(old_files, new_files, strict=True)):
+    if not all(
+        _common_statements(a, b) == _common_statements(b, a)
+        for a, b in zip(old_files, new_files, strict=True)
+    ):
         return False
     return _import_the_same(old_files, new_files, old.module_text, new.module_text, renames)
 
@@ -141,10 +146,10 @@ def _import_the_same(
         for name, statement in file.by_name.items():
             old_definitions[name].append(statement)
     for module, name, _ in old_imports - new_imports:
-        statements = _statements(old_text(module) or "", renames)
+        statements = _compiled_statements(old_text(module) or "", renames)
         old_definitions[name].append(statements.by_name.get(name))
     new_definitions = (
-        (name, _statements(new_text(module) or "").by_name.get(name))
+        (name, _compiled_statements(new_text(module) or "").by_name.get(name))
         for module, name, _ in new_imports - old_imports
     )
     return all(
@@ -157,17 +162,17 @@ def _is_of_project(module: str) -> bool:
     return module.partition(".")[0] in PROJECT_PACKAGES
 
 
-def _counts(files: Sequence[_Statements]) -> Counter[Any]:
+def _statement_counts(files: Sequence[_Statements]) -> Counter[Any]:
     return Counter(each for file in files for each in (*file.definitions, *file.others))
 
 
-def _common(file: _Statements, other: _Statements) -> list[Any]:
+def _common_statements(file: _Statements, other: _Statements) -> list[Any]:
     """Return the statements, without definitions, that both have, in the order of `file`."""
     return [statement for statement in file.others if statement in other.others]
 
 
 @cache  # claims of many commits ask for the same texts
-def _statements(text: str, renames: Renames = NO_RENAMES) -> _Statements:
+def _compiled_statements(text: str, renames: Renames = NO_RENAMES) -> _Statements:
     # They are those of the Python that runs this: two results of two Pythons do not compare.
     tree = without_annotations(rename(ast.parse(text), renames))
     imports: set[Import] = {
@@ -189,13 +194,13 @@ def _statements(text: str, renames: Renames = NO_RENAMES) -> _Statements:
         elif not _computes_nothing(node):
             flags = __future__.annotations.compiler_flag
             module_of_one = ast.Module([node], type_ignores=[])
-            code = _instructions(compile(module_of_one, "", "exec", flags, dont_inherit=True))
+            code = _code_instructions(compile(module_of_one, "", "exec", flags, dont_inherit=True))
             (definitions if isinstance(node, DEFINITIONS) else others).append(code)
-            by_name |= dict.fromkeys(_names(node), code)
+            by_name |= dict.fromkeys(_defined_names(node), code)
     return _Statements(frozenset(imports), tuple(definitions), tuple(others), by_name)
 
 
-def _names(node: ast.stmt) -> list[str]:
+def _defined_names(node: ast.stmt) -> list[str]:
     """Return the names that a statement of a module defines."""
     if isinstance(node, DEFINITIONS):
         return [node.name]
@@ -225,14 +230,14 @@ def _computes_nothing(node: ast.stmt) -> bool:
     return is_for_types or is_text or isinstance(node, ast.Pass)
 
 
-def _instructions(code: CodeType) -> tuple[Any, ...]:
+def _code_instructions(code: CodeType) -> tuple[Any, ...]:
     # Instructions read a local variable by its number, so that its name computes nothing; that of a
     # parameter is in calls. The flags say whether there are `*args` and `**keywords`.
     return (
         code.co_name,
         code.co_code,
         code.co_exceptiontable,
-        tuple(map(_constant, code.co_consts)),
+        tuple(map(_comparable_constant, code.co_consts)),
         code.co_names,
         code.co_varnames[: code.co_argcount + code.co_kwonlyargcount],
         (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount),
@@ -240,9 +245,9 @@ def _instructions(code: CodeType) -> tuple[Any, ...]:
     )
 
 
-def _constant(value: object) -> object:
+def _comparable_constant(value: object) -> object:
     if isinstance(value, CodeType):
-        return _instructions(value)
+        return _code_instructions(value)
     if isinstance(value, tuple | frozenset):
-        return type(value), type(value)(map(_constant, value))
+        return type(value), type(value)(map(_comparable_constant, value))
     return type(value), repr(value)  # 0, 0.0, -0.0 and False are equal

@@ -191,8 +191,8 @@ def machine(num_busy: float) -> str:
     """Return the processor, the usable cores, how many were at other work, and the memory."""
     from tools.bench import host  # imports xxhash, which `status` does without
 
-    kib = re.search(r"^MemTotal:\s+(\d+)", _text("/proc/meminfo"), re.MULTILINE)
-    amx = ", AMX" if "amx_tile" in _text("/proc/cpuinfo") else ""
+    kib = re.search(r"^MemTotal:\s+(\d+)", _file_text("/proc/meminfo"), re.MULTILINE)
+    amx = ", AMX" if "amx_tile" in _file_text("/proc/cpuinfo") else ""
     memory = f", {int(kib[1]) / 2**20:.0f} GiB" if kib else ""
     processor, cores = host.processor(), host.num_cores()
     return f"{processor}{amx}, {cores} cores ({num_busy:.1f} busy before){memory}"
@@ -207,11 +207,11 @@ def busy_cores(seconds: float = 0.3) -> float:
 
 def _busy_ticks() -> int:
     # user, nice, system, idle, iowait, irq, softirq, steal: proc_stat(5)
-    ticks = [int(word) for word in _text("/proc/stat").partition("\n")[0].split()[1:9]]
+    ticks = [int(word) for word in _file_text("/proc/stat").partition("\n")[0].split()[1:9]]
     return sum(ticks) - sum(ticks[3:5])
 
 
-def _text(path: str) -> str:
+def _file_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError:

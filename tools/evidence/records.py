@@ -187,7 +187,7 @@ def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
 
 def head(root: Path) -> str:
     """Return the present commit in short, or "" where git cannot tell."""
-    return (_git(root, "rev-parse", "--short=8", "HEAD") or "").strip()
+    return (_git_output(root, "rev-parse", "--short=8", "HEAD") or "").strip()
 
 
 def changes_since(root: Path, commit: str) -> list[tuple[str, ...]] | None:
@@ -197,10 +197,10 @@ def changes_since(root: Path, commit: str) -> list[tuple[str, ...]] | None:
         The name of each file; of a file that only has another name, the old name and the new one.
         None where this clone does not have the commit, or is none.
     """
-    if _git(root, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is None:
+    if _git_output(root, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is None:
         return None
     options = ("--name-status", "-z", "--find-renames=100%", "--no-ext-diff", "--no-relative")
-    output = _git(root, "diff", *options, commit, "--")
+    output = _git_output(root, "diff", *options, commit, "--")
     if output is None:
         return None
     words = iter(output.split("\0"))
@@ -216,7 +216,7 @@ def changes_since(root: Path, commit: str) -> list[tuple[str, ...]] | None:
 def _former_names(root: Path, commit: str) -> dict[str, str]:
     """Return what files of today that are much like a file of `commit` were called there."""
     options = ("--name-status", "-z", "--find-renames=50%", "--diff-filter=R", "--no-ext-diff")
-    words = (_git(root, "diff", *options, "--no-relative", commit, "--") or "").split("\0")
+    words = (_git_output(root, "diff", *options, "--no-relative", commit, "--") or "").split("\0")
     return dict(zip(words[2::3], words[1::3], strict=False))
 
 
@@ -224,7 +224,9 @@ def _gone_modules(root: Path, commit: str) -> dict[str, frozenset[str]]:
     """Return the Python files of `commit` that are no more, also by another name, each with the
     names that it defined."""
     options = ("--name-only", "-z", "--find-renames=50%", "--diff-filter=D", "--no-ext-diff")
-    names = (_git(root, "diff", *options, "--no-relative", commit, "--", "*.py") or "").split("\0")
+    names = (
+        _git_output(root, "diff", *options, "--no-relative", commit, "--", "*.py") or ""
+    ).split("\0")
     return {name: defined_in(text_at(root, commit, name) or "") for name in names if name}
 
 
@@ -307,15 +309,15 @@ def _text_in(root: Path, name: str) -> str | None:
 @cache  # a commit's files stay, and every record asks for them again
 def text_at(root: Path, commit: str, name: str) -> str | None:
     """Return a file's text at a commit; None where this clone lacks it."""
-    return _git(root, "show", f"{commit}:{name}")
+    return _git_output(root, "show", f"{commit}:{name}")
 
 
 @cache  # a commit's files stay
 def _names_at(root: Path, commit: str) -> ProjectNames | None:
     grep = ("grep", "-h", "--only-matching", "--extended-regexp", "-e")
-    words = _git(root, *grep, WORD, commit, "--", "*.py")
-    lines = _git(root, *grep, DEFINED, commit, "--", "*.py")
-    files = _git(root, "ls-tree", "-r", "--name-only", commit)
+    words = _git_output(root, *grep, WORD, commit, "--", "*.py")
+    lines = _git_output(root, *grep, DEFINED, commit, "--", "*.py")
+    files = _git_output(root, "ls-tree", "-r", "--name-only", commit)
     if words is None or lines is None or files is None:
         return None  # without them any name would be new
     defined = {re.findall(WORD, line)[-1] for line in lines.splitlines()}
@@ -323,7 +325,7 @@ def _names_at(root: Path, commit: str) -> ProjectNames | None:
 
 
 def _names_now(root: Path) -> ProjectNames:
-    files = _git(root, "ls-files", "--", "*.py") or ""
+    files = _git_output(root, "ls-files", "--", "*.py") or ""
     texts = [_text_in(root, name) or "" for name in files.splitlines()]
     all_names = frozenset(name for text in texts for name in names_in(text))
     defined = {name for text in texts for name in defined_in(text)}
@@ -342,7 +344,7 @@ def covers(path: str, name: str) -> bool:
     return name.startswith(path) if path.endswith("/") else fnmatchcase(name, path)
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def _git_output(root: Path, *arguments: str) -> str | None:
     command = ["git", "-C", str(root), *arguments]
     # A clone without all objects would fetch them.
     variables = os.environ | {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"}

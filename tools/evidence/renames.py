@@ -90,7 +90,7 @@ def _differing_names(
     old_statements, new_statements = _by_shape(old_texts), _by_shape(new_texts)
     for shape, old_group in old_statements.items():
         for old, new in zip(old_group, new_statements.get(shape, []), strict=False):
-            for before, after in zip(_names(old), _names(new), strict=True):
+            for before, after in zip(_names_in_tree(old), _names_in_tree(new), strict=True):
                 if before != after:
                     yield before, after
 
@@ -104,16 +104,16 @@ def _one_to_one(candidates: Iterable[tuple[str, str]]) -> Renames:
 
 def _private_functions(text: str) -> frozenset[str]:
     """Return the names of a module's functions that begin with an underscore."""
-    functions = (node for node in _parsed(text).body if isinstance(node, FUNCTIONS))
+    functions = (node for node in _parsed_module(text).body if isinstance(node, FUNCTIONS))
     return frozenset(node.name for node in functions if node.name.startswith("_"))
 
 
 def names_in(text: str) -> frozenset[str]:
     """Return the names in a text; a text that is not Python has none."""
-    return frozenset(_names(_parsed(text)))
+    return frozenset(_names_in_tree(_parsed_module(text)))
 
 
-def _parsed(text: str) -> ast.Module:
+def _parsed_module(text: str) -> ast.Module:
     try:
         return ast.parse(text)
     except SyntaxError:
@@ -148,13 +148,13 @@ def defined_in(text: str) -> frozenset[str]:
     """Return the names of classes, functions, attributes and a module's variables in a text.
     Parameters and local variables are not among them."""
     names: set[str] = set()
-    for node in ast.walk(_parsed(text)):
+    for node in ast.walk(_parsed_module(text)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             names.add(node.name)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             names.add(node.attr)
         if isinstance(node, ast.Module | ast.ClassDef):
-            names |= {name for statement in node.body for name in _targets(statement)}
+            names |= {name for statement in node.body for name in _target_names(statement)}
     return frozenset(names)
 
 
@@ -162,14 +162,14 @@ def _by_shape(texts: Sequence[str]) -> dict[str, list[ast.stmt]]:
     """Return the statements of all files by what they are without their names."""
     statements: dict[str, list[ast.stmt]] = defaultdict(list)
     for text in texts:
-        for node, shape in _statements(text):
+        for node, shape in _statements_with_shapes(text):
             statements[shape].append(node)
     return statements
 
 
 @cache  # claims of many commits ask for the same texts
-def _statements(text: str) -> list[tuple[ast.stmt, str]]:
-    return [(node, _shape(node)) for node in _without_docstrings(ast.parse(text)).body]
+def _statements_with_shapes(text: str) -> list[tuple[ast.stmt, str]]:
+    return [(node, _tree_shape(node)) for node in _without_docstrings(ast.parse(text)).body]
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
@@ -183,7 +183,7 @@ def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def _shape(node: ast.AST) -> str:
+def _tree_shape(node: ast.AST) -> str:
     """Return the tree below a node without its names."""
     hidden = dict(_name_fields(node))
     num_names = [len(v) if isinstance(v, list) else v.count(".") for v in hidden.values()]
@@ -192,12 +192,12 @@ def _shape(node: ast.AST) -> str:
         if key in hidden or key in ("ctx", "type_comment"):
             continue
         values = value if isinstance(value, list) else [value]
-        shapes = [_shape(each) if isinstance(each, ast.AST) else repr(each) for each in values]
+        shapes = [_tree_shape(each) if isinstance(each, ast.AST) else repr(each) for each in values]
         parts.append(f"{key}=[{','.join(shapes)}]")
     return f"({' '.join(parts)})"
 
 
-def _names(node: ast.AST) -> list[str]:
+def _names_in_tree(node: ast.AST) -> list[str]:
     return [
         name
         for each in ast.walk(node)
@@ -217,7 +217,7 @@ def _name_fields(node: ast.AST) -> Iterator[tuple[str, str | list[str]]]:
             yield key, value
 
 
-def _targets(node: ast.stmt) -> Iterator[str]:
+def _target_names(node: ast.stmt) -> Iterator[str]:
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     for target in targets:
         for each in ast.walk(target) if target is not None else ():

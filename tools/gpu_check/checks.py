@@ -62,12 +62,12 @@ TRAINER = ("transformer_engine", "megatron.core", "pydantic", "blake3", "zmq")
 ENGINE = (*TRAINER, "vllm")
 
 
-def _program(name: str, *arguments: str) -> tuple[str, ...]:
+def _module_arguments(name: str, *arguments: str) -> tuple[str, ...]:
     return ("-m", f"tools.gpu_check.{name}", *arguments)
 
 
-def _layers(name: str, case: str, seconds: float, num_gpus: int, settles: str) -> Check:
-    arguments = _program("layers", case, "{out}")
+def _layers_check(name: str, case: str, seconds: float, num_gpus: int, settles: str) -> Check:
+    arguments = _module_arguments("layers", case, "{out}")
     return Check(name, arguments, seconds, TRAINER, (settles,), num_gpus=num_gpus)
 
 
@@ -79,7 +79,7 @@ FP8_AND_IPC = (
 BENCH = "`pip install -r requirements/bench.txt && python tools/bench kernels"
 
 CHECKS = (
-    _layers(
+    _layers_check(
         "bf16, latent attention, packed batches",
         "one",
         120,
@@ -88,19 +88,19 @@ CHECKS = (
     ),
     Check(
         "the recipe: sleep, push, wake",
-        _program("recipe", "recipe", "{out}"),
+        _module_arguments("recipe", "recipe", "{out}"),
         240,
         needs=ENGINE,
         settles=("`rollout.colocated`:", "logprob_diff/mean (about 0.01 expected)"),
     ),
     Check(
         "an FP8 engine, pushed to over CUDA IPC",
-        _program("recipe", "fp8", "{out}"),
+        _module_arguments("recipe", "fp8", "{out}"),
         200,
         needs=ENGINE,
         settles=("The push over `push.transport: cuda_ipc`", "`push.fp8: true` in an RL run"),
     ),
-    _layers(
+    _layers_check(
         "an FP8 step",
         "fp8",
         100,
@@ -126,14 +126,14 @@ CHECKS = (
     ),
     Check(
         "kernels beside their peers",
-        _program("kernel_times", "{out}/kernels.json", "--minutes", str(BENCH_MINUTES)),
+        _module_arguments("kernel_times", "{out}/kernels.json", "--minutes", str(BENCH_MINUTES)),
         60 * BENCH_MINUTES + 60,
         needs=("triton", "numpy", "xxhash"),
         settles=(BENCH,),
     ),
     Check(
         "a rank's share of the vocabulary",
-        _program(
+        _module_arguments(
             "kernel_times",
             "{out}/kernels-shard.json",
             "--preset",
@@ -147,21 +147,21 @@ CHECKS = (
     ),
     Check(
         "seconds of a decoding pass",
-        _program("decode_seconds", "{out}"),
+        _module_arguments("decode_seconds", "{out}"),
         270,
         needs=ENGINE,
         settles=("`seconds of a decoding pass`",),
     ),
     Check(
         "seconds of a micro-batch",
-        _program("step_seconds", "micro-batch", "{out}"),
+        _module_arguments("step_seconds", "micro-batch", "{out}"),
         200,
         needs=TRAINER,
         settles=("`seconds of a micro-batch`",),
     ),
     Check(
         "seconds between phases",
-        _program("step_seconds", "phases", "{out}"),
+        _module_arguments("step_seconds", "phases", "{out}"),
         240,
         needs=ENGINE,
         settles=("`seconds between phases`",),
@@ -175,7 +175,7 @@ CHECKS = (
     ),
     Check(
         "a push over NCCL, and an engine killed in it",
-        _program("nccl_push"),
+        _module_arguments("nccl_push"),
         180,
         needs=("pydantic", "zmq", "blake3", "megatron.core"),
         settles=("The push over `push.transport: nccl`",),
@@ -183,22 +183,22 @@ CHECKS = (
     ),
     Check(
         "the recipe: expert-parallel engines, NCCL",
-        _program("recipe", "recipe", "{out}"),
+        _module_arguments("recipe", "recipe", "{out}"),
         270,
         needs=ENGINE,
         settles=("Engines with ranks inside:",),
         num_gpus=2,
     ),
-    _layers(
+    _layers_check(
         "context parallelism, latent attention",
         "context",
         100,
         2,
         "Context parallelism with Transformer Engine's attention",
     ),
-    _layers("tensor x expert", "experts", 100, 2, "2 GPUs: TP 2, EP 2, PP 2"),
-    _layers("tensor x expert x pipeline", "grid", 120, 4, "2 GPUs: TP 2, EP 2, PP 2"),
-    _layers("all axes", "whole", 120, 8, "2 GPUs: TP 2, EP 2, PP 2"),
+    _layers_check("tensor x expert", "experts", 100, 2, "2 GPUs: TP 2, EP 2, PP 2"),
+    _layers_check("tensor x expert x pipeline", "grid", 120, 4, "2 GPUs: TP 2, EP 2, PP 2"),
+    _layers_check("all axes", "whole", 120, 8, "2 GPUs: TP 2, EP 2, PP 2"),
     Check(
         "trainer and checkpoints",
         (*PYTEST, "tests/parallel/test_trainer.py", "tests/parallel/test_checkpoints.py"),

@@ -50,7 +50,7 @@ def main() -> int:
     """Run the checks; return the exit status."""
     import torch
 
-    args = _arguments()
+    args = _parse_arguments()
     num_gpus = torch.cuda.device_count()
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
@@ -65,7 +65,7 @@ def main() -> int:
         "command": " ".join(["python tools/gpu_check", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "interpreted": args.interpret,
-        **_machine(),
+        **_machine_description(),
     }
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def main() -> int:
         part_checks = [check for check in checks if check.part == part]
         for outcome in runner.run_all(part_checks, out, deadline, num_gpus):
             outcomes.append(outcome)
-            _show(outcome)
+            _show_outcome(outcome)
             results = {**description, "checks": [each.as_json() for each in outcomes]}
             atomic_write(out / "gpu_check.json", json.dumps(results, indent=1) + "\n")
             atomic_write(out / "gpu_check.md", page(description, outcomes))
@@ -84,16 +84,16 @@ def main() -> int:
     return int(any(outcome.status == verdict.FAILED for outcome in outcomes))
 
 
-def _show(outcome: runner.CheckOutcome) -> None:
+def _show_outcome(outcome: runner.CheckOutcome) -> None:
     reason = f": {outcome.reason}" if outcome.reason else ""
     print(f"{outcome.status:8} {outcome.seconds:6.1f} s  {outcome.check.name}{reason}", flush=True)
-    if figures := _figures(outcome):
+    if figures := _figures_line(outcome):
         print(f"    {figures}", flush=True)
     if outcome.status == verdict.FAILED:
         print("\n".join(f"    {line}" for line in outcome.tail), flush=True)
 
 
-def _figures(outcome: runner.CheckOutcome) -> str:
+def _figures_line(outcome: runner.CheckOutcome) -> str:
     """Return the figures of a check in one line."""
     entries = (
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
@@ -103,7 +103,7 @@ def _figures(outcome: runner.CheckOutcome) -> str:
     return "; ".join(entries)
 
 
-def _arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="tools/gpu_check",
         description=__doc__,
@@ -142,7 +142,7 @@ def _select_checks(only: list[str] | None, interprets: bool, part: str | None) -
     ]
 
 
-def _machine() -> dict[str, Any]:
+def _machine_description() -> dict[str, Any]:
     """Return GPUs, CUDA, Python, processor and versions; entries are "unknown" where a tool or a
     module is missing."""
     import torch
@@ -197,7 +197,7 @@ def page(machine: dict[str, Any], outcomes: Sequence[runner.CheckOutcome]) -> st
             result,
             f"{outcome.seconds:.0f}",
             "; ".join(outcome.check.settles) if is_settled else "",
-            _figures(outcome),
+            _figures_line(outcome),
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     for outcome in outcomes:

@@ -43,13 +43,15 @@ def evaluate(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             fraction = kernel_row["share_of_bound"]
             bound_text = f", {fraction:.0%} of the bound" if fraction else ""
             figures[name] = f"{1e6 * kernel_row['median_seconds']:.0f} µs{bound_text}"
-            _compare(name, kernel_row["errors"], rows.get(EAGER, {}).get("errors", {}), figures)
+            _compare_errors(
+                name, kernel_row["errors"], rows.get(EAGER, {}).get("errors", {}), figures
+            )
     if not set(figures.values()) - {"no time"}:
         raise CheckFailed("no kernel was measured")
     return figures
 
 
-def _compare(
+def _compare_errors(
     name: str,
     kernel_errors: Mapping[str, float],
     eager_errors: Mapping[str, float],

@@ -174,7 +174,7 @@ def evaluate(
     return figures
 
 
-def _backend(output: str) -> str:
+def _logged_backends(output: str) -> str:
     """Return the attention backends that Transformer Engine has logged."""
     matches = re.findall(r"Running with (\w+)\b(?!=)(?: backend)?( \([^)]*\))?", output)
     return ", ".join(sorted({name + details for name, details in matches}))
@@ -207,7 +207,7 @@ def check(case: str, folder: Path) -> dict[str, Any]:
         json.loads((folder / name).read_text()) for name in ("here.json", "expected.json")
     )
     limits = LIMITS.get(case, BF16)
-    return evaluate(measured, expected, _backend(output), limits, _why_not_fused(output))
+    return evaluate(measured, expected, _logged_backends(output), limits, _why_not_fused(output))
 
 
 if __name__ == "__main__":

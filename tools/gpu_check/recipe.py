@@ -72,7 +72,7 @@ class UsedMemory:
     def __init__(self) -> None:
         self.samples: list[int] = []
         self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._sample_memory, daemon=True)
 
     def __enter__(self) -> Self:
         if device_kind() != "cpu":
@@ -82,7 +82,7 @@ class UsedMemory:
     def __exit__(self, *error: object) -> None:
         self._ends.set()
 
-    def _watch(self) -> None:
+    def _sample_memory(self) -> None:
         import torch
 
         while not self._ends.wait(POLL_SECONDS):

@@ -45,7 +45,9 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     recipe = ROOT / "examples" / "deepseek_r1" / f"{CASES[case][1]}.yaml"
     # The drafter has no part in these seconds.
     without_drafter = {"model.mtp": "none", "rollout.speculative.method": "none"}
-    config = load(recipe, without_drafter | {"run.steps": STEPS, "push.transport": _transport()})
+    config = load(
+        recipe, without_drafter | {"run.steps": STEPS, "push.transport": _push_transport()}
+    )
     path = ROOT / config.model.path
     hf_config = {**read_hf_config(str(path)), "num_nextn_predict_layers": 0}
     small = miniature.make_miniature(
@@ -67,7 +69,7 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     return replace(small, config=with_settings(small.config, **overrides), hf_config=model)
 
 
-def _transport() -> str:
+def _push_transport() -> str:
     """Return the transport of pushes: within a GPU, or where there is none in the host."""
     return "cuda_ipc" if device_kind() == "gpu" else "shm"
 
@@ -114,7 +116,9 @@ def fit_phases(
         # Weights and cache wake one by one.
         values["wake_seconds"] = sum(wake_seconds) / len(sleep_seconds)
     if pause := seconds("push/pause"):
-        load_seconds = [_load(job, tensor_seconds) for tensor_seconds in (1e-15, 1.0)]
+        load_seconds = [
+            _planned_load_seconds(job, tensor_seconds) for tensor_seconds in (1e-15, 1.0)
+        ]
         per_tensor = (pause - load_seconds[0]) / (load_seconds[1] - load_seconds[0])
         if per_tensor > 0:
             values["tensor_load_seconds"] = per_tensor
@@ -131,7 +135,7 @@ def fit_phases(
     return values
 
 
-def _load(job: PlannedJob, seconds: float) -> float:
+def _planned_load_seconds(job: PlannedJob, seconds: float) -> float:
     """Return the planned seconds of a load where each tensor takes so long."""
     assumptions = replace(job.assumptions, tensor_load_seconds=seconds)
     return weight_load_time(replace(job, assumptions=assumptions)).number

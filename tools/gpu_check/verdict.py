@@ -52,7 +52,7 @@ def run(check: Callable[[], Mapping[str, Any]]) -> int:
     Args:
         check: returns its figures, and raises `CheckFailed` or `Impossible`; what else it raises
             is a failure, too."""
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, _fail_on_timeout)
     try:
         verdict = Verdict(PASSED, figures=check())
     except Impossible as why:
@@ -67,7 +67,7 @@ def run(check: Callable[[], Mapping[str, Any]]) -> int:
     return int(verdict.status == FAILED)
 
 
-def _stop(number: int, frame: object) -> None:
+def _fail_on_timeout(number: int, frame: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise CheckFailed("it was not done within its time")
 

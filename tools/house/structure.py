@@ -31,7 +31,7 @@ def modules(root: Path, packages: Iterable[str] = PACKAGES) -> dict[str, Path]:
 
 def imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
     """Yield the product's modules that a file imports, in functions too, but for type checkers."""
-    for node in _nodes(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in _runtime_nodes(ast.parse(path.read_text(encoding="utf-8"))):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -43,12 +43,12 @@ def imports(path: Path, modules: dict[str, Path]) -> Iterator[str]:
                 yield module
 
 
-def _nodes(node: ast.AST) -> Iterator[ast.AST]:
+def _runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             continue
         yield child
-        yield from _nodes(child)
+        yield from _runtime_nodes(child)
 
 
 def closure(modules: dict[str, Path], starts: tuple[str, ...]) -> set[str]:

@@ -418,5 +418,5 @@ def test_the_reason_against_fused_attention_is_read_from_the_log():
         "provided input\n"
         "[INFO     | DotProductAttention]: Running with UnfusedDotProductAttention backend\n"
     )
-    assert layers._backend(2 * log) == "UnfusedDotProductAttention"
+    assert layers._logged_backends(2 * log) == "UnfusedDotProductAttention"
     assert layers._why_not_fused(2 * log) == "no backend supports the provided input"

@@ -31,4 +31,4 @@ def small_run(fault, folder):
     control.ENGINE, control.ENGINES = EngineLayout(tensor_parallel=2, expert_parallel=True), 2
     control.TRAINER, control.MEMBER, control.POSITION = 5, 1, 1
     control.PUSH_SECONDS = 3.0
-    return control._run(fault, folder)
+    return control._run_fault(fault, folder)

@@ -75,7 +75,7 @@ class EventLoopMonitor:
         self.peak: Counter[str] = Counter()
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._beat())
+        self._task = asyncio.create_task(self._monitor_loop())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -83,7 +83,7 @@ class EventLoopMonitor:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
 
-    async def _beat(self) -> None:
+    async def _monitor_loop(self) -> None:
         read = 0.0
         while True:
             began, cpu_start, phase = time.perf_counter(), time.thread_time(), self.phase
@@ -144,7 +144,9 @@ def measure(
         server.start()
         try:
             result = asyncio.run(
-                _train(config, tokenizer, parent_end.recv(), world_size, data_parallel_size, folder)
+                _train_on_rollout(
+                    config, tokenizer, parent_end.recv(), world_size, data_parallel_size, folder
+                )
             )
         finally:
             for process in multiprocessing.active_children():
@@ -161,7 +163,7 @@ def measure(
     }
 
 
-async def _train(
+async def _train_on_rollout(
     config: Config,
     tokenizer: PromptTokenizer,
     urls: list[str],

@@ -106,7 +106,7 @@ class Part:
     without_kept_ids: str | None = None
 
 
-def _pairs(section: str, key: str, *values: str) -> dict[str, Settings]:
+def _cells_of_setting(section: str, key: str, *values: str) -> dict[str, Settings]:
     """Return a cell for each value of a setting."""
     return {value: {section: {key: value}} for value in values}
 
@@ -144,7 +144,7 @@ PARTS = {
     ),
     "kl": Part(
         "`kl_beta: 0.05`, `minibatches: 8`",
-        cells={"k3": {}, **_pairs("rl", "kl_estimator", "k2", "unbiased")},
+        cells={"k3": {}, **_cells_of_setting("rl", "kl_estimator", "k2", "unbiased")},
         settings={"rl": {"kl_beta": 0.05, "minibatches": 8}},
     ),
     "cut": Part(

@@ -60,12 +60,16 @@ def table_row(cell: Seeds, first: Seeds) -> list[str]:
     masked_fractions = [run["masked"] for run in runs if "masked" in run]
 
     def difference(figure: Any, scale: float, form: str) -> str:
-        return "" if is_first else _interval(paired_differences(cell, first, figure), scale, form)
+        return (
+            ""
+            if is_first
+            else _format_interval(paired_differences(cell, first, figure), scale, form)
+        )
 
     return [
-        _interval(accuracies, 100, ".1f"),
+        _format_interval(accuracies, 100, ".1f"),
         difference(lambda run: run["heldout"], 100, "+.1f"),
-        _interval([steps_to_target(run) for run in runs], 1, ".1f"),
+        _format_interval([steps_to_target(run) for run in runs], 1, ".1f"),
         difference(steps_to_target, 1, "+.1f"),
         f"{collapsed} of {len(runs)} [{100 * share.low:.0f}, {100 * share.high:.0f}]",
         format_percent(fmean(masked_fractions)) if masked_fractions else "",
@@ -73,7 +77,7 @@ def table_row(cell: Seeds, first: Seeds) -> list[str]:
     ]
 
 
-def _interval(values: Sequence[float], scale: float, form: str) -> str:
+def _format_interval(values: Sequence[float], scale: float, form: str) -> str:
     """Return mean and interval, as `81.0 [76.2, 85.8]`."""
     mean = estimate(values)
     ends = [mean.value, mean.low, mean.high]
@@ -119,12 +123,12 @@ def as_page(runs: Runs, packages: Mapping[str, str], cores: int) -> str:
     task_names = {PARTS[part].task for part in runs}
     rl = COMMON_SETTINGS["rl"]
     return PAGE.read_text(encoding="utf-8").format(
-        dates=_ends(sorted({run["date"] for run in finished_runs})),
+        dates=_format_range(sorted({run["date"] for run in finished_runs})),
         commits=", ".join(sorted({run["commit"] for run in finished_runs})),
         cores=cores,
         packages=", ".join(f"{name} {version}" for name, version in packages.items()),
         num_runs=len(finished_runs),
-        seeds=_ends([str(count) for count in counts]),
+        seeds=_format_range([str(count) for count in counts]),
         core_hours=f"{sum(run['core_seconds'] for run in finished_runs) / 3600:.1f}",
         core_seconds=f"{fmean(run['core_seconds'] for run in finished_runs):.0f}",
         tasks="\n".join(
@@ -144,6 +148,6 @@ def as_page(runs: Runs, packages: Mapping[str, str], cores: int) -> str:
     )
 
 
-def _ends(values: Sequence[str]) -> str:
+def _format_range(values: Sequence[str]) -> str:
     """Return the only value, or `first to last`."""
     return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"

@@ -96,7 +96,7 @@ class Study:
             if not (model := self.folder / "models" / task).exists():
                 write_folder(model, TASKS[task].model)
             options = {"run.folder": run, "model.path": model, "sft.data": corpus}
-            self._command("sft", LAPTOP / "base.yaml", options)
+            self._run_command("sft", LAPTOP / "base.yaml", options)
         return run / "hf"
 
     def make(self, part: str, cell: str, seed: int) -> float:
@@ -117,7 +117,7 @@ class Study:
         options = {"run.folder": run, "run.seed": seed, "model.path": model}
         start = _core_seconds()
         with plant_fault(PARTS[part], cell):
-            self._command("rl", recipe, options)
+            self._run_command("rl", recipe, options)
         seconds = _core_seconds() - start
         figures = run_figures(run, settings["recipe"]["rl"])
         figures = {"settings": settings, **provenance(), "core_seconds": seconds, **figures}
@@ -125,7 +125,7 @@ class Study:
         shutil.rmtree(run)
         return seconds
 
-    def _command(self, verb: str, recipe: Path, options: Mapping[str, Any]) -> None:
+    def _run_command(self, verb: str, recipe: Path, options: Mapping[str, Any]) -> None:
         """Run a command of megatron-r1; its output is appended to the log.
 
         Raises:

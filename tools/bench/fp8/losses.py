@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model = Path(folder, "model")
         model.mkdir()
         (model / "config.json").write_text(json.dumps(MODEL))
-        runs = _runs(names, args, folder)
+        runs = _run_variants(names, args, folder)
     summary = _summarize_runs(names, runs, args.seeds)
     print(f"loss after {args.steps} steps, {args.seeds} seeds; the language's: {ENTROPY:.3f}")
     print(f"relative loss error: second half of training, against {BASELINE}, smoothed")
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {**sizes, "entropy": ENTROPY, "model": MODEL, "summary": summary, "runs": runs}
 
 
-def _runs(
+def _run_variants(
     names: list[str], args: argparse.Namespace, folder: str
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the report of every seed, by variant; exit if a run fails."""
@@ -134,7 +134,7 @@ def _runs(
     tasks = [(name, seed) for seed in range(args.seeds) for name in names]
     with ThreadPoolExecutor(args.jobs) as threads:
         try:
-            reports = threads.map(lambda task: _train(args, folder, *task), tasks)
+            reports = threads.map(lambda task: _run_worker(args, folder, *task), tasks)
             for (name, seed), report in zip(tasks, reports, strict=True):
                 runs[name].append(report)
                 heldout = report["heldout_loss"]
@@ -144,7 +144,7 @@ def _runs(
     return runs
 
 
-def _train(args: argparse.Namespace, folder: str, name: str, seed: int) -> dict[str, Any]:
+def _run_worker(args: argparse.Namespace, folder: str, name: str, seed: int) -> dict[str, Any]:
     """Run the worker of one variant and seed; return its report."""
     sizes = {"steps": args.steps, "sentences": args.sentences, "threads": args.threads}
     task = {"variant": name, "seed": seed, "model": f"{folder}/model", **sizes}

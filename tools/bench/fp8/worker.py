@@ -26,7 +26,7 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     os.environ |= rank_variables(0, 1, port=0)
     grid_position = distributed.initialize(parse(_task_settings(task)).parallel, seed=task["seed"])
-    print("\n" + json.dumps(_train(task, grid_position)))
+    print("\n" + json.dumps(_train_variant(task, grid_position)))
 
 
 def _task_settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def _task_settings(task: dict[str, Any], **model: Any) -> dict[str, Any]:
     return tree
 
 
-def _train(task: dict[str, Any], grid_position: Any) -> dict[str, Any]:
+def _train_variant(task: dict[str, Any], grid_position: Any) -> dict[str, Any]:
     # Megatron, which these import, needs the platform that `initialize` prepares.
     from megatron_r1.models import weights
     from megatron_r1.trainer.trainer import Trainer
@@ -45,13 +45,13 @@ def _train(task: dict[str, Any], grid_position: Any) -> dict[str, Any]:
     trainer = Trainer(config, grid_position)
     losses, start = [], time.perf_counter()
     for step in range(task["steps"]):
-        _load(trainer, language.batch(f"{task['seed']} {step}", task["sentences"]))
+        _load_sentences(trainer, language.batch(f"{task['seed']} {step}", task["sentences"]))
         rate = config.optimizer.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
         losses.append(round(trainer.update(0, LOSS, None, rate)["loss"], 5))
         print(f"{step + 1} {losses[-1]:.4f}", flush=True)
     seconds = time.perf_counter() - start
     heldout = language.batch(f"{task['seed']} held out", 4 * task["sentences"])
-    logprobs = _logprobs(trainer, heldout)
+    logprobs = _token_logprobs(trainer, heldout)
     report = {
         "losses": losses,
         "heldout_loss": -logprobs.mean().item(),
@@ -65,20 +65,22 @@ def _train(task: dict[str, Any], grid_position: Any) -> dict[str, Any]:
     )
     # An engine computes in bf16 with the pushed weights; the gap is the trainer's distance from it.
     engine_settings = _task_settings({**task, "variant": BASELINE}, init="load", path=str(folder))
-    gap = (_logprobs(Trainer(parse(engine_settings), grid_position), heldout) - logprobs).abs()
+    gap = (
+        _token_logprobs(Trainer(parse(engine_settings), grid_position), heldout) - logprobs
+    ).abs()
     return report | {"logprob_diff": {"mean": gap.mean().item(), "max": gap.max().item()}}
 
 
-def _load(trainer: Any, sentences: list[list[int]]) -> None:
+def _load_sentences(trainer: Any, sentences: list[list[int]]) -> None:
     samples = [Sample.pack(tokens[:2], tokens[2:]) for tokens in sentences]
     limit = trainer.config.parallel.microbatch_tokens
     plan = pack([len(s) for s in samples], 1, limit).shares[0]
     trainer.load([[[samples[i] for i in members] for members in plan]])
 
 
-def _logprobs(trainer: Any, sentences: list[list[int]]) -> Any:
+def _token_logprobs(trainer: Any, sentences: list[list[int]]) -> Any:
     """Return every predicted token's fp32 log-probability, in an order fixed by `sentences`."""
-    _load(trainer, sentences)
+    _load_sentences(trainer, sentences)
     trainer.compute_logprobs(temperature=1.0, with_reference=False)
     batches = trainer.rollout.minibatches[0]
     return torch.cat([batch.logprobs["old"][batch.is_response] for batch in batches])

@@ -56,7 +56,7 @@ def control_path() -> dict[str, Any]:
     outcomes = {}
     for fault in FAULTS:
         with tempfile.TemporaryDirectory() as folder:
-            outcomes[fault] = _run(fault, Path(folder))
+            outcomes[fault] = _run_fault(fault, Path(folder))
         print(f"{fault}: {json.dumps(outcomes[fault], indent=1)}", flush=True)
     broken = [fault for fault, result in outcomes.items() if not result["right"]]
     return {
@@ -68,7 +68,7 @@ def control_path() -> dict[str, Any]:
     }
 
 
-def _run(fault: str, folder: Path) -> dict[str, Any]:
+def _run_fault(fault: str, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     tensors = {
@@ -108,11 +108,11 @@ def _run(fault: str, folder: Path) -> dict[str, Any]:
         "connect, seconds": connected,
         "keys in the store": keys,
         "push 1, seconds": pushed,
-        **_judge(fault, ends, processes),
+        **_judge_outcome(fault, ends, processes),
     }
 
 
-def _judge(
+def _judge_outcome(
     fault: str, ends: dict[Place, dict[str, Any]], processes: dict[Place, Any]
 ) -> dict[str, Any]:
     killed = {place for place, p in processes.items() if p.exitcode == -signal.SIGKILL}
@@ -223,7 +223,7 @@ def _play_trainer(place: Place, port: int, fault: str, tensors: dict[str, Any], 
     error = "; ".join(failure.error for failure in failures.values())
     note(**{"push 2": "right", "error": error, "seconds": time.monotonic() - began})
     store.set(f"trainer{rank}", "1")
-    _stay(store, fault)
+    _wait_for_others(store, fault)
 
 
 def _play_engine(place: Place, port: int, fault: str, tensors: dict[str, Any], note: Any) -> None:
@@ -250,10 +250,10 @@ def _play_engine(place: Place, port: int, fault: str, tensors: dict[str, Any], n
     except ValueError as error:
         seconds = time.monotonic() - began
         note(**{"push 2": "refused", "error": str(error), "seconds": seconds})
-    _stay(store, fault)
+    _wait_for_others(store, fault)
 
 
-def _stay(store: TCPStore, fault: str) -> None:
+def _wait_for_others(store: TCPStore, fault: str) -> None:
     """Wait until the others are done: this rank's end is not to be their error."""
     if fault == "none":
         store.wait([f"trainer{rank}" for rank in range(GRID.world_size)])

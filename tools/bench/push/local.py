@@ -91,12 +91,14 @@ async def measure(
         await trainer.call(CheckpointOperations.export, folder=str(folder / "export"))
         async with RolloutFleet(1, folder / "logs", dtype=dtype, **settings) as fleet:
             await fleet.start(folder / "export", policy_version=-1)
-            return await _measure(trainer, fleet, config, shape, folder, repeats, num_reloads)
+            return await _measure_pushes(
+                trainer, fleet, config, shape, folder, repeats, num_reloads
+            )
     finally:
         await trainer.close()
 
 
-async def _measure(
+async def _measure_pushes(
     trainer: Any, fleet: Any, config: Any, shape: Any, folder: Path, repeats: int, num_reloads: int
 ) -> dict[str, Any]:
     shapes = hf_tensors(shape, with_mtp=False)

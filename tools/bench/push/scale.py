@@ -128,7 +128,9 @@ def simulate() -> dict[str, Any]:
             flush=True,
         )
         print("".join(f"    {sentence}\n" for sentence in missed_aims(row)), end="", flush=True)
-    flagship = ScaleCase("", _planner("examples/deepseek_r1/r1_zero.yaml"), colocated=False)
+    flagship = ScaleCase(
+        "", _planner_of_recipe("examples/deepseek_r1/r1_zero.yaml"), colocated=False
+    )
     planted = without_order(flagship)
     print("r1_zero in pools, a thread for each link instead of rounds:", planted)
     return {
@@ -203,19 +205,21 @@ def without_order(case: ScaleCase) -> dict[str, Any]:
 
 
 def _scale_cases() -> Iterator[ScaleCase]:
-    flagship = _planner("examples/deepseek_r1/r1_zero.yaml")
-    on_policy = _planner("examples/distill/qwen2.5-math-7b_on_policy.yaml")
+    flagship = _planner_of_recipe("examples/deepseek_r1/r1_zero.yaml")
+    on_policy = _planner_of_recipe("examples/distill/qwen2.5-math-7b_on_policy.yaml")
     yield ScaleCase("r1_zero", flagship, colocated=True, seeds=100)
     yield ScaleCase("r1_zero", flagship, colocated=True, form="FP8")
     yield ScaleCase("r1_zero in pools", flagship, colocated=False)
-    yield ScaleCase("qwen2.5-32b_rl", _planner("examples/distill/qwen2.5-32b_rl.yaml"), True)
+    yield ScaleCase(
+        "qwen2.5-32b_rl", _planner_of_recipe("examples/distill/qwen2.5-32b_rl.yaml"), True
+    )
     yield ScaleCase("qwen2.5-math-7b_on_policy", on_policy, colocated=True)
     many = _many_engines()
     for form in FORMS:
         yield ScaleCase("64 engines x 16 GPUs, of their own", many, colocated=False, form=form)
 
 
-def _planner(recipe: str) -> MatchedRegions:
+def _planner_of_recipe(recipe: str) -> MatchedRegions:
     """Return the planner of a shipped recipe."""
     config = load(ROOT / recipe)
     hf_config, layout = read_hf_config(config.model.path), engine_layout(config)

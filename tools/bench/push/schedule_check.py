@@ -69,7 +69,7 @@ def find_fault(operations: np.ndarray, order: RoundSchedule) -> ScheduleFault | 
 
 
 def _find_unmatched(operations: np.ndarray) -> ScheduleFault | None:
-    _, pair = np.unique(_pairs(operations), return_inverse=True)
+    _, pair = np.unique(_pair_numbers(operations), return_inverse=True)
     excess = np.bincount(pair, np.where(operations["sends"], 1, -1)).astype(np.int64)
     if not excess.any():
         return None
@@ -111,7 +111,7 @@ def _find_early(operations: np.ndarray, order: RoundSchedule) -> ScheduleFault |
     )
 
 
-def _pairs(operations: np.ndarray) -> np.ndarray:
+def _pair_numbers(operations: np.ndarray) -> np.ndarray:
     """Return a number for the (sender, receiver) of each operation."""
     sender = np.where(operations["sends"], operations["process"], operations["peer"])
     receiver = np.where(operations["sends"], operations["peer"], operations["process"])
@@ -121,7 +121,7 @@ def _pairs(operations: np.ndarray) -> np.ndarray:
 def _pair_order(operations: np.ndarray, *, sends: bool) -> np.ndarray:
     """Return the places of all sends, or receives, by pair, in the order of each pair."""
     places = np.flatnonzero(operations["sends"] == sends)
-    return places[np.argsort(_pairs(operations[places]), kind="stable")]
+    return places[np.argsort(_pair_numbers(operations[places]), kind="stable")]
 
 
 def _make_wait(operation: np.ndarray | np.void) -> TransferWait:
@@ -154,7 +154,7 @@ class _Queues:
             rows, owner = self._operations_awaited(left)
             blocked = np.bincount(owner, ~self._have_started(self.partner[rows]), len(left)) > 0
             if blocked.all():
-                return self._cycle(left)
+                return self._cycle_fault(left)
             self.head[left[~blocked]] += 1
             left = left[self.head[left] < self.stream_ends[left]]
         return None
@@ -171,7 +171,7 @@ class _Queues:
     def _have_started(self, rows: np.ndarray) -> np.ndarray:
         return self.head[self.stream[rows]] >= self.start[rows]
 
-    def _cycle(self, stuck: np.ndarray) -> ScheduleFault:
+    def _cycle_fault(self, stuck: np.ndarray) -> ScheduleFault:
         rows, owner = self._operations_awaited(stuck)
         blocking = ~self._have_started(self.partner[rows])
         waits = dict(zip(stuck[owner[blocking]].tolist(), rows[blocking].tolist(), strict=True))

@@ -35,7 +35,7 @@ class StreamQueues:
     def __init__(self, operations: np.ndarray, transfer_seconds: np.ndarray | float = 0.0):
         self._seconds = np.broadcast_to(transfer_seconds, len(operations))
         self._is_send = operations["sends"].astype(np.int64)
-        self._match(operations)
+        self._match_transfers(operations)
         names, stream = np.unique(operations["process"], return_inverse=True)
         lengths = np.zeros(len(names), np.int64)
         np.maximum.at(lengths, stream, operations["end"] + 1)
@@ -44,7 +44,7 @@ class StreamQueues:
         self._starting = _ByPlace(self._begins[stream] + operations["start"], lengths.sum())
         self._operations_awaited = _ByPlace(self._begins[stream] + operations["end"], lengths.sum())
 
-    def _match(self, operations: np.ndarray) -> None:
+    def _match_transfers(self, operations: np.ndarray) -> None:
         """Number the transfers of each pair (sender, receiver) on both sides, and through."""
         process, peer = operations["process"].astype(np.int64), operations["peer"]
         pairs = np.where(operations["sends"], process << 32 | peer, peer.astype(np.int64) << 32)

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     cores = host.num_cores()
     print(f"{args.workers} workers on {cores} cores (load {load:.1f}), per second")
     for name, batch in benches.items():
-        rate, num_incorrect = asyncio.run(_rate(batch, args))
+        rate, num_incorrect = asyncio.run(_measure_rate(batch, args))
         result["rates"][name] = {"per_second": rate, "samples": len(batch), "wrong": num_incorrect}
         figures = "not available" if rate is None else f"{rate:10,.0f}   {num_incorrect} wrong"
         print(f"  {name:28} {figures}   ({len(batch):,} samples)", flush=True)
@@ -86,11 +86,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"  {'math-verify, 1 process':28} {single['per_second']:10,.0f}   {single['wrong']} wrong"
     )
     if args.soak:
-        result["soak"] = asyncio.run(_soak(args))
+        result["soak"] = asyncio.run(_soak_pool(args))
     return result
 
 
-async def _rate(
+async def _measure_rate(
     batch: list[LabelledResponse], args: argparse.Namespace
 ) -> tuple[float | None, int]:
     """Return grades per second of warm workers (None: not available here), and wrong rewards."""
@@ -100,12 +100,12 @@ async def _rate(
         return None, 0
     async with _reward_pool(args) as pool:
         try:
-            await asyncio.gather(*(_grade(pool, batch[0]) for _ in range(8 * args.workers)))
+            await asyncio.gather(*(_grade_sample(pool, batch[0]) for _ in range(8 * args.workers)))
         except ValueError as error:
             print(f"  {batch[0].kind}: {error}")
             return None, 0
         start = time.perf_counter()
-        grades = await asyncio.gather(*(_grade(pool, sample) for sample in batch))
+        grades = await asyncio.gather(*(_grade_sample(pool, sample) for sample in batch))
         seconds = time.perf_counter() - start
     pairs = zip(batch, grades, strict=True)
     return len(batch) / seconds, sum(grade.reward != sample.reward for sample, grade in pairs)
@@ -129,7 +129,7 @@ def math_verify_alone(batch: list[LabelledResponse]) -> dict[str, Any]:
     return {"per_second": len(pairs) / seconds, "samples": len(pairs), "wrong": num_incorrect}
 
 
-async def _soak(args: argparse.Namespace) -> dict[str, Any]:
+async def _soak_pool(args: argparse.Namespace) -> dict[str, Any]:
     async with _reward_pool(args) as pool:
         return await soak(pool, soak_samples(args.soak))
 
@@ -138,7 +138,7 @@ def _reward_pool(args: argparse.Namespace) -> RewardPool:
     return RewardPool(args.workers, timeout_seconds=args.timeout)
 
 
-async def _grade(pool: RewardPool, sample: LabelledResponse) -> Any:
+async def _grade_sample(pool: RewardPool, sample: LabelledResponse) -> Any:
     return await pool.grade(sample.kind, sample.response, sample.truth, **sample.fields)
 
 
@@ -172,7 +172,7 @@ async def soak(pool: RewardPool, batch: list[LabelledResponse]) -> dict[str, Any
         async with gate:
             start = time.perf_counter()
             try:
-                grade = await asyncio.wait_for(_grade(pool, sample), PATIENCE_SECONDS)
+                grade = await asyncio.wait_for(_grade_sample(pool, sample), PATIENCE_SECONDS)
             except TimeoutError:
                 outcomes["hung"] += 1
                 return

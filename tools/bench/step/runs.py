@@ -33,7 +33,7 @@ def measure(args: argparse.Namespace, about: dict[str, Any]) -> Runs:
         )
     args.runs.parent.mkdir(parents=True, exist_ok=True)
     if not records:
-        _append(args.runs, about)
+        _append_record(args.runs, about)
     runs: Runs = defaultdict(list)
     for record in records[1:]:
         runs[record["case"], record["system"]].append(record)
@@ -48,15 +48,17 @@ def measure(args: argparse.Namespace, about: dict[str, Any]) -> Runs:
         ]
         try:
             for number, (case_name, system) in enumerate(missing):
-                record = _run(case_name, system, cases[case_name], Path(name) / f"{number}", args)
-                _append(args.runs, record)
+                record = _run_case(
+                    case_name, system, cases[case_name], Path(name) / f"{number}", args
+                )
+                _append_record(args.runs, record)
                 runs[case_name, system].append(record)
         except KeyboardInterrupt:
             print(f"stopped; the same command continues: finished runs are in {args.runs}")
     return runs
 
 
-def _run(
+def _run_case(
     name: str, system: str, case: StepCase, folder: Path, args: argparse.Namespace
 ) -> dict[str, Any]:
     load, worth = os.getloadavg()[0], host.cores_worth()
@@ -74,7 +76,7 @@ def _run(
     }
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
+def _append_record(path: Path, record: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()

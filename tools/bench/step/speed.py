@@ -95,10 +95,10 @@ def add_options(options: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return medians and ratios, with every step they come from."""
     if args.profile is not None:
-        return _profile(args)
+        return _profile_step(args)
     if args.recipe:
         args.model = args.model or str(TOKENIZER)
-        return _phases(args)
+        return _time_phases(args)
     if args.against:
         runs = {name: (work, SETTINGS["ours"]) for name, work in WORKS.items()}
         runs["long tail, overlapped"] = WORKS["long tail"], SETTINGS["overlapped"]
@@ -203,7 +203,7 @@ def _select_timings(line: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key in fields or key.startswith("time/")}
 
 
-def _profile(args: argparse.Namespace) -> dict[str, Any]:
+def _profile_step(args: argparse.Namespace) -> dict[str, Any]:
     """Print and return where the time of a step goes (`tools.bench.step.critical_path`)."""
 
     if args.profile:
@@ -213,7 +213,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
             os.environ[timeline.FOLDER_VARIABLE] = f"{name}/timeline"
             if args.recipe:
                 args.model = args.model or str(TOKENIZER)
-                _phases(args)
+                _time_phases(args)
             else:
                 inputs = _write_inputs(Path(name))
                 run_ours(WORKS["short"], *inputs, Path(name, "run"), args.steps, SPEED_SETTINGS)
@@ -222,7 +222,7 @@ def _profile(args: argparse.Namespace) -> dict[str, Any]:
     return {"packages": host.versions(PACKAGES), "profile": profile}
 
 
-def _phases(args: argparse.Namespace) -> dict[str, Any]:
+def _time_phases(args: argparse.Namespace) -> dict[str, Any]:
     """Run a recipe for a few steps; return medians over those after the first, by metric name.
 
     If the given model folder has no weights, random ones of its shape are used (their responses are

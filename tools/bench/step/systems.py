@@ -109,7 +109,7 @@ def run_ours(
             command, cwd=root, env=env, stdout=output, stderr=subprocess.STDOUT
         )
         try:
-            marks = _watch(out / "metrics.jsonl", process)
+            marks = _watch_lines(out / "metrics.jsonl", process)
         finally:  # Ctrl-C
             process.kill()
             process.wait()
@@ -123,7 +123,7 @@ def run_ours(
     return lines[1:]
 
 
-def _watch(path: Path, process: subprocess.Popen[bytes]) -> list[np.ndarray]:
+def _watch_lines(path: Path, process: subprocess.Popen[bytes]) -> list[np.ndarray]:
     """Return (wall clock, core seconds of all processes of the run so far) for each line of `path`,
     taken when it appears, until the process ends."""
     marks: list[np.ndarray] = []

@@ -126,7 +126,7 @@ def write_model(folder: Path, tail: Tail, seed: int = 0) -> Path:
                 weight[:2] = 0.0
         embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
         embedding.normal_()
-        embedding[:, 0], embedding[:, 1] = FEATURE, FEATURE * _kinds(vocabulary)
+        embedding[:, 0], embedding[:, 1] = FEATURE, FEATURE * _token_kinds(vocabulary)
         text = torch.randint(SPECIAL_TOKENS, vocabulary, (8, 64))
         constant = model.model(text).last_hidden_state[..., 0].mean()
         _write_chances(head, tail, float(constant))
@@ -136,7 +136,7 @@ def write_model(folder: Path, tail: Tail, seed: int = 0) -> Path:
     return folder
 
 
-def _kinds(vocabulary: int) -> Any:
+def _token_kinds(vocabulary: int) -> Any:
     """Return (vocabulary,): -1 for plain tokens, 1 for dwelling ones, the later half."""
     import torch
 
@@ -152,7 +152,7 @@ def _write_chances(head: Any, tail: Tail, constant: float) -> None:
         constant: the first feature after the last norm, also the second's absolute value."""
     import torch
 
-    kinds = _kinds(len(head))
+    kinds = _token_kinds(len(head))
     kinds[:SPECIAL_TOKENS] = 0
     num_plain, num_dwelling = (kinds == -1).sum(), (kinds == 1).sum()
     after_plain = torch.full((len(head),), NEVER)

@@ -103,7 +103,7 @@ def read_table(path: Path = TABLE) -> Table:
                 entry["name"],
                 recipe["model"],
                 merge_settings(recipe.get("settings", {}), entry.get("settings", {})),
-                tuple(_flatten(entry.get("quantity", ()))),
+                tuple(_flatten_names(entry.get("quantity", ()))),
                 tuple(entry.get("cause", ())),
                 tuple(Edit(**edit) for edit in entry.get("edits", ())),
                 entry.get("first_run"),
@@ -116,7 +116,7 @@ def read_table(path: Path = TABLE) -> Table:
     return table
 
 
-def _flatten(names: list[Any]) -> list[str]:
+def _flatten_names(names: list[Any]) -> list[str]:
     """Return names, of which a list may be one."""
     return [entry for name in names for entry in (name if isinstance(name, list) else [name])]
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ]
     if not args.table:
         part, parts = (int(number) for number in args.part.split("/"))
-        _make(seeded_cases[part - 1 :: parts], case_table.common, folder, args)
+        _make_missing_cases(seeded_cases[part - 1 :: parts], case_table.common, folder, args)
     results = []
     for case, seed in seeded_cases:
         path = _result_of(folder, case, seed)
@@ -80,7 +80,7 @@ def _name_to_slug(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name.lower())
 
 
-def _make(
+def _make_missing_cases(
     seeded_cases: list[tuple[WhyCase, int]],
     common: dict[str, Any],
     folder: Path,
@@ -98,7 +98,7 @@ def _make(
         if time.monotonic() - start > PART_SECONDS:
             print("the time of a part is over; the same command goes on")
             return
-        result = _case(case, seed, common, folder, place, args)
+        result = _make_case(case, seed, common, folder, place, args)
         atomic_write(target, json.dumps(result, indent=1))
         print(
             f"{verdict(case, result):12} {result['seconds']:5.0f} s  {case.name}, seed {seed}",
@@ -108,7 +108,7 @@ def _make(
             shutil.rmtree(place, ignore_errors=True)
 
 
-def _case(
+def _make_case(
     case: WhyCase,
     seed: int,
     common: dict[str, Any],

@@ -120,16 +120,18 @@ class Walk:
             self.carriers.add(arguments(frame)[frame.f_code.co_varnames[:1] == ("self",) :])
         if starts and title.endswith(self.within):
             self.num_within.set(self.num_within.get(0) + 1)
-        elif not self.num_within.get(0) and not self.carriers.are_in(arguments(frame), self._note):
+        elif not self.num_within.get(0) and not self.carriers.are_in(
+            arguments(frame), self._write_entries
+        ):
             return
         caller = title_of(frame.f_back.f_code) if frame.f_back is not None else None
         entries = [(time_ns, entry) for entry in (caller, title) if entry is not None]
         if not self.follows:  # every call counts, whatever it returns
-            self._note(entries)
+            self._write_entries(entries)
             entries = []
         self.running[id(frame)] = WalkedCall(entries, starts and title.endswith(self.within))
         if title.endswith(self.kept_at):
-            for entry in self._around(frame):
+            for entry in self._running_calls(frame):
                 entry.is_kept = True
 
     def note_return(self, title, frame, value, time_ns) -> None:
@@ -157,20 +159,20 @@ class Walk:
             return  # it hands nothing on
         call.entries += pending.entries
         call.new += (new_identities or []) + pending.new
-        outer_call = next(self._around(frame.f_back), None)
+        outer_call = next(self._running_calls(frame.f_back), None)
         if outer_call is not None:
             outer_call.entries += call.entries
             outer_call.new += call.new
         elif call.new and not call.is_kept:  # of a task or a thread: does anything receive it?
             self.carriers.await_use(call.new, call.entries)
         else:
-            self._note(call.entries)
+            self._write_entries(call.entries)
 
-    def _note(self, entries, _=()) -> None:
+    def _write_entries(self, entries, _=()) -> None:
         for time_ns, title in entries:
             self.write(time_ns, self.name, title)
 
-    def _around(self, frame):
+    def _running_calls(self, frame):
         while frame is not None:
             if id(frame) in self.running:
                 yield self.running[id(frame)]
