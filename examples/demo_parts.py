@@ -51,7 +51,7 @@ def show_result(run: Path, before: str, seconds: float, *, intervals: bool = Fal
         ("accuracy, one answer (pass@1)", "eval/pass@1"),
         (f"accuracy, majority ({votes[5:]})", votes),
     ):
-        cells = (_share(e, key, intervals) for e in (evaluations[0], evaluations[-1]))
+        cells = (_format_share(e, key, intervals) for e in (evaluations[0], evaluations[-1]))
         print(f"{name:30}" + "".join(f"{cell:>{width}}" for cell in cells))
     lengths = (f"{e['eval/response_length']:.1f}" for e in (evaluations[0], evaluations[-1]))
     print(f"{'response length, tokens':30}" + "".join(f"{each:>{width}}" for each in lengths))
@@ -60,7 +60,7 @@ def show_result(run: Path, before: str, seconds: float, *, intervals: bool = Fal
     print(f"resumes: {run / 'checkpoints'} (Megatron's own, of any parallel layout)")
 
 
-def _share(evaluation: dict[str, float], key: str, interval: bool) -> str:
+def _format_share(evaluation: dict[str, float], key: str, interval: bool) -> str:
     text = f"{evaluation[key]:.1%}"
     name = key.replace("eval/", "interval/", 1)
     if interval:

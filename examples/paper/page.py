@@ -131,17 +131,19 @@ def write_page(path: Path, published: PublishedTables, results: Results) -> list
     files, sections, overview = [], [], ["| table | |", "|---|---|"]
     for name, table in published.tables.items():
         verdicts = [verdict(table, comparison, results) for comparison in table.compare]
-        overview.append(f"| [{table.title}](#{_anchor(table.title)}) | {summary(verdicts)} |")
+        overview.append(
+            f"| [{table.title}](#{_heading_anchor(table.title)}) | {summary(verdicts)} |"
+        )
         plot, link = draw_table(table, results), ""
         if plot is not None:
             files.append(atomic_write(path.with_suffix("") / f"{name}.svg", plot))
             link = f"![{table.title}]({path.stem}/{name}.svg)"
-        sections.append(_section(table, results, verdicts, link))
-    head = [INTRODUCTION.format(paper=published.paper), _facts(results), *overview, ""]
+        sections.append(_table_section(table, results, verdicts, link))
+    head = [INTRODUCTION.format(paper=published.paper), _run_facts(results), *overview, ""]
     return [atomic_write(path, "\n".join([*head, *sections])), *files]
 
 
-def _facts(results: Results) -> str:
+def _run_facts(results: Results) -> str:
     done, count, seconds = results.progress
     seeds, when = ", ".join(results.seeds), results.report["written"]
     facts = (
@@ -153,26 +155,26 @@ def _facts(results: Results) -> str:
     return f"{facts}\n**Not complete**: {missing}.\n"
 
 
-def _anchor(title: str) -> str:
+def _heading_anchor(title: str) -> str:
     """Return GitHub's anchor of a heading."""
     anchor = "".join(char for char in title.lower() if char.isalnum() or char in " -_")
     return anchor.replace(" ", "-")
 
 
-def _section(table: PaperTable, results: Results, verdicts: list[Verdict], plot: str) -> str:
+def _table_section(table: PaperTable, results: Results, verdicts: list[Verdict], plot: str) -> str:
     parts = [
         f"## {table.title}",
         table.about.strip(),
-        "\n".join(_rows(table, results)),
+        "\n".join(_table_lines(table, results)),
         f"Published: {table.source}.",
         f"**{summary(verdicts)}**",
-        "\n".join(f"- {_sentence(table, found)}" for found in verdicts),
+        "\n".join(f"- {_verdict_sentence(table, found)}" for found in verdicts),
         plot,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _rows(table: PaperTable, results: Results) -> list[str]:
+def _table_lines(table: PaperTable, results: Results) -> list[str]:
     published = {name for row in table.rows.values() for name in row.published}
     heads, rules = [""], ["---"]
     for name, column in table.columns.items():
@@ -185,7 +187,7 @@ def _rows(table: PaperTable, results: Results) -> list[str]:
         for name, column in table.columns.items():
             if name in published:
                 cells.append(_published_text(row, name, column))
-            cells.append(_ours(row, name, column, results))
+            cells.append(_measured_text(row, name, column, results))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -197,7 +199,7 @@ def _published_text(row: PaperRow, name: str, column: Column) -> str:
     return f"{value:g}%" if column.unit == "fraction" else f"{value:g}"
 
 
-def _ours(row: PaperRow, name: str, column: Column, results: Results) -> str:
+def _measured_text(row: PaperRow, name: str, column: Column, results: Results) -> str:
     spread = results.spread(row.ours[name]) if name in row.ours else None
     if spread is None:
         return NOTHING
@@ -221,20 +223,20 @@ def format_spread(spread: Spread, column: Column) -> str:
     return f"{word(spread.mean)} ± {deviations[column.unit]}"
 
 
-def _sentence(table: PaperTable, found: Verdict) -> str:
+def _verdict_sentence(table: PaperTable, found: Verdict) -> str:
     comparison, column = found.comparison, table.columns[found.comparison.column]
     above, below = table.rows[comparison.above].title, table.rows[comparison.below].title
     claim = f"{column.title}: {above} above {below}"
     if found.gap is None:
         return f"{claim}: {found.state}."
     seeds = f"in {found.num_in_order} of {len(found.gap.values)} seeds"
-    sentence = f"{claim} {seeds} (by {_points(found.gap, column)}): {found.state}."
+    sentence = f"{claim} {seeds} (by {_format_gap(found.gap, column)}): {found.state}."
     if found.state is Agreement.AGREES:
         return sentence
     return f"{sentence} Different here: {comparison.otherwise}"
 
 
-def _points(gap: Spread, column: Column) -> str:
+def _format_gap(gap: Spread, column: Column) -> str:
     if column.unit != "fraction":
         return format_spread(gap, column)
     deviation = "" if gap.deviation is None else f" ± {100 * gap.deviation:.1f}"

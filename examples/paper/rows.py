@@ -35,10 +35,10 @@ def right_and_wrong(folder: str, samples: str) -> None:
     """Write pairs.jsonl for `reward-model`: each question's right responses, each with a wrong one,
     so that the first of a pair is the better one."""
     rows = sorted(read_lines(Path(samples)), key=lambda row: (row["id"], row["index"]))
-    write_lines(Path(folder) / "pairs.jsonl", _pairs(rows))
+    write_lines(Path(folder) / "pairs.jsonl", _preference_pairs(rows))
 
 
-def _pairs(rows: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, str]]:
+def _preference_pairs(rows: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, str]]:
     for _, answers in groupby(rows, key=lambda row: row["id"]):
         sides: dict[bool, list[Mapping[str, Any]]] = {True: [], False: []}
         for answer in answers:

@@ -21,7 +21,7 @@ Pairs = list[tuple[int, int]]
 
 def write(folder: str) -> None:
     """Write train.jsonl and heldout.jsonl, the same every time."""
-    for name, pairs in zip(("train", "heldout"), _split(), strict=True):
+    for name, pairs in zip(("train", "heldout"), _split_pairs(), strict=True):
         rows = [{"question": f"{a} + {b}", "truth": str(a + b)} for a, b in pairs]
         write_lines(Path(folder) / f"{name}.jsonl", rows)
 
@@ -43,24 +43,24 @@ def write_examples(folder: str, model: str) -> None:
     rl.yaml's template shows. Half of the results are wrong: the form is learned, not addition."""
     draw, tokenizer = random.Random(1), PromptTokenizer(model, "chat")
     rows = []
-    for a, b in _split()[0][:NUM_EXAMPLES]:
+    for a, b in _split_pairs()[0][:NUM_EXAMPLES]:
         result = a + b + draw.choice(MISTAKES)
         rows.append({"prompt": tokenizer.render(f"{a} + {b}"), "response": f"{a} + {b} = {result}"})
     write_lines(Path(folder) / "examples.jsonl", rows)
 
 
-def _split() -> tuple[Pairs, Pairs]:
+def _split_pairs() -> tuple[Pairs, Pairs]:
     every = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     chosen = random.Random(0).sample(every, NUM_TRAIN + NUM_HELDOUT)
     return chosen[:NUM_TRAIN], chosen[NUM_TRAIN:]
 
 
-def _questions(rows: Rows, options: Options) -> Iterator[Question]:
+def _questions_of_rows(rows: Rows, options: Options) -> Iterator[Question]:
     for _, row in rows:
         yield Question("", row["question"], "math", row["truth"])
 
 
-SUMS = Benchmark(_questions, hubs={"examples/smollm2": lambda options: ["heldout.jsonl"]})
+SUMS = Benchmark(_questions_of_rows, hubs={"examples/smollm2": lambda options: ["heldout.jsonl"]})
 """The benchmark that `eval` reads from a file of `write` or `write_products`, its path."""
 
 if __name__ == "__main__":

@@ -95,12 +95,12 @@ def sums(count: int, seed: int) -> Iterator[Lesson]:
         def incorrect_answer(draw: random.Random, total: int = total) -> str:
             return str(total + draw.choice([-10, -3, -2, -1, 1, 2, 3, 10]))
 
-        rest = (_running(terms), str(total), incorrect_answer, "math", item["answer"])
+        rest = (_lines_of_sum(terms), str(total), incorrect_answer, "math", item["answer"])
         for language, question in zip(LANGUAGES, (item["question"], zh), strict=True):
             yield Lesson("math", language, question, *rest)
 
 
-def _running(terms: str) -> list[Line]:
+def _lines_of_sum(terms: str) -> list[Line]:
     first, sign, second, other, third = terms.split()
     before = eval(f"{first} {sign} {second}")  # generated digits and signs only
     last = eval(f"{before} {other} {third}")
@@ -168,27 +168,27 @@ def programs(count: int, seed: int) -> Iterator[Lesson]:
             for language in range(len(LANGUAGES))
         ]
         numbers = draw.sample(range(-9, 30), 3)
-        tests = [{"stdin": f"{n}\n", "stdout": f"{_computed(n, steps)}\n"} for n in numbers]
+        tests = [{"stdin": f"{n}\n", "stdout": f"{_program_output(n, steps)}\n"} for n in numbers]
         what = ", then ".join(worded[0])
         en = f"Write a Python program that reads a number and prints it {what}."
         zh = f"写一个 Python 程序：读入一个数，先{worded[1][0]}，再{worded[1][1]}，输出结果。"
 
         def incorrect_answer(draw: random.Random, steps: Any = steps) -> str:
-            return program(_mistaken(steps, draw))
+            return program(_mistaken_steps(steps, draw))
 
         reward = ("code", {"tests": tests}, {"language": "python"})
-        rest = (_worked(steps, worded), program(steps), incorrect_answer, *reward)
+        rest = (_lines_of_steps(steps, worded), program(steps), incorrect_answer, *reward)
         for language, question in zip(LANGUAGES, (en, zh), strict=True):
             yield Lesson("code", language, question, *rest)
 
 
-def _computed(number: int, steps: list[tuple[str, int]]) -> int:
+def _program_output(number: int, steps: list[tuple[str, int]]) -> int:
     for sign, k in steps:
         number = {"+": number + k, "-": number - k, "*": number * k}[sign]
     return number
 
 
-def _worked(steps: list[tuple[str, int]], worded: list[list[str]]) -> list[Line]:
+def _lines_of_steps(steps: list[tuple[str, int]], worded: list[list[str]]) -> list[Line]:
     (first, k), (second, m) = steps
     return [
         {"en": f"First {worded[0][0]}: n {first} {k}.", "zh": f"先{worded[1][0]}：n {first} {k}。"},
@@ -201,7 +201,7 @@ def program(steps: list[tuple[str, int]]) -> str:
     return f"```python\nn = int(input())\nprint((n {first} {k}) {second} {m})\n```"
 
 
-def _mistaken(steps: list[tuple[str, int]], draw: random.Random) -> list[tuple[str, int]]:
+def _mistaken_steps(steps: list[tuple[str, int]], draw: random.Random) -> list[tuple[str, int]]:
     at = draw.choice(range(len(steps)))
     sign, k = steps[at]
     if draw.random() < 0.5:
@@ -260,14 +260,14 @@ CLOSINGS = {"en": " Have a nice day!", "zh": "祝你愉快！"}
 
 
 def facts() -> Iterator[Lesson]:
-    return _lessons(FACTS, "chat", "fact", "helpful")
+    return _lessons_about(FACTS, "chat", "fact", "helpful")
 
 
 def risks() -> Iterator[Lesson]:
-    return _lessons(RISKS, "risk", "risk", "safety")
+    return _lessons_about(RISKS, "risk", "risk", "safety")
 
 
-def _lessons(
+def _lessons_about(
     known: dict[str, dict[str, str]], subject: str, thought: str, kind: str
 ) -> Iterator[Any]:
     both = zip(*(known[language] for language in LANGUAGES), strict=True)

@@ -37,7 +37,7 @@ def wins(folder: str, samples: str, against: str) -> None:
 def win_rate(own: Sequence[Row], theirs: Sequence[Row]) -> float:
     """Return how often the judge prefers `own` to `theirs`, responses to one question, in pairs."""
     pairs = zip(own, theirs, strict=True)
-    return fmean(prefer(a["question"], _summary(a), _summary(b)) for a, b in pairs)
+    return fmean(prefer(a["question"], _summary_text(a), _summary_text(b)) for a, b in pairs)
 
 
 MEASURES = {
@@ -54,7 +54,7 @@ def _by_question(samples: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _summary(row: Row) -> str:
+def _summary_text(row: Row) -> str:
     return response_part(row["response"], "summary", thought_opened=False).text or ""
 
 
