@@ -63,7 +63,7 @@ WALKS = [
         "ResponseGrader.grade",
         "algorithms/grpo.py advantages",
         [],
-        ["ResponseGrader.grade", "r1_grading/worker.py _grade"],
+        ["ResponseGrader.grade", "r1_grading/worker.py _grade_job"],
         follows=True,
         hands_over=["FramedProcess.send", "RewardPool._set_grade"],
     ),
@@ -74,7 +74,7 @@ WALKS = [
         [
             "PolicyEngines.push",
             "RankPush.send_weights",
-            "_Follower.follow",
+            "_SenderProgress.check",
             "plugin/weight_swap.py swap_weights",
             "PushTransferEngine.start_weight_update",
             "PushTransferEngine.receive_weights",

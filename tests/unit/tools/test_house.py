@@ -1,10 +1,20 @@
 import subprocess
+from pathlib import Path
+from types import CodeType
 
 import pytest
 
-from tools.house.structure import closure, modules, num_modules, num_words, package_imports
-from tools.house.walks import Walk, trace_run, walk_files
+from tools.house.structure import (
+    PACKAGES,
+    closure,
+    modules,
+    num_modules,
+    num_words,
+    package_imports,
+)
+from tools.house.walks import SAMPLER_START, WALKS, Walk, trace_run, walk_files
 
+ROOT = Path(__file__).resolve().parents[3]
 FILES = {
     "megatron_r1/__init__.py": "",
     "megatron_r1/low/__init__.py": "",
@@ -171,3 +181,22 @@ def test_a_walk_has_each_file_once_from_its_first_begin_to_the_next_end():
     assert walk_files(entered, walk, "s after") == ["a", "b"]
     with pytest.raises(ValueError, match="d end"):
         walk_files(entered[:-2], walk, "s after")
+
+
+def test_the_walks_name_functions_that_exist():
+    def qualified_names(code):
+        yield code.co_qualname
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from qualified_names(constant)
+
+    functions = [
+        f"{file} {name}"
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*.py")
+        for name in qualified_names(compile(file.read_text(encoding="utf-8"), file, "exec"))
+    ]
+    calls = {SAMPLER_START}
+    for walk in WALKS:
+        calls |= {walk.begin, walk.end, *walk.within, *walk.receivers, *walk.hands_over}
+    assert [call for call in calls if not any(f.endswith(call) for f in functions)] == []
