@@ -49,7 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return _print_refusal(error)
     if len(args.recipes) == 1:
-        return _plan_recipe(args.recipes[0], args, overrides)
+        status = _plan_recipe(args.recipes[0], args, overrides)
+        if status == EXIT_FITS:  # others have said why
+            print(f"\n{VERDICT_TEXTS[status]}: {args.recipes[0]}")
+        return status
     statuses = {}
     for recipe in args.recipes:
         print(f"== {recipe} ==", flush=True)

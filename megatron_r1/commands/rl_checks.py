@@ -23,7 +23,7 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
-    check_local_experts,
+    check_local_engines,
 )
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models import read_hf_config
@@ -113,7 +113,7 @@ def check_settings(config: Config) -> None:
     # Layers without Transformer Engine need more; whether ranks have it only they know.
     check_divisions(hf_config, config.parallel, transformer_engine=True)
     check_engines(config, hf_config)
-    check_local_experts(config.rollout)
+    check_local_engines(config.rollout)
     check_cpu_kernels(config.rollout, hf_config)
     check_arguments(config.rollout, "rollout")
     check_room(config.rollout)

@@ -21,7 +21,8 @@ class DataConfig(Section):
     parameters: dict[str, Any] = Field(default_factory=dict)
     """the task's own settings"""
     kind: str | None = None
-    """the reward that grades; default: the row's, or what its truth shows, most often math"""
+    """the reward that grades; default: the row's, else (not in `score`) what its truth shows, most
+    often math"""
     columns: dict[str, str] | None = None
     """{our name: the file's column}; a.b is the entry b of column a, a+b a mapping of both;
     default: found by usual names"""

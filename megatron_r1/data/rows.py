@@ -117,7 +117,8 @@ def rename_columns(location: str, row: CanonicalRow, columns: Mapping[str, str])
     values = {name: lookup(row, source_column) for name, source_column in columns.items()}
     for name, source_column in columns.items():
         if values[name] is ABSENT_VALUE:
-            suggestion = did_you_mean(source_column, row, "{}")
+            unused_columns = [column for column in row if column not in columns.values()]
+            suggestion = did_you_mean(source_column, unused_columns, "{}")
             raise UserError(
                 f"{location}: no column {source_column!r}, as columns.{name} says{suggestion}; "
                 f"it has {', '.join(row)}",

@@ -29,7 +29,7 @@ from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
-    check_local_experts,
+    check_local_engines,
 )
 from megatron_r1.engines.server.responses import Response, truncate_at_stop
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings
@@ -79,7 +79,7 @@ class EngineModel:
         check_room(rollout)
         hf_config = load_config(model)
         check_engines(config, hf_config)
-        check_local_experts(rollout)
+        check_local_engines(rollout)
         check_cpu_kernels(rollout, hf_config)
         check_arguments(rollout, "rollout")
         self._fleet: RolloutFleet | None = None

@@ -45,6 +45,8 @@ def test_the_newest_is_taken_and_named(convert, run, tmp_path):
     status, output = convert("to-hf", run, tmp_path / "out", "--no-check")
     assert status == 0 and f"{run}: step 4" in output, output
     assert convert("verify", tmp_path / "out", tmp_path / "hf4")[0] == 0
+    executable = [file for file in (tmp_path / "out").iterdir() if file.stat().st_mode & 0o111]
+    assert not executable
     status, output = convert("verify", run, tmp_path / "hf2")
     assert status == 1 and f"{run}: step 4" in output, output
 

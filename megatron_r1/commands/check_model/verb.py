@@ -41,7 +41,7 @@ from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
-    check_local_experts,
+    check_local_engines,
 )
 from megatron_r1.engines.server.settings import engine_settings
 from megatron_r1.engines.server.vllm_arguments import check_arguments
@@ -103,7 +103,7 @@ async def compare_with_vllm(
         return NotCompared("vllm is not installed in this environment", is_failure=False)
     try:
         check_engines(config, load_config(folder))
-        check_local_experts(config.rollout)
+        check_local_engines(config.rollout)
         check_cpu_kernels(config.rollout, load_config(folder))
         check_arguments(config.rollout, "rollout")
     except UserError as error:

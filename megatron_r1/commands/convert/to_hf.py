@@ -252,7 +252,7 @@ def _write_file(job: ExportJob, part: tuple[str, Tensors]) -> None:
     if path.exists():
         return
     plan, partial_path = plan_file(tensors), path.with_name(f".{name}.tmp")
-    file = os.open(partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    file = os.open(partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         os.posix_fallocate(file, 0, plan.num_bytes)
         os.pwrite(file, plan.header, 0)

@@ -5,6 +5,7 @@ Without the check an engine ends at its start, or at its first prompt, with a me
 key of `config.json`. Lines are of vLLM 0.32."""
 
 import os
+import sys
 from importlib.util import find_spec
 
 from megatron_r1.base.errors import Cause, UserError
@@ -82,8 +83,8 @@ def _check_redundant_experts(rollout: RolloutConfig, hf_config: HFConfig) -> Non
         )
 
 
-def check_local_experts(rollout: RolloutConfig) -> None:
-    """Refuse copies and exchanges of experts for which engines on this host lack something.
+def check_local_engines(rollout: RolloutConfig) -> None:
+    """Refuse engines on this host that lack a package or a GPU.
 
     Not part of `check_engines`: a plan and a rehearsal of a recipe for GPUs need nothing.
 
@@ -91,10 +92,19 @@ def check_local_experts(rollout: RolloutConfig) -> None:
         rollout: the recipe's section.
 
     Raises:
-        UserError: there are no GPUs for vLLM's balancer of experts, or DeepEP is not installed.
+        UserError: vLLM or DeepEP is not installed, or there are no GPUs for vLLM's balancer of
+            experts.
     """
     if rollout.placement != "local":
         return
+    if not find_spec("vllm"):
+        raise UserError(
+            f"vllm is not installed in {sys.prefix}: install the version of requirements/cpu.lock "
+            "or requirements/cuda.lock there, or run engines on other hosts (rollout.placement: "
+            "hosts)",
+            key="rollout.placement",
+            cause=Cause.NOT_INSTALLED,
+        )
     if rollout.redundant_experts and not gpu.is_usable():
         raise UserError(
             "rollout.redundant_experts: vLLM's balancer of experts needs GPUs, and there is none "

@@ -21,7 +21,7 @@ from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.recipe_checks import (
     check_cpu_kernels,
     check_engines,
-    check_local_experts,
+    check_local_engines,
 )
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.engines.server.vllm_arguments import check_arguments
@@ -121,7 +121,7 @@ def _check_settings(config: Config, folder: Path) -> None:
     """Raise UserError for settings with which no engine on this host can serve the model."""
     hf_config = load_config(folder)
     check_engines(config, hf_config)
-    check_local_experts(config.rollout)
+    check_local_engines(config.rollout)
     check_cpu_kernels(config.rollout, hf_config)
     check_arguments(config.rollout, "rollout")
 

@@ -71,6 +71,9 @@ def test_columns_can_have_other_names(tmp_path):
     assert (prompt.question, prompt.truth, prompt.fields) == ("1 + 1?", "2", {"source": "s"})
     with refused("columns.question", Cause.NOT_FOUND, f"{path}:1", "problm", "problem"):
         load_prompts(path=path, columns={"question": "problm"})
+    with refused("columns.truth", Cause.NOT_FOUND, "'problme'") as caught:
+        load_prompts(path=path, columns={"question": "problem", "truth": "problme"})
+    assert "did you mean" not in str(caught.value)
     with refused("columns.questoin", Cause.UNKNOWN, "columns.question"):
         load_prompts(path=path, columns={"questoin": "problem", "truth": "answer"})
 

@@ -106,6 +106,9 @@ def test_several_recipes_have_a_bill_each_and_a_verdict_at_the_end(capsys):
     assert "pipeline.yaml" in captured.err
     assert main([str(recipes[0]), str(recipes[2]), "--gpus", "128"]) == 1
     assert main([str(recipes[0])] * 2) == 0
+    capsys.readouterr()
+    assert main([str(recipes[0])]) == 0
+    assert capsys.readouterr().out.endswith(f"\nfits: {recipes[0]}\n")
     with refused("--json", Cause.CONFLICT, 3):
         parse([*map(str, recipes), "--json", "plan.json"])
 

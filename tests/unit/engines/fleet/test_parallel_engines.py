@@ -11,7 +11,8 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import load, parse
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, with_gpu_share
 from megatron_r1.engines.server.model_config import vocab_size
-from megatron_r1.engines.server.recipe_checks import check_engines, check_local_experts
+from megatron_r1.engines.server import recipe_checks
+from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.engines.server.settings import engine_settings
 from megatron_r1.models.hf_config import read_hf_config
@@ -104,18 +105,25 @@ def test_what_no_engine_can_serve_is_refused(hf_config, settings, key, cause, sh
 def test_copies_of_experts_need_gpus_where_engines_run():
     settings = {"redundant_experts": 4, "expert_parallel": True, "data_parallel": 4}
     check_engines(config(**settings), EXPERTS)  # a plan for GPUs needs none
-    check_local_experts(config(**settings, placement="hosts").rollout)
+    check_local_engines(config(**settings, placement="hosts").rollout)
     with refused("rollout.redundant_experts", Cause.UNSUPPORTED, "needs GPUs"):
-        check_local_experts(config(**settings).rollout)
+        check_local_engines(config(**settings).rollout)
+
+
+def test_engines_on_this_host_need_vllm(monkeypatch):
+    monkeypatch.setattr(recipe_checks, "find_spec", lambda name: None)
+    check_local_engines(config(placement="hosts").rollout)
+    with refused("rollout.placement", Cause.NOT_INSTALLED, "vllm is not installed in"):
+        check_local_engines(config().rollout)
 
 
 @pytest.mark.parametrize("name", ["all2all_backend", "all2all-backend"])
 def test_an_exchange_by_deepep_needs_its_package_where_engines_run(name):
     settings = {"vllm": {name: "deepep_low_latency"}}
-    check_local_experts(config(**settings, placement="hosts").rollout)
-    check_local_experts(config(vllm={name: "allgather_reducescatter"}).rollout)
+    check_local_engines(config(**settings, placement="hosts").rollout)
+    check_local_engines(config(vllm={name: "allgather_reducescatter"}).rollout)
     with refused("rollout.vllm.all2all_backend", Cause.NOT_INSTALLED, "deep_ep"):
-        check_local_experts(config(**settings).rollout)
+        check_local_engines(config(**settings).rollout)
 
 
 def test_models_that_no_engine_computes_as_the_trainer_does_are_refused():
