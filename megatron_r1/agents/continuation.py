@@ -203,10 +203,8 @@ class Continuation:
         for thinks in (True,) if _has_reasoning(history[-1]) else (True, False):
             messages = _sample_conversation(history, thinks)
             try:
-                prompt, history_text = (
-                    self._rendered_text(messages[:-1], tools),
-                    self._rendered_text(messages, tools),
-                )
+                prompt = self._rendered_text(messages[:-1], tools)
+                history_text = self._rendered_text(messages, tools)
                 full_text = self._rendered_text(
                     [*messages, *new], tools, add_generation_prompt=True
                 )

@@ -172,7 +172,7 @@ def _count_owned_values(
     Raises:
         ValueError: `chunk_shapes` differ from the plan."""
     num_owned: defaultdict[bool, int] = defaultdict(int)
-    for chunk, shapes in zip(job.stages[pipeline_rank], chunk_shapes, strict=True):
+    for chunk, shapes in zip(job.pipeline_stages[pipeline_rank], chunk_shapes, strict=True):
         # Without a GPU the layers, and so the names, are Megatron's own.
         shard: Shard = replace(
             chunk, **place, transformer_engine=platform.uses_transformer_engine()

@@ -35,7 +35,9 @@ class RankCounts:
 
     def rank_counts(self, pipeline_rank: int) -> ParameterCounts:
         """Return the counts of one rank of this pipeline rank: the sum over its virtual stages."""
-        return sum(map(self.chunk_counts, self.job.stages[pipeline_rank]), ParameterCounts())
+        return sum(
+            map(self.chunk_counts, self.job.pipeline_stages[pipeline_rank]), ParameterCounts()
+        )
 
     def chunk_counts(self, chunk: Shard) -> ParameterCounts:
         """Return the counts of one virtual stage on one rank. Layers of one kind, and equal chunks,

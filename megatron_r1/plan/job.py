@@ -125,12 +125,14 @@ class PlannedJob:
     def num_layers_of_kinds(self, pipeline_rank: int) -> tuple[int, int]:
         """Return the numbers of (dense, sparse) decoder layers on a pipeline rank."""
         sparsity = [
-            self.is_sparse_layer[n] for chunk in self.stages[pipeline_rank] for n in chunk.layers
+            self.is_sparse_layer[n]
+            for chunk in self.pipeline_stages[pipeline_rank]
+            for n in chunk.layers
         ]
         return len(sparsity) - sum(sparsity), sum(sparsity)
 
     @cached_property
-    def stages(self) -> list[list[Shard]]:
+    def pipeline_stages(self) -> list[list[Shard]]:
         """The layers by [pipeline rank][virtual stage].
 
         Raises:
@@ -141,7 +143,7 @@ class PlannedJob:
     @property
     def num_model_chunks(self) -> int:
         """Number of model chunks of a pipeline rank."""
-        return len(self.stages[0])
+        return len(self.pipeline_stages[0])
 
     @property
     def data_parallel_size(self) -> int:
@@ -312,7 +314,7 @@ def check_trainer(job: PlannedJob) -> None:
     check_divisions(job.hf_config, job.parallel, transformer_engine=True)
     check_exchange_overlap(job.config, job.hf_config)
     check_batches(job.config, job.verb, job.world_size, "GPU")
-    assert job.stages, "building them checks the layout"
+    assert job.pipeline_stages, "building them checks the layout"
 
 
 def check_engine_gpus(job: PlannedJob) -> None:

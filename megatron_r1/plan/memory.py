@@ -89,7 +89,7 @@ def _rank_memory(
     kept_bytes, layer_bytes = _activation_bytes(job, rank, layers)
     # Without a graph nothing is kept: one layer's tensors at most.
     forward_bytes = max(x.total + x.dispatch for x in _kinds_of_layers(job, rank, layers))
-    is_last_stage = any(chunk.head for chunk in job.stages[rank])
+    is_last_stage = any(chunk.head for chunk in job.pipeline_stages[rank])
     head_bytes = _head_bytes(job)[0] if is_last_stage else 0
     reference_size = reference_bytes(job.config, counts)
     optimizer_on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
@@ -151,7 +151,7 @@ def _activation_bytes(
     job: PlannedJob, rank: int, layers: dict[bool, LayerActivations]
 ) -> tuple[int, int]:
     """Return (bytes kept for the micro-batches in flight, bytes the layer in work adds)."""
-    parallel, stages = job.parallel, job.stages[rank]
+    parallel, stages = job.parallel, job.pipeline_stages[rank]
     microbatches_per_chunk = _microbatches_held(job, rank)
     saved_bytes = {sparse: layer.saved_bytes(parallel) for sparse, layer in layers.items()}
     # A chunk's output stays after it was sent (deallocate_pipeline_outputs is off).

@@ -219,7 +219,14 @@ def push_section(job: PlannedJob) -> QuantityTable:
     count = _byte_count(form)
     lora, drafts = pushed_lora(job), drafts_with_mtp(job)
     traffic = traffic_of_sets(
-        job.hf_config, grid, engines, job.stages, count, max_engines, drafts=drafts, lora=lora
+        job.hf_config,
+        grid,
+        engines,
+        job.pipeline_stages,
+        count,
+        max_engines,
+        drafts=drafts,
+        lora=lora,
     )
     rank_bytes = traffic.received_bytes
     _, link_name = push_link(job)
@@ -317,7 +324,7 @@ def _connection_section(
 def _rounds_time(job: PlannedJob, engines: EngineLayout, grid: TrainerGrid) -> Quantity:
     """Return the seconds of a push in rounds through one communicator."""
     rate, link = push_link(job)
-    layout = job.hf_config, grid, engines, job.stages
+    layout = job.hf_config, grid, engines, job.pipeline_stages
     count, lora = pushed_byte_count(job), pushed_lora(job)
     plans = set_plans(*layout, count, MAX_SET_ENGINES, drafts=drafts_with_mtp(job), lora=lora)
     sets = engine_sets(engines.engines, MAX_SET_ENGINES)

@@ -157,7 +157,8 @@ class RoutingReplayTraffic:
         if job.config.rl.keep_sample_log:
             steps, setting = job.config.run.steps, "rl.keep_sample_log"
         num_layers = max(
-            sum(job.is_sparse_layer[n] for c in stage for n in c.layers) for stage in job.stages
+            sum(job.is_sparse_layer[n] for c in stage for n in c.layers)
+            for stage in job.pipeline_stages
         )
         host_bytes = (
             job.tokens_per_tensor_rank(self.replica_bytes(mean) / job.parallel.context)

@@ -48,7 +48,7 @@ class StepTime:
         flops = sum(operations * count for operations, count in counts) * self._forward_passes(
             with_backward
         )
-        if any(chunk.head for chunk in job.stages[rank]):
+        if any(chunk.head for chunk in job.pipeline_stages[rank]):
             flops += head_flops(job.hf_config) * (3 if with_backward else 1)
         return self._seconds_of_flops(flops)
 

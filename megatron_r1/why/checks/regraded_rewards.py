@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 
 from r1_grading import RewardPool, grade
-from r1_grading.rewards import RESPONSE_ONLY_REWARDS, Grade
+from r1_grading.rewards import GRADERS, RESPONSE_ONLY_REWARDS, REWARD_KINDS, Grade
 from r1_grading.terms import ACCURACY, RewardTerms
 
 from megatron_r1.controller.rollouts.rollout import GradedResponse
@@ -20,7 +20,11 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 FAMILY = "rewards"
 MAX_READ = 1024
 """Responses that the second reader and the graders read again."""
-IN_PROCESS_REWARDS = ("math", "exact_match", "logic")
+IN_PROCESS_REWARDS = tuple(
+    name
+    for name in GRADERS
+    if name not in RESPONSE_ONLY_REWARDS and not REWARD_KINDS[name].runs_programs
+)
 """Kinds of rewards that are called here; services are not asked."""
 PROGRAMS, MAX_PROGRAMS, MAX_RUNS = "code", 64, 3
 """The kind whose responses are programs; how many of them run again, in workers; and how often one

@@ -70,7 +70,7 @@ def test_bf16_moments_take_two_bytes_each(capsys):
 def test_adapters_alone_have_gradients_an_optimizer_and_a_reference():
     whole, lora = (rank_memory(planned(**{"model.lora": x}))[1] for x in (None, {"rank": 16}))
     job = planned(**{"model.lora": {"rank": 16}})
-    layers = [layer for chunk in job.stages[1] for layer in chunk.layers]
+    layers = [layer for chunk in job.pipeline_stages[1] for layer in chunk.layers]
     held = sum(
         math.prod(entry.shape)
         for layer in layers

@@ -71,7 +71,7 @@ def test_every_rank_s_count_is_its_layout_s():
     counts = RankCounts(job)
     for rank in (0, 3, 15):
         expected = 0
-        for chunk in job.stages[rank]:
+        for chunk in job.pipeline_stages[rank]:
             at = {"tp": (0, 2), "ep": (0, 4), "etp": (0, 1)}
             entries = weights.layout(V3, weights.Shard(**{**vars(chunk), **at}))
             expected += sum(math.prod(entry.shape) for entry in entries.values())

@@ -76,7 +76,7 @@ def seconds_of(job):
     the layers of experts of the busiest rank."""
     times = StepTime(job, EngineMemory(job))
     rank = times.busiest_rank
-    sparse = sum(n >= 3 for chunk in job.stages[rank] for n in chunk.layers)
+    sparse = sum(n >= 3 for chunk in job.pipeline_stages[rank] for n in chunk.layers)
     return times.microbatch_seconds(rank, True), times.logprobs_seconds(), sparse
 
 

@@ -447,6 +447,10 @@ def with_programs(planted, logged):
     return step
 
 
+def test_rewards_that_request_nothing_and_run_no_program_are_called_in_the_process():
+    assert set(regraded_rewards.IN_PROCESS_REWARDS) == {"math", "logic", "exact_match"}
+
+
 @pytest.mark.more
 @needs_sandbox
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import load, parse
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, with_gpu_share
-from megatron_r1.engines.server.model_config import vocab_size
 from megatron_r1.engines.server import recipe_checks
+from megatron_r1.engines.server.model_config import vocab_size
 from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.engines.server.settings import engine_settings
