@@ -67,12 +67,15 @@ class Version(NamedTuple):
         """
         return [_compiled_statements(text or "") for text in self.texts]
 
-    def renamed_statements(self, later: "Version", renames: Renames) -> list[_Statements]:
+    def renamed_statements(
+        self, later: "Version", renames: Renames, names: frozenset[str] | None
+    ) -> list[_Statements]:
         """Return those of each file with the names of a later version.
 
         Args:
             later: the later version.
             renames: names that are others everywhere; private functions may be others in a file.
+            names: those in this version of the project, None where they are not known.
 
         Raises:
             SyntaxError: a text is not Python.
@@ -80,7 +83,7 @@ class Version(NamedTuple):
         pairs = zip(self.texts, later.texts, strict=True)
         return [
             _compiled_statements(
-                text or "", renames | find_private_renames(text or "", new_text or "")
+                text or "", renames | find_private_renames(text or "", new_text or "", names)
             )
             for text, new_text in pairs
         ]
@@ -100,7 +103,7 @@ def compute_the_same(old: Version, new: Version) -> bool:
     Raises:
         SyntaxError: a text is not Python.
     """
-    if _compute_the_same(old, new, NO_RENAMES):
+    if _compute_the_same(old, new, NO_RENAMES, None):
         return True
     if old.names is None or new.names is None:
         return False
@@ -109,11 +112,13 @@ def compute_the_same(old: Version, new: Version) -> bool:
         return False
     old_texts, new_texts = ([text or "" for text in version.texts] for version in (old, new))
     renames = find_renames(old_texts, new_texts, old_names, new_names)
-    return bool(renames) and _compute_the_same(old, new, renames)
+    return _compute_the_same(old, new, renames, old_names.used)
 
 
-def _compute_the_same(old: Version, new: Version, renames: Renames) -> bool:
-    old_files, new_files = old.renamed_statements(new, renames), new.statements()
+def _compute_the_same(
+    old: Version, new: Version, renames: Renames, names: frozenset[str] | None
+) -> bool:
+    old_files, new_files = old.renamed_statements(new, renames, names), new.statements()
     if _statement_counts(old_files) != _statement_counts(new_files):
         return False
     if not all(

@@ -60,20 +60,29 @@ def find_renames(
 
 
 @cache  # claims of many commits ask for the same texts
-def find_private_renames(old_text: str, new_text: str) -> Renames:
+def find_private_renames(
+    old_text: str, new_text: str, earlier_names: frozenset[str] | None = None
+) -> Renames:
     """Return the renames of private functions between two versions of one file, where no other name
     of the file is the old or the new one. Another file may still have these names: it means its own
     by them.
 
+    Private methods count where their new name was nowhere in the earlier project: a class elsewhere
+    that this one inherits from, or that inherits from it, could have it.
+
     Args:
         old_text: one version.
         new_text: the other.
+        earlier_names: the names in the earlier project; None: methods do not count.
 
     Raises:
         SyntaxError: a text is not Python.
     """
-    old_private = _private_functions(old_text) - names_in(new_text)
-    new_private = _private_functions(new_text) - names_in(old_text)
+    old_private, new_private = _private_functions(old_text), _private_functions(new_text)
+    if earlier_names is not None:
+        old_private |= _private_methods(old_text)
+        new_private |= _private_methods(new_text) - earlier_names
+    old_private, new_private = old_private - names_in(new_text), new_private - names_in(old_text)
     if not old_private or not new_private:
         return frozenset()
     return _one_to_one(
@@ -106,6 +115,13 @@ def _private_functions(text: str) -> frozenset[str]:
     """Return the names of a module's functions that begin with an underscore."""
     functions = (node for node in _parsed_module(text).body if isinstance(node, FUNCTIONS))
     return frozenset(node.name for node in functions if node.name.startswith("_"))
+
+
+def _private_methods(text: str) -> frozenset[str]:
+    """Return the names of the methods of a module's classes that begin with one underscore."""
+    classes = (node for node in ast.walk(_parsed_module(text)) if isinstance(node, ast.ClassDef))
+    methods = (node for each in classes for node in each.body if isinstance(node, FUNCTIONS))
+    return frozenset(node.name for node in methods if re.match("_[^_]", node.name))
 
 
 def names_in(text: str) -> frozenset[str]:

@@ -18,7 +18,7 @@ from tools.null_gpu.wait_graph import abandoned_calls, find_cycle
 INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS = 5, 6, 7
 
 
-def started(segment) -> list[segment_records.BucketTransfer]:
+def started(segment) -> list[segment_records.Call]:
     return [call for one in read(segment) for call in one.calls if call.has_started]
 
 
@@ -155,7 +155,7 @@ def test_a_circle_through_waits_of_hosts_is_named_as_such(start, segment):
     pids = {program.process.pid for program in programs}
     assert {link.pid for link in cycle.links if isinstance(link, segment_records.Wait)} == pids
     assert {
-        link.rank for link in cycle.links if isinstance(link, segment_records.BucketTransfer)
+        link.rank for link in cycle.links if isinstance(link, segment_records.Call)
     } == {0, 1}
 
 

@@ -261,6 +261,34 @@ def test_private_functions_of_a_file_may_have_other_names_there(repository, text
     assert repository.state(claim).name == state
 
 
+PRIVATE_METHOD = """class Area:
+    def of(self, r):
+        return 3 * self._power(r)
+
+    def _power(self, r):
+        return r**2
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        # the old name is another class's method elsewhere
+        (PRIVATE_METHOD.replace("_power", "_square"), "fresh"),
+        # renamed in the definition alone; to a name that a class elsewhere has
+        (PRIVATE_METHOD.replace("def _power", "def _square"), "stale"),
+        (PRIVATE_METHOD.replace("_power", "_cube"), "stale"),
+        (PRIVATE_METHOD.replace("_power", "__square__"), "stale"),
+        (PRIVATE_METHOD.replace("_power", "_square").replace("r**2", "r**3"), "stale"),
+    ],
+)
+def test_private_methods_may_have_other_names_that_were_nowhere(repository, text, state):
+    other = "class Base:\n    def _power(self): ...\n    def _cube(self): ...\n"
+    claim = repository.measured(repository.commit(part__a=PRIVATE_METHOD, other=other))
+    repository.commit(part__a=text)
+    assert repository.state(claim).name == state
+
+
 @pytest.mark.parametrize(
     ("text", "state"),
     [

@@ -155,7 +155,7 @@ def test_the_page_names_what_is_settled_and_shows_what_failed(tmp_path):
     about |= {"cuda": "13", "python": "3", "processor": "CPU", "versions": {"torch": "2"}}
     text = page(about, outcomes(tmp_path, good, bad, says("passed", figures={"gap": 0.5})))
     assert re.search(r"\| a check \| passed \| \d+ \| a line \|", text)
-    assert "## CheckFailed: a check" in text and "broken" in text
+    assert "## Failed: a check" in text and "broken" in text
     assert "| gap 0.5 |" in text
     assert "meaningless" not in text
     text = page(about | {"gpus": ["NVIDIA H100 (null)"]}, outcomes(tmp_path, good))
