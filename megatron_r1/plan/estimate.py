@@ -112,10 +112,12 @@ class JobEstimate:
                     for name, part in choice.items()
                 }
         sections["operations"] = flops_section(job)
-        if job.generates and (exchange := exchange_section(self.times.rollout)):
+        exchange = exchange_section(self.times.rollout) if job.generates else {}
+        if exchange := {name: self._with_range(name, part) for name, part in exchange.items()}:
             sections["expert exchange of a layer"] = exchange
         sections["time"] = time_section(self.times)
-        if measurements := narrowing_section(job, sections["time"] | sections.get("push", {})):
+        parts = sections["time"] | sections.get("push", {}) | exchange
+        if measurements := narrowing_section(job, parts):
             sections["what would narrow the ranges"] = measurements
         sections["assumed"] = assumed_section(job)
         return sections

@@ -8,6 +8,8 @@ from megatron_r1.plan.counts import ModelCounts
 from megatron_r1.plan.engine_buffers import exchange_backend, spreads_experts
 from megatron_r1.plan.engine_communication import (
     BACKENDS,
+    HIGH_THROUGHPUT,
+    LOW_LATENCY,
     NCCL,
     EngineInterconnect,
     ExpertExchange,
@@ -234,36 +236,42 @@ def mean_pass_tokens(acceptance: float, num_drafts: int) -> float:
     return sum(acceptance**n for n in range(num_drafts + 1))
 
 
+TENSOR_SUMS = "sums over tensor ranks"
+
+
 def exchange_section(rollout: RolloutTime) -> QuantityTable:
-    """Return seconds of a layer's exchange of routed experts by each backend, which no measurement
-    on one GPU narrows."""
+    """Return seconds of a layer's exchange of routed experts by each backend, and of a pass's sums
+    over tensor ranks. DeepEP's have their range: no rate of a link closes it."""
     engines = rollout.engines
     job, concurrency = engines.job, engines.mean_concurrency
     if rollout.experts.ranks == 1 or not concurrency:
         return {}
-    section, spread = {}, job.assumptions.time_spread
+    section = {}
     for backend in BACKENDS:
         owner = ", the engines'" if backend == rollout.backend else ""
-        section[backend] = Quantity(
+        quantity = Quantity(
             rollout.layer_exchange(concurrency, backend),
             "s",
             f"{round_number(concurrency * (1 + engines.num_draft_tokens) / engines.tensor)} tokens "
             f"a GPU to {rollout.experts.topk} experts on "
             f"{format_count(rollout.experts.ranks, 'GPU')} and back{owner}; "
             f"{EXCHANGE_SOURCES[backend]}",
-        ).with_spread(spread)
-    section["sums over tensor ranks"] = Quantity(
+        )
+        section[backend] = (
+            quantity if backend == NCCL else quantity.with_spread(job.assumptions.time_spread)
+        )
+    section[TENSOR_SUMS] = Quantity(
         rollout.exchange_seconds(concurrency)
         - (sum(job.is_sparse_layer) + engines.num_draft_tokens * (engines.mtp_layers > 0))
         * rollout.layer_exchange(concurrency, rollout.backend),
         "s",
         f"of a pass: 2 a layer over {format_count(engines.tensor, 'GPU')}, NCCL's own model",
-    ).with_spread(spread)
+    )
     return section
 
 
 EXCHANGE_SOURCES = {
-    BACKENDS[0]: "all tokens to all and back around NCCL's ring, by its own model",
-    BACKENDS[1]: "DeepEP's measured latency",
-    BACKENDS[2]: "DeepEP's measured rate + host_stall_seconds",
+    NCCL: "all tokens to all and back around NCCL's ring, by its own model",
+    LOW_LATENCY: "DeepEP's measured latency",
+    HIGH_THROUGHPUT: "DeepEP's measured rate + host_stall_seconds",
 }

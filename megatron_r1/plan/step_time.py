@@ -4,12 +4,13 @@ from functools import cache, cached_property, partial
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.plan.communication import traffic_by_axis
+from megatron_r1.plan.engine_communication import NCCL
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, unpaired_fraction
 from megatron_r1.plan.flops import attention_flops, head_flops, layer_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import push_link, pushed_rank_bytes
-from megatron_r1.plan.rollout import RolloutTime
+from megatron_r1.plan.rollout import TENSOR_SUMS, RolloutTime
 from megatron_r1.plan.sample_traffic import uses_routing_replay
 
 STALLS = "pipeline stalls"
@@ -215,7 +216,7 @@ class StepTime:
             return self.rollout.exchange_fraction
         if name == "push":
             return float(not TRANSPORTS[self.job.config.push.transport].is_single_host)
-        if name == STALLS:
+        if name in (STALLS, TENSOR_SUMS, NCCL):
             return 1.0
         if name in ("logprobs", "training", "optimizer step", "critic"):
             backward = name != "logprobs"

@@ -5,10 +5,12 @@ is how far the plan is off published runs (`published_runs.py`). A part that `--
 measured has no range; if fewer GPUs were measured than are planned, its communication has one."""
 
 from megatron_r1.plan.engine_buffers import EXPERT_MOVES
+from megatron_r1.plan.engine_communication import NCCL
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.push import drafts_with_mtp
 from megatron_r1.plan.quantity import Quantity, QuantityTable
+from megatron_r1.plan.rollout import TENSOR_SUMS
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS
 from megatron_r1.plan.step_time import STALLS, StepTime
 
@@ -24,7 +26,7 @@ MEASUREMENTS = {
     OFFLOAD: "seconds between phases",
 }
 """The check of tools/gpu_check that measures the number of a part."""
-PREFLIGHT_PARTS = (ROUTED_EXPERTS, EXPERT_MOVES)
+PREFLIGHT_PARTS = (ROUTED_EXPERTS, EXPERT_MOVES, STALLS, NCCL, TENSOR_SUMS)
 """Parts whose number the preflight measures."""
 SETUP = "set-up"
 """Seconds in which engines and trainer connect, once a run and for each replaced engine."""
@@ -48,13 +50,20 @@ def narrowing_number(job: PlannedJob, name: str) -> str | None:
         return "local_disk" if to_disk else "host_link"
     if name in ("logprobs", "training", "optimizer step", "critic"):
         return "compute_efficiency"
+    if name in (STALLS, NCCL, TENSOR_SUMS):
+        rollout = job.config.rollout
+        num_ranks = {
+            STALLS: job.num_gpus,
+            NCCL: rollout.tensor_parallel * rollout.data_parallel,
+            TENSOR_SUMS: rollout.tensor_parallel,
+        }
+        return "nvlink" if num_ranks[name] <= job.hardware.gpus_per_node else "network"
     engine_number = "decode_latency_per_layer" if job.engine_gpus > 1 else "bandwidth_efficiency"
     numbers = {
         "rollout": engine_number,
         ROUTED_EXPERTS: "host_network",
         EXPERT_MOVES: "host_network",
         SETUP: "group_rank_seconds",
-        STALLS: "link_efficiency",
         "push": "push_efficiency",
         "load": "tensor_load_seconds",
         "sleep and wake": "wake_seconds",
@@ -92,7 +101,7 @@ def narrowing_section(job: PlannedJob, parts: QuantityTable) -> QuantityTable:
 
     Args:
         job: the planned job.
-        parts: the parts of a step, and of a push."""
+        parts: the parts of a step, of a push and of the exchange of experts."""
     section: QuantityTable = {}
     for name in (*MEASUREMENTS, *PREFLIGHT_PARTS, SETUP):
         part = parts.get(name)
@@ -114,11 +123,11 @@ def narrowing_section(job: PlannedJob, parts: QuantityTable) -> QuantityTable:
 def _narrowing_command(job: PlannedJob, name: str, number: str | None) -> str:
     """Return the command that measures a part's number, with the option that gives it to the
     plan."""
+    if name in PREFLIGHT_PARTS:
+        return "the preflight with --preflight.calibration FILE, then --calibrate FILE"
     if number in job.calibration.names:
         # On fewer GPUs, which say little of its communication.
         return f"a run of {job.num_gpus:,} GPUs, then --calibrate-from its folder"
-    if name in PREFLIGHT_PARTS:
-        return "the preflight with --preflight.calibration FILE, then --calibrate FILE"
     if number in UNCHECKED_MEASUREMENTS:
         measurement = UNCHECKED_MEASUREMENTS[number]
         return f"no check measures it; by hand into a file for --calibrate: {measurement}"

@@ -76,8 +76,9 @@ def time_section(times: StepTime) -> QuantityTable:
         section[f"share of {ROUTED_EXPERTS}"] = Quantity(
             fraction, "share", f"{ROUTED_EXPERTS} / step"
         )
+    value, low, high = range_ends(step)
     section["tokens per second"] = Quantity(
-        tokens / step.number, "tokens", f"{tokens:,} tokens / step"
+        tokens / value, "tokens", f"{tokens:,} tokens / step", tokens / high, tokens / low
     )
     if job.trains and (steps := job.num_steps) is not None:
         section["run"] = total_hours(step, steps, f"step x run.steps={steps}")

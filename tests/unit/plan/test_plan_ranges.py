@@ -15,7 +15,12 @@ from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.recipe_job import parse, planned_job
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS
-from megatron_r1.plan.time_ranges import MEASUREMENTS, narrowing_number, narrowing_section
+from megatron_r1.plan.time_ranges import (
+    MEASUREMENTS,
+    PREFLIGHT_PARTS,
+    narrowing_number,
+    narrowing_section,
+)
 from megatron_r1.plan.timing import TIME_PARTS, time_section
 from tools.gpu_check import miniatures
 from tools.gpu_check.checks import CHECKS
@@ -75,6 +80,30 @@ def test_all_estimated_seconds_and_hours_have_a_range_of_at_most_four(name, monk
     assert not re.search(r"\d s\b", text), text
 
 
+def test_the_links_rates_close_the_ranges_of_communication():
+    """NCCL's exchange of experts and hops between nodes by `network`; sums within one by `nvlink`.
+    DeepEP's own rates are of other machines."""
+    names = ("pipeline stalls", "allgather_reducescatter", "sums over tensor ranks")
+    job = planned()
+    sections = JobEstimate(job).sections()
+    rows = sections["what would narrow the ranges"]
+    numbers = [rows[name].formula.rpartition(": ")[2] for name in names]
+    assert numbers == ["network", "network", "nvlink"]
+    known = JobEstimate(calibrated(job, numbers)).sections()
+    assert not set(names) & known["what would narrow the ranges"].keys()
+    parts = known["expert exchange of a layer"] | known["time"]
+    assert [parts[name].low for name in names] == [None] * 3
+    assert parts["deepep_low_latency"].low is not None
+    few = JobEstimate(calibrated(job, numbers, num_gpus=16)).sections()
+    assert set(names) <= few["what would narrow the ranges"].keys()
+
+
+def test_tokens_per_second_have_the_range_of_the_step():
+    section = times(planned())
+    rate, step = section["tokens per second"], section["step"]
+    assert rate.low * step.high == rate.high * step.low == pytest.approx(rate.number * step.number)
+
+
 def test_what_no_check_measures_is_named_with_what_would():
     estimate = JobEstimate(planned())
     rows = estimate.sections()["what would narrow the ranges"]
@@ -105,7 +134,7 @@ def test_what_is_measured_has_no_range_and_narrows_that_of_the_step():
     assert known["step"].high == pytest.approx(exact + rest * 1.96)
     named = [set(narrowing_section(each, times(each))) for each in (job, measured)]
     assert named[0] - named[1] == {"rollout"}
-    names = {narrowing_number(job, name) for name in (*MEASUREMENTS, ROUTED_EXPERTS)}
+    names = {narrowing_number(job, name) for name in (*MEASUREMENTS, *PREFLIGHT_PARTS)}
     everything = calibrated(job, names | {"draft_acceptance"})
     assert narrowing_section(everything, times(everything)) == {}
     assert times(everything)["step"].limits == ""
