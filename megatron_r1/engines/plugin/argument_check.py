@@ -37,6 +37,8 @@ def parse(words: list[str]) -> dict[str, Any]:
         error = " ".join(stderr.getvalue().rpartition(": error: ")[2].split())
     except (ValueError, TypeError) as failure:  # pydantic's ValidationError is a ValueError
         error = " ".join(str(failure).split())
+    except KeyError as failure:  # the name of an enumeration that does not exist
+        error = f"it knows no {failure}"
     return {"names": names, "error": error}
 
 

@@ -13,6 +13,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.commands import cli
 from megatron_r1.commands.plan import main
 from megatron_r1.config import infer_verb
+from megatron_r1.engines.server.recipe_checks import num_experts
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import layout, recipe_stages
 from megatron_r1.pipeline.pipeline_recipe import read_tree
@@ -99,6 +100,23 @@ def test_a_variant_of_r1_zero_differs_where_its_comments_say(name, differ):
         if getattr(getattr(other, section), key) != value
     }
     assert found == set(differ.split())
+
+
+def test_rl_of_a_mixture_of_experts_in_bf16_replays_its_routing_and_balances_its_experts():
+    """A recipe without one of them still fits; r1_zero.yaml says what they are for."""
+    recipes = {path.stem: configuration.load(path) for path in RECIPES}
+    chosen = {
+        name: config
+        for name, config in recipes.items()
+        if infer_verb(config) == "rl"
+        and config.model.dtype == "bfloat16"
+        and num_experts(read_hf_config(config.model.path))
+    }
+    assert chosen.keys() == {"r1_zero", "reasoning_rl", "all_scenarios_rl", *VARIANTS}
+    for name, config in chosen.items():
+        for _, part in config.schedule_parts():
+            assert part.rl.routing_replay and part.rl.importance_cap, name
+        assert config.rollout.redundant_experts, name
 
 
 @pytest.mark.more

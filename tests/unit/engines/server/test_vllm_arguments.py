@@ -20,7 +20,9 @@ from megatron_r1.engines.server.vllm_arguments import (
     check_arguments,
     check_reserved,
 )
+from megatron_r1.pipeline.pipeline_recipe import read_tree
 
+R1 = Path(__file__).parents[4] / "examples/deepseek_r1"
 FREE = {"enforce_eager", "async_scheduling", "disable_log_stats", "disable_uvicorn_access_log"}
 """What engines get on a CPU, or for their log, and a recipe may change."""
 HF = {"architectures": ["Qwen2ForCausalLM"], "num_attention_heads": 2, "vocab_size": 64}
@@ -132,11 +134,13 @@ def test_every_argument_that_engines_get_is_refused_in_a_recipe():
         ({"all2all": "naive"}, "all2all", Cause.UNKNOWN, "vLLM has no such"),
         ({"kv_cache_dtype": "fp9"}, "kv_cache_dtype", Cause.MALFORMED, "fp9"),
         ({"eplb_config": {"redundant": 3}}, "eplb_config", Cause.MALFORMED, "redundant"),
+        ({"compilation_config": {"cudagraph_mode": "ALL"}}, "", Cause.MALFORMED, "knows no 'ALL'"),
     ],
 )
 @pytest.mark.more
 def test_what_vllm_does_not_accept_is_refused_by_its_own_parser(vllm, name, cause, shown):
-    with refused(f"rollout.vllm.{name}", cause, shown):
+    """vLLM itself does not name the argument of a value that an enumeration lacks."""
+    with refused(f"rollout.vllm.{name}".rstrip("."), cause, shown):
         check_arguments(rollout(max_num_batched_tokens=8192, **vllm), "rollout")
 
 
@@ -157,3 +161,20 @@ def test_vllm_reads_what_recipes_of_clusters_set():
     parsed = vllm_arguments._parse_with_vllm(words)
     assert parsed.error == ""
     assert {*RESERVED_ARGUMENTS, *FIXED_ARGUMENTS, *SERVER_ARGUMENTS} - set(parsed.names) == set()
+
+
+def vllm_blocks(tree):
+    """Return every `vllm:` of a recipe, in any section."""
+    if not isinstance(tree, dict):
+        return []
+    inner = [block for value in tree.values() for block in vllm_blocks(value)]
+    return [*([tree["vllm"]] if "vllm" in tree else []), *inner]
+
+
+@pytest.mark.more  # 10 s for each block that differs
+def test_vllm_accepts_what_the_recipes_of_real_size_set():
+    found = [block for path in sorted(R1.glob("*.yaml")) for block in vllm_blocks(read_tree(path))]
+    blocks = {json.dumps(block, sort_keys=True): block for block in found}
+    assert blocks, f"no recipe of {R1} has arguments of vLLM"
+    for block in blocks.values():
+        check_arguments(rollout(**block), "rollout")
