@@ -29,6 +29,13 @@ ROLES = {
 SHORT = ("--rollout.max_response_tokens=64", "--parallel.tokens_per_microbatch=1024")
 """The same recipe without a long response: what a process takes before length counts. Like it, two
 steps: the first push adds 66 MB to an engine, and the last one may end between two readings."""
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "handlers": {"log": {"class": "logging.StreamHandler"}},
+    "loggers": {"vllm.platforms.cpu": {"level": "INFO", "handlers": ["log"]}},
+}
+"""Logging of vLLM that names the attention backend: an engine's own level, WARNING, hides it."""
 
 
 class Processes(threading.Thread):
@@ -59,8 +66,8 @@ class Processes(threading.Thread):
 
 
 def measure(folder: Path, *overrides: str) -> dict[str, Any]:
-    """Run the recipe in `folder`; return its metrics, its processes, and what megatron-r1 plan
-    says.
+    """Run the recipe in `folder`; return its metrics, its processes, the attention backends that
+    the engine's log names, and what megatron-r1 plan says.
 
     Raises RuntimeError with the run's output where it fails."""
     folder.mkdir(parents=True)
@@ -68,15 +75,22 @@ def measure(folder: Path, *overrides: str) -> dict[str, Any]:
     plan = folder / "plan.json"
     options = ["--rollout-gpus", "1", "--prompt-tokens", "2", "--json", str(plan)]
     _run([sys.executable, "tools/plan", str(recipe), *options, *overrides], cwd=ROOT)
+    logging = folder / "logging.json"
+    logging.write_text(json.dumps(LOGGING))
+    variables = environment() | {"VLLM_LOGGING_CONFIG_PATH": str(logging)}
+    variables.pop("VLLM_MLA_DISABLE", None)  # engines inherit it and would do without latents
     processes.start()
     began = time.monotonic()
-    _run(command("rl", recipe, *overrides), env=environment())
+    _run(command("rl", recipe, *overrides), env=variables)
     seconds = time.monotonic() - began
     processes.ended.set()
     return {
         "seconds": seconds,
         "metrics": _lines(folder / "rl/metrics.jsonl"),
         "lengths": [line["length"] for line in _lines(folder / "rl/samples.jsonl")],
+        "attention": re.findall(
+            r"Using (\w+) backend", (folder / "rl/logs/engine-0.log").read_text()
+        ),
         "processes": sorted(processes.found.values(), key=itemgetter("role", "peak_bytes")),
         "plan": json.loads(plan.read_text())["sections"],
     }

@@ -10,6 +10,8 @@ from long_response import SHORT, growth, measure
 @pytest.mark.slow
 def test_a_response_of_65536_tokens_goes_the_whole_way_within_the_planned_memory(tmp_path):
     short, long = measure(tmp_path / "short", *SHORT), measure(tmp_path / "long")
+    # vLLM can compute keys and values of this model instead, within all the bounds below.
+    assert set(long["attention"]) == {"CPU_MLA"}
     first, second = long["metrics"]
     lengths = sorted(long["lengths"][:8])
     assert lengths[-1] == 65_536 and lengths[-2] < 2_000
