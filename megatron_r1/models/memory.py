@@ -94,7 +94,8 @@ class ParameterCounts:
         dense_padded: `dense` with every parameter padded to a multiple of 64, as in Megatron's
             gradient buffers (param_and_grad_buffer.py, _pad_start_of_param_if_needed).
         expert_padded: `expert` with every parameter padded to that multiple.
-        buffers: fp32 values that are not parameters."""
+        buffers: fp32 values that are not parameters.
+        frozen_expert: those of `frozen` that are of routed experts in frozen MTP layers."""
 
     dense: int = 0
     expert: int = 0
@@ -102,6 +103,7 @@ class ParameterCounts:
     dense_padded: int = 0
     expert_padded: int = 0
     buffers: int = 0
+    frozen_expert: int = 0
 
     def __add__(self, addend: ParameterCounts) -> ParameterCounts:
         return ParameterCounts(*map(add, vars(self).values(), vars(addend).values()))
@@ -137,7 +139,7 @@ def count_parameters(
         if entry.dtype:
             return ParameterCounts(buffers=values)
         if name.startswith("mtp.") and mtp == "frozen":
-            return ParameterCounts(frozen=values)
+            return ParameterCounts(frozen=values, frozen_expert=values * entry.is_expert)
         num_padded = -(-values // 64) * 64
         if entry.is_expert:
             return ParameterCounts(expert=values, expert_padded=num_padded)
@@ -181,22 +183,26 @@ def checkpoint_bytes(
     *,
     with_reference: bool,
 ) -> int:
-    """Return bytes of a rank's host buffers for checkpoints (`trainer.checkpoints.staging`).
+    """Return bytes of the host buffers for checkpoints (`trainer.checkpoints.staging`) of the rank
+    of a stage that writes most.
 
     Replicas share what they write: the weights, which the reference doubles, and the optimizer's
-    fp32 master weights and moments.
+    fp32 master weights and moments. Those on other tensor ranks write no share of an expert.
 
     Args:
         config: the recipe.
         counts: the rank's parameters.
         optimizer_shards: the ranks that share dense parameters, and those that share experts.
         with_reference: whether a reference is kept."""
-    num_trained = counts.dense / optimizer_shards[0] + counts.expert / optimizer_shards[1]
-    num_written = num_trained
+    num_dense_writers, num_expert_writers = optimizer_shards[0], min(optimizer_shards)
+    num_trained = counts.dense / num_dense_writers + counts.expert / num_expert_writers
+    num_written, num_buffers = num_trained, 0
     if config.model.lora is None:  # frozen MTP layers; next to adapters nothing frozen is written
-        num_written += counts.frozen / optimizer_shards[0]
-    num_bytes = (1 + with_reference) * num_written * BYTES[config.model.dtype]
-    return round(3 * FP32_BYTES * num_trained + num_bytes)
+        num_written += (counts.frozen - counts.frozen_expert) / num_dense_writers
+        num_written += counts.frozen_expert / num_expert_writers
+        num_buffers = counts.buffers
+    weight_bytes = num_written * BYTES[config.model.dtype] + num_buffers * FP32_BYTES
+    return round(3 * FP32_BYTES * num_trained + (1 + with_reference) * weight_bytes)
 
 
 def reference_bytes(config: Config, counts: ParameterCounts) -> int:

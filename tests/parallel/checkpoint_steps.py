@@ -80,7 +80,9 @@ def straight(trainer, folders, grid_position, out: Path) -> dict:
     trainer.refresh_reference()
     update(trainer, grid_position, 2)
     folders.save_checkpoint(str(out / "step_00000002"), {"step": 2})
-    gathered = folders._writer._memory.filled.num_bytes
+    memory = folders._writer._memory
+    gathered = memory.filled.num_bytes
+    copied = sum(buffer.nbytes for buffers in memory._copies.values() for buffer in buffers)
     steps = [update(trainer, grid_position, 3), update(trainer, grid_position, 4)]
     progress = folders.checkpoint_progress(wait=True)
     again = []
@@ -89,7 +91,7 @@ def straight(trainer, folders, grid_position, out: Path) -> dict:
     except ValueError as error:
         again = [str(error)]
     found = {"steps": steps, "digest": digest(trainer), "error": progress["error"]}
-    return {**found, "again": again, "gathered": gathered}
+    return {**found, "again": again, "gathered": gathered, "staged": gathered + copied}
 
 
 def continued(trainer, folders, grid_position, out: Path) -> dict:

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from trainer_steps import config
 
+from megatron_r1.config.hardware import HARDWARE
+from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.memory import rank_memory
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 
 HERE = Path(__file__).parent
@@ -56,12 +61,39 @@ def test_ranks_gather_what_they_write(straight):
     assert sum(rank["gathered"] for rank in written) == stored_bytes(out / "step_00000002") > 1e5
 
 
+def assert_planned(staged: list[int], oracle: Path, grid: str) -> None:
+    """What ranks staged is what the plan counts for the rank of a stage that writes most."""
+    settings, hf_config = config(str(oracle / MODEL), grid), read_hf_config(str(oracle / MODEL))
+
+    def planned(kl_beta: float) -> list[int]:
+        rl = settings.rl.model_copy(update={"kl_beta": kl_beta})
+        job = PlannedJob(hf_config, settings.model_copy(update={"rl": rl}), 2, HARDWARE["H800"])
+        return [rank.host["checkpoint being written"] for rank in rank_memory(job)]
+
+    with_reference, without_reference = planned(0.1), planned(0.0)
+    # One rank of each stage, or two ranks of one stage.
+    most = staged if len(with_reference) == 2 else [max(staged)]
+    for num_bytes, most_planned, too_few in zip(
+        most, with_reference, without_reference, strict=True
+    ):
+        assert 0.95 * most_planned < num_bytes <= most_planned, grid
+        assert num_bytes > too_few, "a plan that forgets the reference has to fail"
+
+
+def test_ranks_stage_no_more_than_the_plan_counts(straight, oracle):
+    _, written = straight
+    assert_planned([rank["staged"] for rank in written], oracle, "tp2")
+
+
 @pytest.mark.slow
 def test_so_it_does_along_every_other_axis(oracle, tmp_path):
-    grids = ["dp2", "ep2", "pp2", "pp2xvp2"]
-    for rank, reports in enumerate(play("both", oracle, tmp_path, "+".join(grids))):
+    grids = ["dp2", "ep2", "pp2", "pp2xvp2", "tp2xep2"]
+    of_ranks = play("both", oracle, tmp_path, "+".join(grids))
+    for rank, reports in enumerate(of_ranks):
         for grid in grids:
             same(reports[grid]["continued"], reports[grid]["straight"], f"{grid} rank {rank}")
+    for grid in grids:
+        assert_planned([reports[grid]["straight"]["staged"] for reports in of_ranks], oracle, grid)
 
 
 @pytest.mark.parametrize(
