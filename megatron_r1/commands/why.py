@@ -15,9 +15,9 @@ departure as it is found, and before a search for its cause. Exit status 0: noth
 something does.
 
 `--rerun engine` also starts an engine with the run's settings on the weights before the step, which
-scores the same tokens: if it gives the logged values, the engine's function differs from
-transformers', and if it agrees with transformers, the run's engine had other weights or state.
-`--rerun trainer` has one trainer rank without parallelism score them: if it agrees with
+computes the log-probabilities again: if it gives the logged values, the engine's function differs
+from transformers', and if it agrees with transformers, the run's engine had other weights or state.
+`--rerun trainer` has one trainer rank without parallelism compute them: if it agrees with
 transformers where the run's trainer does not, the run's layout is the cause."""
 
 import json

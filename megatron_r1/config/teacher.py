@@ -17,7 +17,7 @@ SOURCE_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 
 
 class TeacherEngines(EngineConfig):
-    """The engines of one teacher, which score the student's samples."""
+    """The engines of one teacher, which compute log-probabilities of the student's samples."""
 
     path: str = ""
     """Hugging Face folder of the teacher, which rl.algorithm: on_policy_distillation learns from:
@@ -28,9 +28,9 @@ class TeacherEngines(EngineConfig):
     engines: Resumable[int] = Field(1, ge=1)
     """vLLM servers on the controller's host"""
     max_num_seqs: Resumable[int] = Field(64, gt=0)
-    """sequences an engine scores at once"""
+    """sequences an engine computes at once"""
     max_num_batched_tokens: Resumable[int] = Field(2048, gt=0)
-    """tokens that an engine scores in one pass; the logits of all of them exist together, in
+    """tokens that an engine computes in one pass; the logits of all of them exist together, in
     fp32"""
     start_timeout_seconds: float = Field(600.0, gt=0)
     """limit for the start of an engine, and for a url to be reached"""

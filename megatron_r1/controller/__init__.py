@@ -7,7 +7,7 @@
 4. `policy_engines`: the engines as the loop uses them, and `policy_trainer`: the trainer; `push`
    brings the engines the trainer's weights.
 5. `rollouts`: prompts, responses and their rewards; `teacher_checks` refuses teachers that cannot
-   score them in on-policy distillation.
+   compute their log-probabilities in on-policy distillation.
 6. `advantages`: the arithmetic of rewards; `algorithms` has one module per algorithm, and
    `corrections` the settings that correct any of them.
 7. `trainer_calls`: carries each of the trainer's passes to its ranks.

@@ -15,7 +15,7 @@ NUM_SHOWN = 5
 
 
 def check_teachers(config: Config) -> None:
-    """Raise UserError for a teacher that cannot score the student's responses, that the algorithm
+    """Raise UserError for a teacher that cannot compute the student's responses, that the algorithm
     does not use, or that it needs and that is not set.
 
     A teacher needs a model folder, at least the student's context length, and the student's ids for
@@ -61,14 +61,14 @@ def _check_positions(config: Config, path: str, key: str) -> None:
 
 def _check_temperature(config: Config) -> None:
     """Raise UserError where the student, at any step, samples at another temperature than 1, at
-    which the teacher scores. With a cut (`rollout.top_p`) the student is the truncated policy, and
-    the advantages are those of its KL from the teacher over the whole vocabulary."""
+    which the teacher computes. With a cut (`rollout.top_p`) the student is the truncated policy,
+    and the advantages are those of its KL from the teacher over the whole vocabulary."""
     for step, part in config.schedule_parts():
         if part.rollout.temperature == 1.0:
             continue
         prefix = f"rl.schedule, from_step {step}: " if step > 1 else ""
         raise UserError(
-            f"{prefix}rollout.temperature: {part.rollout.temperature}: the teacher scores at "
+            f"{prefix}rollout.temperature: {part.rollout.temperature}: the teacher computes at "
             "temperature 1, which has to be the student's too; set rollout.temperature: 1",
             key="rollout.temperature",
             cause=Cause.CONFLICT,

@@ -138,8 +138,8 @@ class EpisodeResult:
     Attributes:
         episode: its turns and branches.
         text: the text of its last answer.
-        reward: the environment's; None if the environment has no `get_reward`, or the episode is
-            not scored."""
+        reward: the environment's; None if the environment has no `get_reward`, or the
+            episode's `has_reward` is False."""
 
     episode: Episode
     text: str

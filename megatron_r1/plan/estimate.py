@@ -167,7 +167,7 @@ class JobEstimate:
         largest_kind = max(kinds, key=parts.__getitem__)
         return (
             f"pipeline rank {rank.rank} needs {_byte_text(rank.peak_bytes)} of "
-            f"{_byte_text(memory)} while it {'trains' if is_training else 'scores'}, "
+            f"{_byte_text(memory)} while it {'trains' if is_training else 'computes logprobs'}, "
             f"{_byte_text(parts[largest_kind])} of it {largest_kind}: "
             f"{self._memory_remedy(largest_kind)}"
         )

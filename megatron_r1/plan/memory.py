@@ -1,5 +1,5 @@
 """Memory of the trainer's ranks on GPU and host, by kind: of every pipeline rank, while it trains
-and while it scores the reference."""
+and while it computes log-probabilities."""
 
 from dataclasses import dataclass, replace
 

@@ -139,7 +139,7 @@ def _step_seconds(times: StepTime, parts: dict[str, Quantity]) -> Quantity:
 
 
 def _logprobs_formula(times: StepTime) -> str:
-    """Return the passes that score a rollout, and the host's waits in them."""
+    """Return the passes for a rollout's log-probabilities, and the host's waits in them."""
     job, rank = times.job, times.busiest_rank
     passes, waits = "a forward pass of the policy", times.host_wait_seconds(rank, False)
     if job.computes_ref_logprobs:

@@ -12,7 +12,7 @@ from megatron_r1.trainer.training_sample import Sample
 
 
 class EvaluationPasses:
-    """Runs probes and reward scores on the model of a trainer, without training it."""
+    """Runs probes and a reward model's scores on the model of a trainer, without training it."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -30,8 +30,8 @@ class EvaluationPasses:
         return self.compare_probe(samples)
 
     def prepare_probe(self, samples: list[Sample]) -> None:
-        """Compute, and keep for `compare_probe`, the log-probabilities of samples that an engine
-        has not scored yet."""
+        """Compute, and keep for `compare_probe`, the log-probabilities of samples before an
+        engine does."""
         self._probed = self.trainer.rollout.pack_probe(samples)
         # An engine's answer to a probe comes without its routing.
         with self.trainer.replay.pause():

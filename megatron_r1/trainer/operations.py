@@ -318,7 +318,7 @@ class EvaluationOperations(Protocol):
         """Compute, and keep for `compare_probe`, the log-probabilities of samples at temperature 1.
 
         Args:
-            samples: samples that an engine scores later, the same on every rank.
+            samples: samples that an engine computes later, the same on every rank.
 
         Raises:
             UserError: a token outside the model's vocabulary."""

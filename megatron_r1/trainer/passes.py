@@ -125,8 +125,8 @@ def optimizer_step(
         learning_rate: the learning rate of this update.
         run: runs forward and backward; returns its reports.
         is_last: whether this is the rollout's last update. Its parameters are gathered at once,
-            because scoring or a push reads them before the forward pass of the next update would
-            gather them.
+            because the next log-probabilities, or a push, need them before the forward pass of the
+            next update would gather them.
 
     Returns:
         The reports of `run`, and the metrics grad_norm and step_taken (0 or 1)."""

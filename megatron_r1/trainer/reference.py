@@ -1,4 +1,4 @@
-"""The reference policy: a second set of this rank's weights, swapped in only while it is scored.
+"""The reference policy: a second set of this rank's weights, swapped in only while it computes.
 
 On the host it takes GPU memory only while it is swapped in; then policy and reference are both on
 the device. On the device it is there all the time, and nothing is copied."""

@@ -80,8 +80,8 @@ def pack_batch(
         routing = routing._replace(
             experts=on_device(routing.experts), is_recorded=on_device(routing.is_recorded)
         )
-    # One tensor for two fields: `advantages` is replaced, never written into, once the rollout is
-    # scored, and the algorithm computes what replaces it from the other.
+    # One tensor for two fields: `advantages` is replaced, never written into, once the rollout
+    # has log-probabilities, and the algorithm computes what replaces it from the other.
     response_rewards_or_advantages = on_device(rewards_or_advantages)
     return PackedBatch(
         input_ids=on_device(tokens[local_positions][None]),

@@ -259,7 +259,7 @@ class Versions(PolicyLogprobs):
 
     def __init__(self, before: Path, older: Path, *, is_streamed: bool) -> None:
         super().__init__(VersionModels(before, older, is_streamed=is_streamed))
-        self.scored_sequences = list(range(len(self.models.rows)))
+        self.computed_sequences = list(range(len(self.models.rows)))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ LAYOUT = {
     "recompute": "full",
     "tokens_per_microbatch": 80,
 }
-PASSES = ("load", "score", "compare", "update")
+PASSES = ("load", "logprobs", "compare", "update")
 PRECISIONS = {
     "float32": {"dtype": "float32", "fp8": {"recipe": "none"}},
     "bfloat16": {"dtype": "bfloat16", "fp8": {"recipe": "none"}},
@@ -115,9 +115,9 @@ CASES = {
 def test_the_host_waits_per_micro_batch_only_for_counts_that_it_does_not_know(
     on_null_gpu, models, tmp_path, changes, precision, replay
 ):
-    """Twice per layer of experts in scoring, and once in an update.
+    """Twice per layer of experts in log-probabilities, and once in an update.
 
-    In scoring the routers of the policy and of the reference choose themselves; the reference's
+    In these the routers of the policy and of the reference choose themselves; the reference's
     alone where the engine's choices are replayed. Nothing per hop, per layer that is recomputed, or
     per MTP layer but its experts'."""
     layout = {**LAYOUT, **changes}
@@ -134,21 +134,21 @@ def test_the_host_waits_per_micro_batch_only_for_counts_that_it_does_not_know(
         for layers, number in ((4, 2), (4, 4), (8, 2))
     ]
     ranks = waits(on_null_gpu, tmp_path, cases)
-    scores = 1 if replay else 2
+    passes = 1 if replay else 2
     # Two layers a rank, on one pipeline rank one of them without experts, on the other also MTP's.
     for rank in ranks:
         found = {of: per_unit(rank, of, "4 x 2", "4 x 4", 2) for of in PASSES}
-        experts = found["score"].get("event", 0) / scores
+        experts = found["logprobs"].get("event", 0) / passes
         assert experts in (1, 2), places(tmp_path, "4 x 4")
         mtp = 0 if replay or experts == 1 else 1
-        expected = {"load": {}, "score": {"event": scores * experts}, "compare": {}}
+        expected = {"load": {}, "logprobs": {"event": passes * experts}, "compare": {}}
         expected["update"] = {} if replay else {"event": experts + mtp}
         assert found == expected, places(tmp_path, "4 x 4")
         # Two more layers a rank and two micro-batches.
         deeper = {of: per_unit(rank, of, "4 x 2", "8 x 2", 4) for of in PASSES}
         updates = {} if replay else {"event": 1}
         # `logprob_diff/without_replay` is of the first micro-batches, whose routers choose again.
-        expected = {"load": {}, "score": {"event": 2}, "compare": {}, "update": updates}
+        expected = {"load": {}, "logprobs": {"event": 2}, "compare": {}, "update": updates}
         assert deeper == expected, places(tmp_path, "8 x 2")
 
 

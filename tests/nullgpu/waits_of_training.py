@@ -2,11 +2,11 @@
 OUT`, under torchrun.
 
 CASES: JSON, a list of {"label", "model", "dtype", "fp8", "microbatches", "parallel", "mtp",
-"replay"}, each a trainer that loads, scores and updates twice. The second time the null GPU counts
-under "LABEL load", "LABEL score", "LABEL compare" and "LABEL update"; waits inside what takes the
-place of GPU kernels (our attention, the loss head in PyTorch, Megatron's own permutations,
-operators that round to FP8 blocks and multiply them) are counted under "stand-in". OUT gets a file
-per rank, with the lines of Python that each wait came from."""
+"replay"}, each a trainer that loads, computes log-probabilities and updates twice. The second
+time the null GPU counts under "LABEL load", "LABEL logprobs", "LABEL compare" and "LABEL update";
+waits inside what takes the place of GPU kernels (our attention, the loss head in PyTorch,
+Megatron's own permutations, operators that round to FP8 blocks and multiply them) are counted under
+"stand-in". OUT gets a file per rank, with the lines of Python that each wait came from."""
 
 import os
 
@@ -122,7 +122,7 @@ def run(case: dict, config: Config, grid_position: Any) -> None:
         made = [[sample(draw, shape) for _ in range(3)] for _ in range(case["microbatches"])]
         with labelled(f"{label} load"):
             trainer.load([made])
-        with labelled(f"{label} score"):
+        with labelled(f"{label} logprobs"):
             trainer.compute_logprobs(1.0, with_reference=True)
         with labelled(f"{label} compare"):
             trainer.measure_logprob_diff()

@@ -1,7 +1,8 @@
 """Compares what pipeline stages expect of each other with what Megatron has them send ahead:
 `hop_shapes.py MODEL GRID…`.
 
-Every grid scores, and trains the MTP layers once, on micro-batches of different lengths."""
+Every grid computes log-probabilities, and trains the MTP layers once, on micro-batches of
+different lengths."""
 
 import sys
 

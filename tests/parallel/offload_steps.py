@@ -1,8 +1,8 @@
 """A trainer whose parameters and optimizer state are away between its phases against one that keeps
 them: `offload_steps.py MODEL OUT GRID…`, GRIDs as name-of-a-grid:dtype:lora|whole.
 
-Three steps of RL's order: update, memory away, score, update, checkpoint. Fails on the first
-expectation that does not hold."""
+Three steps of RL's order: update, memory away, log-probabilities, update, checkpoint. Fails on the
+first expectation that does not hold."""
 
 import random
 import sys

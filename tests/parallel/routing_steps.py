@@ -1,8 +1,8 @@
 """The trainer with routing replay on these ranks: `routing_steps.py MODEL OUT GRID…`.
 
-Scores OUT/samples.json, whose log-probabilities stand for the engine's, and makes one update. A
-grid may end in +full or +moe, for what is recomputed. "own" instead of a grid: whether replaying
-the trainer's own choice changes a bit. Metrics go to OUT/GRID.json, weights to
+Computes log-probabilities of OUT/samples.json, whose own stand for the engine's, and makes one
+update. A grid may end in +full or +moe, for what is recomputed. "own" instead of a grid: whether
+replaying the trainer's own choice changes a bit. Metrics go to OUT/GRID.json, weights to
 OUT/GRID.safetensors.
 """
 

@@ -1,6 +1,6 @@
 """Updates on whole trees as a naive fp64 loop over transformers: `tree_oracle.py ORACLE NAME`.
 
-Every sampled turn is scored once, after all that precedes it in its own branch; a tree is one
+Every sampled turn is computed once, after all that precedes it in its own branch; a tree is one
 response of all its sampled tokens. One token at a time from the formulae, torch's Adam. Writes
 ORACLE/NAME/trees.pt: metrics of each update, and the weights after all of them.
 """

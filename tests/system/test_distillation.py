@@ -1,5 +1,5 @@
-"""On-policy distillation: a real teacher's scores against transformers', and what a student learns
-from them."""
+"""On-policy distillation: a real teacher's log-probabilities against transformers', and what a
+student learns from them."""
 
 import asyncio
 import json
@@ -37,14 +37,14 @@ def samples():
     return [(ids[:m], ids[m:]) for ids, (m, _) in zip(words, sizes, strict=True)]
 
 
-def differences(oracle, folder, scores):
-    for (prompt, response), got in zip(samples(), scores, strict=True):
+def differences(oracle, folder, logprobs):
+    for (prompt, response), got in zip(samples(), logprobs, strict=True):
         [expected] = oracle(reference_logprobs, folder, prompt, [response], 1.0)
         assert len(got) == len(response)
         yield max(abs(x - y) for x, y in zip(got, expected, strict=True))
 
 
-async def score_all(fleet):
+async def compute_all(fleet):
     calls = (
         fleet.compute_logprobs(prompt + response, len(prompt)) for prompt, response in samples()
     )
@@ -60,40 +60,40 @@ def config(folder, longest=POSITIONS, **teacher):
 
 
 @pytest.mark.more
-def test_scores_in_pieces_equal_transformers(models, oracle, tmp_path):
-    """16 tokens a pass: a sample is scored in up to 16 pieces, together with pieces of others."""
+def test_logprobs_in_pieces_equal_transformers(models, oracle, tmp_path):
+    """16 tokens a pass: a sample is computed in up to 16 pieces, together with pieces of others."""
     settings = config(models / "deepseek", max_num_batched_tokens=16, max_num_seqs=8)
 
-    async def scored():
+    async def teacher_logprobs():
         async with teacher_fleet(settings, tmp_path, print) as fleet:
             await fleet.start(models / "deepseek")
-            return await score_all(fleet)
+            return await compute_all(fleet)
 
-    scores = asyncio.run(scored())
-    assert max(differences(oracle, models / "deepseek", scores)) <= TOLERANCE
+    logprobs = asyncio.run(teacher_logprobs())
+    assert max(differences(oracle, models / "deepseek", logprobs)) <= TOLERANCE
 
 
 @pytest.mark.slow  # another engine: test_engine
-def test_scores_equal_transformers_also_of_the_engine_in_place_of_one_that_died(
+def test_logprobs_equal_transformers_also_of_the_engine_in_place_of_one_that_died(
     models, oracle, tmp_path
 ):
     settings, said = config(models / "qwen", max_restarts=1), []
 
-    async def scored():
+    async def teacher_logprobs():
         async with teacher_fleet(settings, tmp_path, said.append) as fleet:
             await fleet.start(models / "qwen")
-            before = await score_all(fleet)
+            before = await compute_all(fleet)
             os.killpg(fleet.engines[0].server.process.pid, signal.SIGKILL)
-            return before, await score_all(fleet), fleet.num_restarts
+            return before, await compute_all(fleet), fleet.num_restarts
 
-    before, after, num_restarts = asyncio.run(scored())
+    before, after, num_restarts = asyncio.run(teacher_logprobs())
     assert max(differences(oracle, models / "qwen", before)) <= TOLERANCE
     assert max(differences(oracle, models / "qwen", after)) <= TOLERANCE
     assert num_restarts == 1 and "teacher-0 died: signal SIGKILL" in said[0]
 
 
 @pytest.mark.more
-def test_a_server_of_others_scores_the_same(models, oracle, tmp_path):
+def test_a_server_of_others_computes_the_same(models, oracle, tmp_path):
     server = EngineServer(models / "qwen", tmp_path / "theirs.log", max_model_len=POSITIONS)
     server.start()
     try:
@@ -101,29 +101,29 @@ def test_a_server_of_others_scores_the_same(models, oracle, tmp_path):
         # With the token that is sampled and dropped, as long as the server takes.
         settings = config(models / "qwen", POSITIONS - 1, url=[server.url])
 
-        async def scored():
+        async def teacher_logprobs():
             async with teacher_fleet(settings, tmp_path, print) as fleet:
                 await fleet.start(models / "qwen")
                 prompt, response = samples()[3]
                 return list(await fleet.compute_logprobs(prompt + response, len(prompt)))
 
-        scores = asyncio.run(scored())
+        logprobs = asyncio.run(teacher_logprobs())
         assert server.is_alive()
     finally:
         server.stop()
     prompt, response = samples()[3]
     [expected] = oracle(reference_logprobs, models / "qwen", prompt, [response], 1.0)
-    assert max(abs(x - y) for x, y in zip(scores, expected, strict=True)) <= TOLERANCE
+    assert max(abs(x - y) for x, y in zip(logprobs, expected, strict=True)) <= TOLERANCE
 
 
 @pytest.mark.more
-def test_each_source_is_scored_by_its_own_teacher(models, oracle, tmp_path):
+def test_each_source_has_logprobs_of_its_own_teacher(models, oracle, tmp_path):
     """Two engines with models of other architectures, under one vocabulary."""
     code = {"code": {"path": str(models / "qwen"), "dtype": "float32"}}
     settings = config(models / "deepseek", by_source=code)
     prompts = [make_prompt("?", kind, None, {}) for kind in ("math", "code")]
 
-    async def scored():
+    async def teacher_logprobs():
         teachers = open_teachers(settings, tmp_path, print)
         try:
             await teachers.start()
@@ -137,7 +137,7 @@ def test_each_source_is_scored_by_its_own_teacher(models, oracle, tmp_path):
         finally:
             await teachers.close()
 
-    by_default, by_code = asyncio.run(scored())
+    by_default, by_code = asyncio.run(teacher_logprobs())
     assert max(differences(oracle, models / "deepseek", by_default)) <= TOLERANCE
     assert max(differences(oracle, models / "qwen", by_code)) <= TOLERANCE
     assert {file.name for file in tmp_path.glob("*.log")} == {"teacher-0.log", "teacher-code-0.log"}

@@ -64,8 +64,8 @@ def check(folder: Path) -> list[dict]:
     for line in metrics:
         assert line["logprob_diff/max"] < 1e-4, "trained is what was sampled"
         assert line["episode/turns"] > 1
-        scored = ("done", "max_turns", "max_tokens")
-        assert sum(line.get(f"episode/status/{name}", 0) for name in scored) == pytest.approx(1)
+        rewarded = ("done", "max_turns", "max_tokens")
+        assert sum(line.get(f"episode/status/{name}", 0) for name in rewarded) == pytest.approx(1)
     return metrics
 
 

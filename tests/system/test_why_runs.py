@@ -183,8 +183,8 @@ def test_a_part_of_the_responses_is_recomputed_where_all_would_take_too_long(cop
     report = examine(step)
     assert report.first_departure is None, str(report.first_departure)
     engines = report.comparison("sampling", "engines' log-probabilities")
-    scored = len(step.sequences[::3])
-    assert engines.status == "equal" and f"of {scored} sequences" in engines.description
+    num_computed = len(step.sequences[::3])
+    assert engines.status == "equal" and f"of {num_computed} sequences" in engines.description
     trainer = report.comparison("log-probabilities", "old policy of the trainer")
     assert trainer.status == "not checked" and "only a part" in trainer.reason
     set_logprobs(copy, stale, engine="engine-1")

@@ -73,7 +73,7 @@ class LookUp(vf.Harness[LookUpConfig]):
                     json={"model": ctx.model, "messages": messages, "tools": [TOOL]},
                 )
                 if reply.status_code == 400:
-                    break  # a limit of the episode: what there is is scored
+                    break  # a limit of the episode: what there is is graded
                 if reply.status_code != 200:
                     return ProgramResult(exit_code=1, stdout="", stderr=reply.text)
                 answer = reply.json()["choices"][0]["message"]

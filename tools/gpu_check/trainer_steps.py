@@ -1,4 +1,4 @@
-"""The trainer scores samples, makes one update and scores them again, on these ranks:
+"""The trainer computes log-probabilities before and after one update, on these ranks:
 `python -m tools.gpu_check.trainer_steps RECIPE FOLDER`, as torchrun starts them.
 
 Where FOLDER/expected.json is missing, it is written: the log-probabilities of every sample's tokens

@@ -120,7 +120,7 @@ async def compare_with_vllm(
             return NotCompared(describe_failure(error, scratch, ENGINE_NAME))
     pairs = zip(replies, reference.logprobs, strict=True)
     return max(
-        abs(a - b) for scored, expected in pairs for a, b in zip(scored, expected, strict=True)
+        abs(a - b) for computed, expected in pairs for a, b in zip(computed, expected, strict=True)
     )
 
 

@@ -40,8 +40,8 @@ class Algorithm:
             `advantages`. NaN for a response that is not trained on (`nan_where_ungraded`).
         loss: "module:function" of a `trainer.losses.Loss`, called on the trainer ranks.
         token_advantages: "module:function" of a `trainer.rollout_batches.TokenAdvantages`, called
-            there once the rollout is scored; None where all tokens of a response share one
-            advantage.
+            there once the rollout has log-probabilities; None where all tokens of a response share
+            one advantage.
     """
 
     name: str

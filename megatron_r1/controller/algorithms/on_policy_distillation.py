@@ -1,6 +1,6 @@
-"""On-policy distillation: the student samples, the teacher scores every token (reverse KL; MiniLLM,
-arXiv 2306.08543; GKD, arXiv 2306.13649, section 3; with one response and discount 0 as
-thinkingmachines.ai/blog/on-policy-distillation).
+"""On-policy distillation: the student samples, the teacher computes log-probabilities of every
+token (reverse KL; MiniLLM, arXiv 2306.08543; GKD, arXiv 2306.13649, section 3; with one response
+and discount 0 as thinkingmachines.ai/blog/on-policy-distillation).
 
     A_i,t = log π_teacher(o_i,t) - log π_old(o_i,t)
     J     = 1/Σ_i |o_i| Σ_i Σ_t ρ A_i,t
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
-    """Return 0 for every response: `token_advantages` uses the teacher's scores alone."""
+    """Return 0 for every response: `token_advantages` uses the teacher's log-probabilities
+    alone."""
     return [[0.0] * len(rewards) for rewards in groups]
 
 

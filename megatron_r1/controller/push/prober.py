@@ -113,8 +113,8 @@ class Prober:
 
 class OffloadedProber(Prober):
     """Probes engines that compute in the memory of the trainer's weights
-    (`parallel.offload_between_phases`). The trainer scores the prompts while it has its weights,
-    and the engines score them later."""
+    (`parallel.offload_between_phases`). The trainer computes the prompts' log-probabilities
+    while it has its weights, and the engines later."""
 
     async def prepare(self) -> None:
         """Have the trainer compute the probe prompts before it lends its memory to the engines."""

@@ -2,9 +2,9 @@
 
 - `step_sampler`: draws a step's prompts and has them sampled, some steps ahead, and replaces groups
   with equal rewards.
-- `collector`: has responses sampled, graded, scored by their question's teacher, and grouped;
-  `in_flight` tracks the groups that are not finished.
-- `teacher_fleets`: the engines that score the tokens of each source's questions.
+- `collector`: has responses sampled, graded and grouped, and their log-probabilities computed by
+  their question's teacher; `in_flight` tracks the groups that are not finished.
+- `teacher_fleets`: the engines that compute log-probabilities for each source's questions.
 - `players`: finds who plays an episode.
 - `rollout`: groups and graded responses; `response_grader` grades them, `training_samples` turns
   them into the trainer's samples.

@@ -43,7 +43,7 @@ class RolloutProgress:
         step_log: the step's groups on disk, if they are kept.
         sampled_at: time.perf_counter() when the newest group was sampled.
         graded_at: that time for the newest graded group.
-        teacher_scored_at: that time for the newest group whose log-probabilities the teacher has
+        teacher_logprobs_at: that time for the newest group whose log-probabilities the teacher has
             computed.
     """
 
@@ -51,7 +51,7 @@ class RolloutProgress:
     step_log: StepLog | None
     sampled_at: float
     graded_at: float
-    teacher_scored_at: float
+    teacher_logprobs_at: float
 
 
 class RolloutCollector:
@@ -129,7 +129,7 @@ class RolloutCollector:
             [task.result() for task in group_tasks],
             progress.sampled_at - start,
             max(0.0, progress.graded_at - progress.sampled_at),
-            teacher_seconds=max(0.0, progress.teacher_scored_at - progress.sampled_at),
+            teacher_seconds=max(0.0, progress.teacher_logprobs_at - progress.sampled_at),
         )
 
     async def check(self, terms: Collection[str], prompts: list[Prompt]) -> None:
@@ -187,10 +187,10 @@ class RolloutCollector:
                 grading = tasks.create_task(
                     self._grade_group(progress, tracked_group, responses, results)
                 )
-                scoring = tasks.create_task(
+                computing = tasks.create_task(
                     self._teacher_logprobs(progress, prompt, prompt_ids, responses, results)
                 )
-            graded_responses, teacher_logprobs = grading.result(), scoring.result()
+            graded_responses, teacher_logprobs = grading.result(), computing.result()
         if teacher_logprobs:
             graded_responses = [
                 replace(graded_response, teacher_logprobs=logprobs)
@@ -328,7 +328,7 @@ class RolloutCollector:
                     tasks.create_task(compute([*prompt_ids, *response.token_ids], len(prompt_ids)))
                     for response in responses
                 ]
-        progress.teacher_scored_at = time.perf_counter()
+        progress.teacher_logprobs_at = time.perf_counter()
         return [computation.result() for computation in computations]
 
 

@@ -95,7 +95,7 @@ class ResponseRecord(msgspec.Struct, array_like=True, frozen=True):
         reason: the grader's explanation.
         ungraded_terms: terms whose grader failed.
         is_graded: whether the response is trained on.
-        teacher_logprobs: float32, one per token; None where no teacher scored it.
+        teacher_logprobs: float32, one per token; None where no teacher computed them.
         episode: None for a single turn.
         engine: the name of the engine that sampled it.
         sampling_mask: the tokens that the sampler kept (`models.sampling_mask`); empty: all.

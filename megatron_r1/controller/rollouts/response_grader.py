@@ -57,7 +57,7 @@ class ResponseGrader:
         self, prompt: Prompt, results: Sequence[EpisodeResult], weights: Mapping[str, float]
     ) -> list[GradedResponse]:
         """Grade episodes. The environment's reward is the accuracy where it gives one; the other
-        terms grade the last answer. An episode that is not scored is ungraded.
+        terms grade the last answer. An episode without a reward is ungraded.
 
         Args:
             prompt: the row, whose kind names the reward.

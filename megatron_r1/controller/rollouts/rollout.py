@@ -30,7 +30,7 @@ class RolloutSampling:
         step: the training step, from 1.
         reward_weights: the weight of each term in the reward (`r1_grading.terms`).
         routing: shape of the experts' indices to return with each token, or None for none.
-        with_teacher: whether the teacher scores every token.
+        with_teacher: whether the teacher computes log-probabilities of every token.
         stop: strings that end a response with the token that completes one.
         top_k: the most tokens of a draw, or None.
         min_p: the least probability of a token, as a share of the likeliest one's.
@@ -63,7 +63,8 @@ class GradedResponse:
         reason: the grader's explanation, or why there is no grade.
         ungraded_terms: terms whose grader failed.
         is_graded: False where a grader failed: the response is not trained on.
-        teacher_logprobs: float32, of each token at temperature 1; None where no teacher scored it.
+        teacher_logprobs: float32, of each token at temperature 1; None where no teacher
+            computed them.
         episode: None for a single turn; else `response` holds the sampled tokens of all its turns,
             `text` is its last answer.
     """

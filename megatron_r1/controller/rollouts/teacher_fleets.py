@@ -1,4 +1,4 @@
-"""The engines of a run's teachers, which only score what the student sampled
+"""The engines of a run's teachers, which only compute log-probabilities of what the student sampled
 (`RolloutFleet.compute_logprobs`).
 
 Their weights never change. One teacher has all questions, further ones have single sources
@@ -56,7 +56,7 @@ class TeacherFleets:
         Args:
             prompt: the row, whose source names the teacher.
             token_ids: the sample with its prompt.
-            first: the index of the first token to score.
+            first: the index of the first token to compute.
             step: the training step; calls of an earlier one come first.
 
         Raises:
@@ -105,7 +105,7 @@ def teacher_fleet(
     teacher = config.teacher.engines_of(source)
     role = f"teacher-{quote(source, safe='')}" if source else "teacher"
     supervision = {**settings.fleet_settings(teacher), "role": role, "notify": notify}
-    # vLLM samples one token after those it scores. If that is beyond the model's positions it must
+    # vLLM samples one token after the given ones. If that is beyond the model's positions it must
     # be allowed; nothing is computed there, as the token is not an input.
     max_model_len = model_config.max_model_len(config) + 1
     if teacher.url:
@@ -115,7 +115,7 @@ def teacher_fleet(
         logs,
         device=gpu.device(),
         max_model_len=max_model_len,
-        prefix_caching=False,  # vLLM computes the whole prompt if it scores its tokens
+        prefix_caching=False,  # vLLM computes the whole prompt for its log-probabilities
         extra_args=["--max-num-batched-tokens", str(teacher.max_num_batched_tokens)],
         extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
         section=source_key(source),

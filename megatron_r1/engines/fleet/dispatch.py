@@ -127,11 +127,11 @@ class Affinity:
 
 @dataclass
 class DispatchedRequest:
-    """One group to sample, or one sequence to score.
+    """One group to sample, or one sequence to compute log-probabilities of.
 
     Attributes:
-        num_sequences: the responses of the group; 1 for a sequence to score.
-        num_prompt_tokens: tokens of the prompt, or of the sequence to score.
+        num_sequences: the responses of the group; 1 for a given sequence.
+        num_prompt_tokens: tokens of the prompt, or of the given sequence.
         expected: how long its responses will be.
         step: the training step; requests of an earlier one go first.
         avoid: engines that failed at this request.

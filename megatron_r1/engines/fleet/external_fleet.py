@@ -59,11 +59,11 @@ class ExternalServer(RunningServer):
         self._failure: Exception | None = None
 
     async def wait_ready(self, timeout_seconds: float = 300.0) -> None:
-        """Wait until the server answers, and check that it can score.
+        """Wait until the server answers, and check that it can compute log-probabilities.
 
         Raises:
-            EngineError: the server does not answer in time, has too little room, or cannot score
-                tokens.
+            EngineError: the server does not answer in time, has too little room, or cannot
+                compute them.
         """
         await super().wait_ready(timeout_seconds)
         async with EngineClient(self.url, timeout_seconds=EXTERNAL_ANSWER_SECONDS) as client:

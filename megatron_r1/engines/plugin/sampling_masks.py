@@ -68,7 +68,7 @@ def fix_top_k_without_drafts() -> None:
 
 
 def accept_requests_without_top_k() -> None:
-    """Have requests without a top_k, which scores, probes and evaluations are, go without a mask on
+    """Have requests without a top_k (of teachers, probes, evaluations) go without a mask on
     an engine that returns masks. Once.
 
     Upstream: v1/engine/input_processor.py: `InputProcessor._validate_params`. Without it: they are
@@ -139,7 +139,7 @@ def return_masks_on_cpu() -> None:
         try:
             return sample(self, *arguments)
         finally:
-            active_collectors.clear()  # scores of prompts are gathered by the same function, later
+            active_collectors.clear()  # log-probabilities of prompts are gathered by it, too, later
 
     def sample_with_masks(self: Any, *arguments: Any) -> Any:
         collector.logprobs = None

@@ -1,5 +1,5 @@
-"""Reads the responses and scores in vLLM's own replies, which are JSON with responses, scores and
-routed experts, and checks them.
+"""Reads vLLM's own replies, which are JSON with responses, log-probabilities and routed experts,
+and checks them.
 
 Of engines with our plugin samples come as bytes instead (`reply_reader`)."""
 

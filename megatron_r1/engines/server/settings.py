@@ -260,7 +260,7 @@ def engine_settings(engines: RolloutConfig | TeacherEngines) -> dict[str, Any]:
     # cores a rollout of 256 short responses takes 1.14 s, with 1 thread 0.92 s.
     threads = engines.threads or max(1, min(2, (os.cpu_count() or 1) - 1))
     settings = engines.model_dump(include=ENGINE_KEYS) | {"num_threads": threads}
-    if isinstance(engines, RolloutConfig):  # a teacher only scores
+    if isinstance(engines, RolloutConfig):  # a teacher samples nothing
         settings["speculative"] = speculative_settings(engines.speculative)
         settings["redundant_experts"] = engines.redundant_experts
     return settings

@@ -63,7 +63,7 @@ class EngineGaps:
 
     def __init__(self, step: RecordedStep, policies: PolicyLogprobs) -> None:
         self.step, self.policies = step, policies
-        self.sequences = [policies.models.sequences[index] for index in policies.scored_sequences]
+        self.sequences = [policies.models.sequences[index] for index in policies.computed_sequences]
         self._is_newest = [sequence.versions == self.newest_version for sequence in self.sequences]
         self.engines = [
             step.responses[sequence.response].response.engine for sequence in self.sequences

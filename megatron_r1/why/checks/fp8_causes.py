@@ -191,7 +191,7 @@ class FP8Search:
             self._gaps.untried_causes.append("FP8 scales of one tensor")
             return {}
         newest_version = self._gaps.newest_version
-        sequences = [self._policies.scored_sequences[index] for index in self._tried_sequences]
+        sequences = [self._policies.computed_sequences[index] for index in self._tried_sequences]
         fits = {}
         for version in sorted({max(0, newest_version - 1), 0} - {newest_version}, reverse=True):
             scaled_model = self._policies.models.with_scales_of(version)

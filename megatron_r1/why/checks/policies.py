@@ -44,7 +44,7 @@ def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Compar
         return not_checked(
             POLICIES_STAGE, TRAINER, f"fp8.recipe: {recipe}: its products are not made"
         )
-    if len(recomputation.policies.scored_sequences) < len(recomputation.models.rows):
+    if len(recomputation.policies.computed_sequences) < len(recomputation.models.rows):
         return not_checked(
             POLICIES_STAGE, TRAINER, "only a part of the responses is recomputed here"
         )

@@ -117,7 +117,7 @@ def _check_engine(
 ) -> tuple[ComparedQuantity, RerunVerdict]:
     """Compare a fresh engine's log-probabilities with the logged ones and transformers'.
 
-    A rerun scores tokens as parts of a prompt, which vLLM does at temperature 1 over the whole
+    A rerun computes tokens as parts of a prompt, which vLLM does at temperature 1 over the whole
     vocabulary. Where the run sampled otherwise, it is compared with transformers alone."""
     from megatron_r1.why.policy.policy_models import write_policy
     from megatron_r1.why.rerun import fresh_engine
@@ -127,31 +127,33 @@ def _check_engine(
     )
     gaps = EngineGaps(step, recomputation.policies)
 
-    async def score(scratch: Path) -> list[np.ndarray]:
+    async def fresh_engine_logprobs(scratch: Path) -> list[np.ndarray]:
         folder = scratch / "hf"
         folder.mkdir()
         write_policy(
             step, recomputation.models.num_parameters, folder, recomputation.models.free_bytes
         )
-        return await fresh_engine.score(step.run_config, folder, gaps.sequences, scratch)
+        return await fresh_engine.compute_engine_logprobs(
+            step.run_config, folder, gaps.sequences, scratch
+        )
 
-    fresh_logprobs = run_in_scratch_folder(score)
+    fresh_logprobs = run_in_scratch_folder(fresh_engine_logprobs)
     rollout = step.config.rollout
-    is_scored_alike = rollout.temperature == 1.0 and not rollout.uses_sampling_mask
+    has_plain_sampling = rollout.temperature == 1.0 and not rollout.uses_sampling_mask
     transformers_logprobs = (
         recomputation.policies.old_logprobs
-        if is_scored_alike
+        if has_plain_sampling
         else recomputation.policies.plain_logprobs()
     )
     distances = _engine_distances(
-        gaps, fresh_logprobs, transformers_logprobs, refined_comparison, is_scored_alike
+        gaps, fresh_logprobs, transformers_logprobs, refined_comparison, has_plain_sampling
     )
     verdict = engine_verdict(distances, gaps.tolerance, refined_comparison.differs)
     subject = f"of the same tokens; mean |Δ|: {distances.text('fresh engine')}"
-    if not is_scored_alike:
+    if not has_plain_sampling:
         subject += (
-            f" (an engine scores given tokens at temperature 1 from the whole vocabulary, the run "
-            f"sampled at temperature {rollout.temperature:g}"
+            f" (an engine computes given tokens at temperature 1 over the whole vocabulary, the "
+            f"run sampled at temperature {rollout.temperature:g}"
             f"{', from a part of it' if rollout.uses_sampling_mask else ''})"
         )
     return rerun_comparison(ENGINE, subject, distances, gaps.tolerance, verdict), verdict
@@ -162,7 +164,7 @@ def _engine_distances(
     fresh_logprobs: Sequence[np.ndarray],
     transformers_logprobs: Sequence[np.ndarray],
     refined_comparison: ComparedQuantity,
-    is_scored_alike: bool,
+    has_plain_sampling: bool,
 ) -> Distances:
     """Return the distances over the tokens of the newest version, of the responses that depart
     where some do.
@@ -172,7 +174,7 @@ def _engine_distances(
         fresh_logprobs: the fresh engine's log-probabilities.
         transformers_logprobs: transformers', at temperature 1 over the whole vocabulary.
         refined_comparison: the comparison of the logged ones.
-        is_scored_alike: whether the run sampled at temperature 1 from the whole vocabulary.
+        has_plain_sampling: whether the run sampled at temperature 1 from the whole vocabulary.
 
     Raises:
         CannotRecompute: no token is of the version before the step."""
@@ -198,7 +200,7 @@ def _engine_distances(
     ]
     distances = Distances(
         mean(logged_gaps),
-        mean(gaps.gaps_from(fresh_logprobs)) if is_scored_alike else math.nan,
+        mean(gaps.gaps_from(fresh_logprobs)) if has_plain_sampling else math.nan,
         mean(fresh_gaps),
     )
     if math.isnan(distances.recorded_to_transformers) or math.isnan(

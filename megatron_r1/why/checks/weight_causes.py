@@ -68,7 +68,7 @@ class TensorSearch:
 
         self._gaps = gaps
         self._weights = ChangedWeights(gaps.policies)
-        self._sequences = [gaps.policies.scored_sequences[index] for index in tried_sequences]
+        self._sequences = [gaps.policies.computed_sequences[index] for index in tried_sequences]
         self._departure = np.concatenate([gaps.gaps[index] for index in tried_sequences])
         self._old_logprobs = np.concatenate(
             [gaps.policies.old_logprobs[index] for index in tried_sequences]
@@ -149,8 +149,8 @@ class TensorSearch:
 
     def _explained_engine(self, values: dict[str, Tensor]) -> ExplainedEngine | None:
         """Return the engine whose tokens, all of them, changed tensors explain."""
-        scored_sequences = self._gaps.policies.scored_sequences
-        return self._gaps.explained_engine(self._weights.logprobs(values, scored_sequences))
+        computed_sequences = self._gaps.policies.computed_sequences
+        return self._gaps.explained_engine(self._weights.logprobs(values, computed_sequences))
 
 
 def whole_groups(

@@ -53,7 +53,7 @@ class PolicyLogprobs:
         return self.step.config.rollout.temperature
 
     @cached_property
-    def scored_sequences(self) -> list[int]:
+    def computed_sequences(self) -> list[int]:
         """The sequences whose log-probabilities are computed: all, or every n-th where all would
         take too long."""
         stride = max(1, int(np.ceil(self.models.pass_flops / LOGPROB_FLOPS)))
@@ -61,7 +61,7 @@ class PolicyLogprobs:
 
     @cached_property
     def old_logprobs(self) -> list[np.ndarray]:
-        """Log-probabilities under the policy before the step, of `scored_sequences`, at the run's
+        """Log-probabilities under the policy before the step, of `computed_sequences`, at the run's
         temperature."""
         return self.logprobs_under(self.models.policy)
 
@@ -100,8 +100,8 @@ class PolicyLogprobs:
         return logprobs_by_row
 
     def logprobs_under(self, model: Any, temperature: float | None = None) -> list[np.ndarray]:
-        """Return the log-probabilities of the tokens of `scored_sequences` under a model."""
-        return self._logprobs_of(self._scored_rows, model, temperature or self.temperature)
+        """Return the log-probabilities of the tokens of `computed_sequences` under a model."""
+        return self._logprobs_of(self._computed_rows, model, temperature or self.temperature)
 
     def _logprobs_of(
         self, rows: Sequence[TokenRow], model: Any, temperature: float
@@ -110,13 +110,13 @@ class PolicyLogprobs:
         return [row_logprobs.numpy() for row_logprobs in logprobs_by_row]
 
     @property
-    def _scored_rows(self) -> list[TokenRow]:
-        return [self.models.rows[index] for index in self.scored_sequences]
+    def _computed_rows(self) -> list[TokenRow]:
+        return [self.models.rows[index] for index in self.computed_sequences]
 
     def logprobs_at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
         """Return those under the policy before the step, by temperature."""
         by_temperature = logprobs_by_temperature(
-            self.models.policy, self._scored_rows, temperatures
+            self.models.policy, self._computed_rows, temperatures
         )
         return [
             [row_logprobs.numpy() for row_logprobs in logprobs_by_row]
@@ -141,7 +141,9 @@ class PolicyLogprobs:
 
         Raises:
             CannotRecompute: the log has no experts."""
-        rows = rows_with_shifted_experts(self._scored_rows, shift) if shift else self._scored_rows
+        rows = (
+            rows_with_shifted_experts(self._computed_rows, shift) if shift else self._computed_rows
+        )
         num_same = num_compared = 0
         for index, row in enumerate(rows):
             if row.experts is None:
@@ -156,7 +158,7 @@ class PolicyLogprobs:
 
     @cached_property
     def _experts_without_replay(self) -> dict[str, list[Tensor]]:
-        return self._chosen_experts(rows_with_own_experts(self._scored_rows))
+        return self._chosen_experts(rows_with_own_experts(self._computed_rows))
 
     def _chosen_experts(self, rows: Sequence[TokenRow]) -> dict[str, list[Tensor]]:
         if self.models.is_streamed:
@@ -169,32 +171,32 @@ class PolicyLogprobs:
         if not self.step.config.rl.routing_replay:
             return None
         return self._logprobs_of(
-            rows_with_own_experts(self._scored_rows), self.models.policy, self.temperature
+            rows_with_own_experts(self._computed_rows), self.models.policy, self.temperature
         )
 
     def all_token_logprobs(self) -> list[np.ndarray]:
         """Return the log-probabilities of all tokens but the first, those of the prompt too."""
         rows = [
             replace(row, is_sampled=torch.arange(len(row.token_ids)) > 0, kept_ids=None)
-            for row in self._scored_rows
+            for row in self._computed_rows
         ]
         return self._logprobs_of(rows, self.models.policy, self.temperature)
 
     def plain_logprobs(self) -> list[np.ndarray]:
         """Return those under the policy before the step at temperature 1, over the whole
         vocabulary."""
-        rows = [replace(row, kept_ids=None) for row in self._scored_rows]
+        rows = [replace(row, kept_ids=None) for row in self._computed_rows]
         return self._logprobs_of(rows, self.models.policy, 1.0)
 
     def shifted_logprobs(self) -> list[np.ndarray]:
         """Return, in place of each sampled token's, the log-probability of the token before it."""
-        rows = [replace(row, targets=row.token_ids.roll(1)) for row in self._scored_rows]
+        rows = [replace(row, targets=row.token_ids.roll(1)) for row in self._computed_rows]
         return self._logprobs_of(rows, self.models.policy, self.temperature)
 
     def experts(self) -> dict[str, list[np.ndarray]]:
         """Return the experts that the policy before the step chooses for the tokens of
-        `scored_sequences`, by layer: (tokens, experts per token) each."""
-        by_layer = self._chosen_experts(self._scored_rows)
+        `computed_sequences`, by layer: (tokens, experts per token) each."""
+        by_layer = self._chosen_experts(self._computed_rows)
         return {
             name: [row_experts.numpy() for row_experts in experts_by_row]
             for name, experts_by_row in by_layer.items()
@@ -213,7 +215,7 @@ class PolicyLogprobs:
     @cached_property
     def all_old_logprobs(self) -> list[Tensor]:
         """Log-probabilities of all rows under the policy before the step."""
-        if len(self.scored_sequences) == len(self.models.rows):
+        if len(self.computed_sequences) == len(self.models.rows):
             return [torch.from_numpy(row_logprobs) for row_logprobs in self.old_logprobs]
         return logprobs_by_temperature(self.models.policy, self.models.rows, [self.temperature])[0]
 

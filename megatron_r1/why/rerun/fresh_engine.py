@@ -64,7 +64,7 @@ def check_engine(step: RecordedStep, num_parameters: int, free_bytes: int) -> No
         )
 
 
-async def score(
+async def compute_engine_logprobs(
     config: Config, folder: Path, sequences: Sequence[TokenSequence], logs: Path
 ) -> list[np.ndarray]:
     """Return a fresh engine's log-probabilities of the sampled tokens of each sequence, float32, at
@@ -73,7 +73,7 @@ async def score(
     Args:
         config: the run's settings.
         folder: the Hugging Face folder with the weights.
-        sequences: those that are scored.
+        sequences: those whose tokens it computes.
         logs: the folder of the engine's log.
 
     Raises:
@@ -93,7 +93,7 @@ async def score(
                 weight_transfer_backend=BACKEND_PREFIX + config.push.transport,
                 return_routing=config.rl.routing_replay,
                 return_sampling_mask=config.rollout.uses_sampling_mask,
-                # vLLM samples one token after those that it scores.
+                # vLLM samples one token after the given ones.
                 max_model_len=length + 1,
                 extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
                 **fleet_settings(config.rollout) | {"max_restarts": 0},

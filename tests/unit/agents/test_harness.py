@@ -164,7 +164,7 @@ def test_failures_of_the_agent_are_not_the_policys():
     assert (played.episode.status, played.reward) == ("harness_error", None)
 
 
-def test_an_episode_without_a_turn_of_the_policy_is_not_scored():
+def test_an_episode_without_a_turn_of_the_policy_has_no_reward():
     async def hangs(base_url, api_key, row):
         await asyncio.sleep(100_000)
 

@@ -1,5 +1,5 @@
-"""The teacher of on-policy distillation: what is refused before it starts, and its scores on their
-way from a server (a peer on loopback) to the trainer's batch."""
+"""The teacher of on-policy distillation: what is refused before it starts, and its
+log-probabilities on their way from a server (a peer on loopback) to the trainer's batch."""
 
 import asyncio
 import contextlib
@@ -100,7 +100,7 @@ def test_a_teacher_of_another_architecture_with_more_tokens_of_its_own_is_accept
         ),
     ],
 )
-def test_a_teacher_that_cannot_score_the_student_is_refused(tmp_path, wrong, key, cause, shown):
+def test_a_teacher_that_does_not_fit_the_student_is_refused(tmp_path, wrong, key, cause, shown):
     with refused(key, cause, *shown):
         check(tmp_path, **wrong)
 
@@ -128,17 +128,17 @@ def test_only_the_first_differing_tokens_are_named():
 
 def entries(token_ids):
     """vLLM's answer: the log-probability of token t at position i is -(i + t / 100)."""
-    scores = [{str(t): {"logprob": -(i + t / 100)}} for i, t in enumerate(token_ids)]
-    return [None, *scores[1:]]
+    by_token = [{str(t): {"logprob": -(i + t / 100)}} for i, t in enumerate(token_ids)]
+    return [None, *by_token[1:]]
 
 
 class Peer:
-    """A vLLM server that others run. say: its answer to the k-th request for scores, from 0: what
-    it says of the tokens, or `None` for a dropped connection."""
+    """A vLLM server that others run. say: its answer to the k-th request for log-probabilities,
+    from 0: what it says of the tokens, or `None` for a dropped connection."""
 
-    def __init__(self, say=lambda k, ids: entries(ids), max_model_len=64, can_score=True):
+    def __init__(self, say=lambda k, ids: entries(ids), max_model_len=64, has_generate_path=True):
         self.say, self.card = say, {"id": "m", "max_model_len": max_model_len}
-        self.can_score, self.num_asked, self.paths = can_score, 0, []
+        self.has_generate_path, self.num_asked, self.paths = has_generate_path, 0, []
 
     async def __aenter__(self):
         self._server = serving(self._answer)
@@ -152,7 +152,7 @@ class Peer:
         self.paths.append(request.path)
         if request.path == "/v1/models":
             return web.json_response({"data": [self.card]})
-        if request.path != "/inference/v1/generate" or not self.can_score:
+        if request.path != "/inference/v1/generate" or not self.has_generate_path:
             return web.Response(status=404)
         body = await request.json()
         if body["token_ids"] == [0, 0]:  # the look before the first use
@@ -174,9 +174,9 @@ def ask(peer, call):
     return asyncio.run(run())
 
 
-def test_scores_are_those_of_the_tokens_from_the_first_asked_for():
-    scores = ask(Peer(), lambda client: client.compute_logprobs([3, 4, 5, 6], 2))
-    assert scores.typecode == "f" and list(scores) == pytest.approx([-2.05, -3.06])
+def test_logprobs_are_those_of_the_tokens_from_the_first_asked_for():
+    logprobs = ask(Peer(), lambda client: client.compute_logprobs([3, 4, 5, 6], 2))
+    assert logprobs.typecode == "f" and list(logprobs) == pytest.approx([-2.05, -3.06])
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_scores_are_those_of_the_tokens_from_the_first_asked_for():
         ([None, {"4": {"logprob": None}}, {"5": {"logprob": -1.0}}], "prompt_logprobs"),
     ],
 )
-def test_scores_that_do_not_add_up_are_an_error(said, says):
+def test_logprobs_that_do_not_add_up_are_an_error(said, says):
     with pytest.raises(EngineError, match=says):
         ask(Peer(lambda k, ids: said), lambda client: client.compute_logprobs([3, 4, 5], 1))
 
@@ -227,11 +227,11 @@ def test_servers_of_others_share_the_work_and_are_left_as_they_were(tmp_path):
 
     async def story(fleet):
         calls = [fleet.compute_logprobs([7, n, 9], 1) for n in range(40)]
-        return [list(scores) for scores in await asyncio.gather(*calls)]
+        return [list(logprobs) for logprobs in await asyncio.gather(*calls)]
 
-    scores = with_fleet(tmp_path, peers, story)
+    logprobs = with_fleet(tmp_path, peers, story)
     expected = [[-(1 + n / 100), -2.09] for n in range(40)]
-    assert [pytest.approx(pair) for pair in expected] == scores
+    assert [pytest.approx(pair) for pair in expected] == logprobs
     assert min(peer.num_asked for peer in peers) > 5
     # They may be sampling for somebody else: nothing but questions.
     assert set(peers[0].paths) == {"/v1/models", "/inference/v1/generate"}
@@ -243,18 +243,18 @@ def test_a_server_that_drops_calls_is_waited_for_and_the_calls_are_repeated(tmp_
     async def story(fleet):
         return list(await fleet.compute_logprobs([7, 8], 1)), fleet.num_restarts
 
-    scores, restarts = with_fleet(tmp_path, [peer], story, max_restarts=2)
-    assert scores == pytest.approx([-1.08]) and restarts >= 1
+    logprobs, restarts = with_fleet(tmp_path, [peer], story, max_restarts=2)
+    assert logprobs == pytest.approx([-1.08]) and restarts >= 1
 
 
 @pytest.mark.parametrize(
     ("peer", "says"),
     [
         (Peer(max_model_len=63), "63 .*64 .*--max-model-len"),
-        (Peer(can_score=False), "404.*--enable-scale-out"),
+        (Peer(has_generate_path=False), "404.*--enable-scale-out"),
     ],
 )
-def test_a_server_that_cannot_score_is_refused_at_the_start(tmp_path, peer, says):
+def test_a_server_that_cannot_compute_logprobs_is_refused_at_the_start(tmp_path, peer, says):
     with pytest.raises(EngineError, match=says):
         with_fleet(tmp_path, [peer], lambda fleet: None)
 
@@ -294,7 +294,7 @@ class Student:
 
 
 class SlowGrader:
-    """Grades only when `scored` groups' scores are there: the teacher does not wait for grades."""
+    """Grades only when the teacher has computed six responses: it does not wait for grades."""
 
     def __init__(self, teacher):
         self.teacher = teacher
@@ -334,19 +334,19 @@ def collected(with_teacher):
     return asyncio.run(run())
 
 
-def test_every_response_is_scored_after_its_own_prompt_while_others_are_graded():
+def test_every_response_is_computed_after_its_own_prompt_while_others_are_graded():
     rollout, num_computed, in_flight = collected(with_teacher=True)
     assert num_computed == in_flight.num_with_teacher_logprobs == 6
-    scores = [[list(o.teacher_logprobs) for o in group.responses] for group in rollout.groups]
+    logprobs = [[list(o.teacher_logprobs) for o in group.responses] for group in rollout.groups]
     # The prompts have 2 and 1 tokens, the responses 4, 5, 6 and 2, 3, 4.
-    assert scores == [
+    assert logprobs == [
         [[-(i + 0.25) for i in range(2, 2 + n)] for n in (4, 5, 6)],
         [[-(i + 0.25) for i in range(1, 1 + n)] for n in (2, 3, 4)],
     ]
     assert rollout.teacher_seconds > 0
 
 
-def test_an_episode_is_scored_branch_by_branch_where_it_was_sampled():
+def test_an_episode_is_computed_branch_by_branch_where_it_was_sampled():
     floats, versions = array("f", [-1.0] * 5), array("i", [0] * 5)
     masks = [bytes([0, 1, 0, 1, 1]), bytes([0, 0, 0, 0, 1])]
     branches = [Branch(array("i", range(5)), mask, floats, versions) for mask in masks]
@@ -364,26 +364,26 @@ def test_an_episode_is_scored_branch_by_branch_where_it_was_sampled():
         return (await collector.collect(prompts, sampling)).groups[0].responses[0]
 
     graded = asyncio.run(run())
-    # Token i of a branch has the score -(i + 0.25).
+    # Token i of a branch has the log-probability -(i + 0.25).
     assert list(graded.teacher_logprobs) == [-1.25, -3.25, -4.25, -4.25]
     assert len(graded.response.token_ids) == 4
 
 
-def test_what_is_sampled_for_an_evaluation_is_not_scored():
+def test_what_is_sampled_for_an_evaluation_has_no_teacher_logprobs():
     rollout, num_computed, _ = collected(with_teacher=False)
     assert num_computed == 0 and rollout.teacher_seconds == 0
     assert {o.teacher_logprobs for g in rollout.groups for o in g.responses} == {None}
 
 
 @pytest.mark.parametrize("with_teacher", [True, False])
-def test_scores_survive_the_sample_log_to_the_bit(with_teacher):
+def test_logprobs_survive_the_sample_log_to_the_bit(with_teacher):
     rollout, *_ = collected(with_teacher)
     group = rollout.groups[0]
     again = from_record(decode(encode(to_record(3, group))), group.prompt)
     assert again == group
 
 
-def test_scores_stand_where_their_tokens_are_predicted():
+def test_logprobs_stand_where_their_tokens_are_predicted():
     first = Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], 2.0, teacher_logprobs=[-3.0, -4.0])
     second = Sample.pack(
         [5], [6, 1, 2], [-1.0, -2.0, -3.0], -1.0, teacher_logprobs=[-5.0, -6.0, -7.0]
@@ -394,8 +394,8 @@ def test_scores_stand_where_their_tokens_are_predicted():
     assert batch.logprobs["teacher"].dtype == torch.float32
 
 
-def test_context_ranks_hold_the_scores_of_their_own_tokens():
-    """Together they hold each once: position and score agree with the whole batch's."""
+def test_context_ranks_hold_the_logprobs_of_their_own_tokens():
+    """Together they hold each once: position and log-probability agree with the whole batch's."""
     sample = Sample.pack(
         [5], list(range(10, 17)), [-1.0] * 7, teacher_logprobs=[-float(i) for i in range(7)]
     )
@@ -405,8 +405,8 @@ def test_context_ranks_hold_the_scores_of_their_own_tokens():
         for rank in (0, 1)
     ]
     position = torch.cat([part.position_ids[0] for part in parts])
-    scores = torch.cat([part.logprobs["teacher"] for part in parts])
-    assert scores[position.argsort()].tolist() == whole.logprobs["teacher"].tolist()
+    logprobs = torch.cat([part.logprobs["teacher"] for part in parts])
+    assert logprobs[position.argsort()].tolist() == whole.logprobs["teacher"].tolist()
 
 
 def test_without_a_teacher_there_is_nothing_to_read_and_without_samples_nothing_to_count():
@@ -415,6 +415,6 @@ def test_without_a_teacher_there_is_nothing_to_read_and_without_samples_nothing_
     assert pack_batch([], TokenSplit(tensor_size=2), cpu).logprobs["teacher"].tolist() == [0, 0]
 
 
-def test_scores_of_another_number_of_tokens_are_refused():
+def test_logprobs_of_another_number_of_tokens_are_refused():
     with pytest.raises(ValueError, match="2 .*1 "):
         Sample.pack([1], [2, 3], [-1.0, -1.0], teacher_logprobs=[-1.0])

@@ -45,7 +45,7 @@ def test_the_engines_may_take_what_is_away():
     )
 
 
-def test_training_and_scoring_need_as_much_as_without():
+def test_training_and_logprobs_need_as_much_as_without():
     for here, away in zip(estimate("none").ranks, estimate("host").ranks, strict=True):
         assert away.training == here.training and away.logprobs == here.logprobs
 

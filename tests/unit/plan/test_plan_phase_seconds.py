@@ -86,17 +86,17 @@ def test_the_host_waits_once_in_a_layer_whose_counts_it_does_not_know():
     The reference's routers choose themselves; 256 micro-batches of a rollout take 1 / (1 - bubble)
     as long: 2 x 256 + 15 slots for 2 x 256."""
     jobs = [planned(rl__routing_replay=value) for value in (True, False)]
-    (replayed, score, sparse), (routed, own_score, _) = map(seconds_of, jobs)
+    (replayed, logprobs, sparse), (routed, own_logprobs, _) = map(seconds_of, jobs)
     wait = sparse * 200e-6
     assert sparse == 4 and routed - replayed == pytest.approx(wait)
     of_a_pass = wait * 256 * (512 + 15) / 512
-    assert own_score - score == pytest.approx(of_a_pass)
+    assert own_logprobs - logprobs == pytest.approx(of_a_pass)
     no_reference = {"rl__kl_beta": 0.0}
     alone, own_alone = (
         seconds_of(planned(rl__routing_replay=value, **no_reference))[1] for value in (True, False)
     )
     assert own_alone - alone == pytest.approx(of_a_pass)
-    assert score == pytest.approx(2 * alone + of_a_pass)
+    assert logprobs == pytest.approx(2 * alone + of_a_pass)
     assert "the host waits 0.2 s" in time_section(JobEstimate(jobs[0]).times)["logprobs"].formula
     update = time_section(JobEstimate(jobs[1]).times)["optimizer step"].formula
     assert "0.0008 s waits of the host" in update

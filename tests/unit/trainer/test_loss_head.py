@@ -139,9 +139,9 @@ def test_grpo_s_loss_and_gradient_are_equation_1_of_each_response(average):
 def test_the_branches_of_an_episode_share_one_mean():
     def branch(tokens, num_sampled, of, num_responses):
         mask = bytes([0] * (len(tokens) - num_sampled) + [1] * num_sampled)
-        logprobs, scores = [-2.0] * len(tokens), {"weight": num_sampled / of}
+        logprobs, fields = [-2.0] * len(tokens), {"weight": num_sampled / of}
         return Sample.pack_branch(
-            tokens, mask, logprobs, 2.0, num_responses=num_responses, **scores
+            tokens, mask, logprobs, 2.0, num_responses=num_responses, **fields
         )
 
     first = branch([7, 8, 9], 2, of=3, num_responses=1)

@@ -61,8 +61,8 @@ def test_denominators_count_response_tokens_or_responses():
 
 def test_given_tokens_between_sampled_ones_count_nothing():
     tokens, mask = [3, 4, 5, 6, 7, 8], bytes([0, 0, 1, 0, 0, 1])
-    scores = {"weight": 0.25, "num_responses": 0, "teacher_logprobs": [-7.0, -8.0]}
-    first = Sample.pack_branch(tokens, mask, [9.0, 9.0, -1.0, 9.0, 9.0, -2.0], 0.5, **scores)
+    fields = {"weight": 0.25, "num_responses": 0, "teacher_logprobs": [-7.0, -8.0]}
+    first = Sample.pack_branch(tokens, mask, [9.0, 9.0, -1.0, 9.0, 9.0, -2.0], 0.5, **fields)
     second = Sample.pack([1], [2], [-3.0], 1.5, teacher_logprobs=[-9.0])
     b = pack_batch([first, second], TokenSplit(), CPU)
     assert b.response_positions.tolist() == [1, 4, 6]
@@ -82,9 +82,9 @@ def kept_at(mask, position):
 
 def test_kept_tokens_lie_where_their_token_is_predicted():
     tokens, mask = [3, 4, 5, 6, 7, 8], bytes([0, 0, 1, 0, 0, 1])
-    scores = {"weight": 0.25, "num_responses": 1}
+    fields = {"weight": 0.25, "num_responses": 1}
     kept = encode_mask([[], [], [1, 5], [], [], [8]])
-    first = Sample.pack_branch(tokens, mask, [0.0] * 6, 0.5, sampling_mask=kept, **scores)
+    first = Sample.pack_branch(tokens, mask, [0.0] * 6, 0.5, sampling_mask=kept, **fields)
     second = Sample.pack([1], [2], [-3.0], 1.5, sampling_mask=encode_mask([[0, 2, 9]]))
     untrained = Sample.pack([1], [], [], float("nan"))
     b = pack_batch([first, untrained, second], TokenSplit(), CPU)
@@ -151,20 +151,20 @@ def test_a_prompt_of_several_samples_lies_there_once():
     assert marked_prefixes(alone.packed_seq_params.cu_seqlens_q) is None
 
 
-def branch(tokens, sampled, advantage, **scores):
+def branch(tokens, sampled, advantage, **fields):
     """A branch whose tokens at the places `sampled` are trained on."""
     mask = bytes(place in sampled for place in range(len(tokens)))
     logprobs = [-float(token) for token in tokens]
-    return Sample.pack_branch(tokens, mask, logprobs, advantage, **scores)
+    return Sample.pack_branch(tokens, mask, logprobs, advantage, **fields)
 
 
 def test_turns_of_a_tree_lie_there_once_each_trained_in_its_own_branch():
     prompt = [*range(20, 40)]
-    scores = {"weight": 0.5, "num_responses": 1}
-    first = branch([*prompt, 1, 2, 50, 3], {20, 21, 23}, 0.5, **scores)
+    fields = {"weight": 0.5, "num_responses": 1}
+    first = branch([*prompt, 1, 2, 50, 3], {20, 21, 23}, 0.5, **fields)
     # Goes on after token 2, which only the first branch trains.
-    second = branch([*prompt, 1, 2, 51, 4, 5], {23, 24}, 1.5, **scores)
-    third = branch([*prompt, 1, 2, 51, 4, 52, 6], {25}, 2.5, **scores)
+    second = branch([*prompt, 1, 2, 51, 4, 5], {23, 24}, 1.5, **fields)
+    third = branch([*prompt, 1, 2, 51, 4, 52, 6], {25}, 2.5, **fields)
     b = pack_batch([first, second, third], TokenSplit(), CPU, share_prompts=True)
     assert b.input_ids.tolist() == [[*prompt, 1, 2, 50, 3, 51, 4, 5, 52, 6]]
     assert b.position_ids.tolist() == [[*range(24), 22, 23, 24, 24, 25]]

@@ -83,7 +83,7 @@ class Recomputed(PolicyLogprobs):
 
     def __init__(self, models, engine, rows: list[TokenRow], temperature: float = 1.0) -> None:
         super().__init__(Models(models, engine, rows, temperature))
-        self.scored_sequences = list(range(len(rows)))
+        self.computed_sequences = list(range(len(rows)))
 
 
 @pytest.fixture

@@ -274,13 +274,13 @@ def test_a_layout_is_what_one_rank_has_not():
     assert layout == "parallel.processes: 4, parallel.tensor: 2"
 
 
-def test_scores_of_a_prompt_are_those_of_the_sampled_tokens():
+def test_logprobs_of_a_prompt_are_those_of_the_sampled_tokens():
     is_sampled = np.array([False, False, True, True, False, True])
     sequence = SimpleNamespace(token_ids=np.arange(6), is_sampled=is_sampled)
     reply = array("f", [-1.0, -2.0, -3.0, -4.0])  # of tokens 1 to 4: the last did not fit
     assert fresh_engine._fitting_token_ids(sequence, 5) == [0, 1, 2, 3, 4]
-    scored = fresh_engine._sampled_logprobs(sequence, reply)
-    assert scored[:2].tolist() == [-2.0, -3.0] and np.isnan(scored[2])
+    logprobs = fresh_engine._sampled_logprobs(sequence, reply)
+    assert logprobs[:2].tolist() == [-2.0, -3.0] and np.isnan(logprobs[2])
 
 
 def test_the_log_probabilities_of_a_branch_are_replaced_where_it_was_sampled():

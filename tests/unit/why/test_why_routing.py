@@ -80,7 +80,7 @@ def test_agreement_is_the_share_of_logged_experts_that_the_model_chooses():
         rows = [with_experts(row, recorded)]
         models = SimpleNamespace(step=None, rows=rows, policy=model, is_streamed=False)
         logprobs = PolicyLogprobs(models)
-        logprobs.scored_sequences = [0]
+        logprobs.computed_sequences = [0]
         return logprobs.routing_agreement(shift)
 
     assert agreement(experts.flip(-1)) == 1.0  # the order of a token's experts has no meaning

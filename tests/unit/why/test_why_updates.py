@@ -191,7 +191,7 @@ def test_a_cut_is_a_softmax_over_the_kept_ids():
     assert update.metrics["grad_norm"] == pytest.approx(float(norm), rel=1e-5)
 
 
-def test_a_token_that_was_not_kept_is_not_scored():
+def test_a_token_that_was_not_kept_has_no_logprob():
     row = rows()[0]
     nothing = torch.zeros(int(row.is_sampled.sum()), dtype=torch.int64)
     with pytest.raises(CannotRecompute, match="kept"):
@@ -240,7 +240,7 @@ def test_the_optimizer_is_torchs_adamw():
         torch.testing.assert_close(own, dict(twin.named_parameters())[name], rtol=1e-5, atol=1e-7)
 
 
-def test_a_response_is_scored_alike_alone_and_in_a_batch():
+def test_a_response_has_the_same_logprobs_alone_and_in_a_batch():
     given = rows()
     model = Model()
     together = logprobs(model, given, [1.0])[0]

@@ -127,8 +127,8 @@ def test_an_episode_s_branches_stay_in_one_minibatch_and_weigh_as_one_response()
     branches = [branch([1, 2, 3, 4, 5], [0, 1, 0, 1, 1]), branch([1, 7, 8], [0, 0, 1])]
     episodes = [Episode("done", [], branches), Episode("engine_error", [], [])]
     several, nothing = (
-        replace(graded(1.0, 0), response=e.response(), episode=e, teacher_logprobs=scores)
-        for e, scores in zip(episodes, [array("f", [-1, -2, -3, -4]), array("f")], strict=True)
+        replace(graded(1.0, 0), response=e.response(), episode=e, teacher_logprobs=logprobs)
+        for e, logprobs in zip(episodes, [array("f", [-1, -2, -3, -4]), array("f")], strict=True)
     )
     responses = [several, graded(0.5, 4), nothing, graded(0.0, 3)]
     group = Group(make_prompt("1 + 1?", "math", "2", {}), [1], responses)
@@ -139,8 +139,8 @@ def test_an_episode_s_branches_stay_in_one_minibatch_and_weigh_as_one_response()
     assert [s.reward_or_advantage for s in first[:2] + second] == [1.0, 1.0, 2.0, 3.0]
     assert [s.weight for s in first] == [0.75, 0.25, 1.0]
     assert [s.num_responses for s in first + second] == [1, 0, 1, 1, 1]
-    scores = [array("f", [-1, 0, -2, -3]), array("f", [-4])]
-    assert [s.teacher_logprobs for s in first[:2]] == [each.tobytes() for each in scores]
+    logprobs = [array("f", [-1, 0, -2, -3]), array("f", [-4])]
+    assert [s.teacher_logprobs for s in first[:2]] == [each.tobytes() for each in logprobs]
     assert len(first[2]) == 1, "nothing was sampled, and the response is in no mean"
 
 

@@ -213,7 +213,7 @@ def test_settings_reach_a_rank_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("rl", "is_asked", "scores_all"),
+    ("rl", "is_asked", "computes_all"),
     [
         ({}, False, False),
         ({"engine_mask": "token"}, True, True),
@@ -222,11 +222,11 @@ def test_settings_reach_a_rank_as_they_are():
         ({"algorithm": "rloo"}, False, True),
     ],
 )
-def test_a_mask_needs_old_logprobs_of_every_mini_batch(rl, is_asked, scores_all):
+def test_a_mask_needs_old_logprobs_of_every_mini_batch(rl, is_asked, computes_all):
     config, trainer = parse({"rl": rl}), SimpleNamespace(call=AsyncMock(return_value={}))
     policy_trainer = PolicyTrainer(config, trainer, RunState())
     asyncio.run(policy_trainer.compute_logprobs(config))
-    assert trainer.call.await_args.kwargs["with_first_minibatch"] is scores_all
+    assert trainer.call.await_args.kwargs["with_first_minibatch"] is computes_all
     trainer.call.reset_mock()
     asyncio.run(policy_trainer.mask_advantages(config))
     asked = [each.args for each in trainer.call.await_args_list]

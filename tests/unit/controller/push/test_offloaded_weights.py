@@ -79,7 +79,7 @@ class Client:
         self.done.append("resume")
 
     async def compute_logprobs(self, token_ids, first):
-        self.done.append("score")
+        self.done.append("compute_logprobs")
         return array("f", [-1.0] * (len(token_ids) - first))
 
 
@@ -114,7 +114,7 @@ async def pushed(pusher, fleet):
         await pusher.push(1)
 
 
-def test_the_trainer_scores_the_probes_and_goes_before_the_engines_wake():
+def test_the_trainer_computes_the_probes_and_goes_before_the_engines_wake():
     async def story():
         trainer = OffloadedTrainer()
         engine = Engine(0, SimpleNamespace(), Client(trainer.done))
@@ -128,7 +128,7 @@ def test_the_trainer_scores_the_probes_and_goes_before_the_engines_wake():
         "prepare_probe",
         "free_memory True",
         "fleet has 1",
-        "score",
+        "compute_logprobs",
         "compare_probe",
     ]
 
@@ -177,7 +177,7 @@ def test_one_that_joins_when_all_have_died_gets_its_weights_and_then_the_memory(
         "swap",
         "wake kv_cache",
         "resume",
-        "score",
+        "compute_logprobs",
         "compare_probe",
     ]
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_has_the_memory_and_engines_their_weights_before_the_next_r
         await engines.rollout(3)
         return trainer.done
 
-    again = ["send_weights", "prepare_probe", "free_memory True", "fleet has 1", "score"]
+    again = ["send_weights", "prepare_probe", "free_memory True", "fleet has 1", "compute_logprobs"]
     assert asyncio.run(story()) == [
         *("fleet sleeps", "save_checkpoint", "free_memory False", *again, "compare_probe"),
         *("rollout 2", "rollout 3"),

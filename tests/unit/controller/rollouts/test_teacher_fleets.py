@@ -1,4 +1,4 @@
-"""Several teachers: which of them scores a question, what the run says of them, and which recipes
+"""Several teachers: which of them a question has, what the run says of them, and which recipes
 are refused."""
 
 import asyncio
@@ -20,7 +20,7 @@ CODE = make_prompt("print 1", "code", "1", {})
 GAME = make_prompt("24", "gym", "1", {"dataset": "countdown"})
 
 
-class Scorer:
+class ConstantTeacher:
     """An engine whose log-probabilities are all the same, and which counts its calls."""
 
     def __init__(self, logprob):
@@ -42,7 +42,11 @@ class Scorer:
 
 @pytest.fixture
 def teachers():
-    fleets = {"": Scorer(-1.0), "gsm8k": Scorer(-2.0), "code": Scorer(-3.0)}
+    fleets = {
+        "": ConstantTeacher(-1.0),
+        "gsm8k": ConstantTeacher(-2.0),
+        "code": ConstantTeacher(-3.0),
+    }
     return TeacherFleets(fleets, {"": "all", "gsm8k": "sums", "code": "programs"})
 
 
@@ -53,17 +57,17 @@ def test_a_data_source_goes_before_the_kind_and_others_have_the_default():
     assert teacher_source(GAME, ["math", "code"]) == ""
 
 
-def test_each_question_is_scored_by_its_own_teacher(teachers):
-    async def score():
+def test_each_question_has_logprobs_of_its_own_teacher(teachers):
+    async def compute():
         await teachers.start()
-        scores = [
+        logprobs = [
             list(await teachers.compute_logprobs(prompt, [5, 6, 7], 1, step=4))
             for prompt in (MATH, CODE, GAME)
         ]
         await teachers.close()
-        return scores
+        return logprobs
 
-    assert asyncio.run(score()) == [[-2.0, -2.0], [-3.0, -3.0], [-1.0, -1.0]]
+    assert asyncio.run(compute()) == [[-2.0, -2.0], [-3.0, -3.0], [-1.0, -1.0]]
     assert {fleet.started for fleet in teachers.fleets.values()} == {"all", "sums", "programs"}
     assert all(fleet.is_closed for fleet in teachers.fleets.values())
     assert [fleet.calls for fleet in teachers.fleets.values()] == [[([5, 6, 7], 1, 4)]] * 3
@@ -80,9 +84,9 @@ def graded(prompt, *pairs):
             {},
             0.0,
             "",
-            teacher_logprobs=None if scores is None else array("f", scores),
+            teacher_logprobs=None if teacher is None else array("f", teacher),
         )
-        for own, scores in pairs
+        for own, teacher in pairs
     ]
     return Group(prompt, [1], responses)
 
@@ -95,7 +99,7 @@ def test_kl_is_the_mean_over_the_tokens_of_each_teacher(teachers):
     ]
     # (0.5 + 1.5 + 3) / 3; no question of code was drawn.
     assert teachers.kl_by_source(groups) == {"teacher/kl/gsm8k": 5 / 3, "teacher/kl/others": -1.0}
-    assert TeacherFleets({"": Scorer(0.0)}, {"": "all"}).kl_by_source(groups) == {}
+    assert TeacherFleets({"": ConstantTeacher(0.0)}, {"": "all"}).kl_by_source(groups) == {}
 
 
 def recipe(**by_source):

@@ -392,7 +392,7 @@ def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monk
     run = Run(tmp_path, hang_seconds=0.5)
     asked = make_prompt(QUESTION, "math", "1", {})
 
-    async def score():
+    async def wait_for_teacher():
         with run.collector.in_flight.group(asked) as group:
             group.sampling_done([])
             group.await_teacher()
@@ -405,7 +405,7 @@ def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monk
             teacher.engines.append(Engine(0, server, client, role="teacher", num_running=4))
             run.collector.teachers = TeacherFleets({"": teacher}, {"": run.config.model.path})
             async with supervisor.watching():
-                await score()
+                await wait_for_teacher()
 
     with pytest.raises(HangError, match="teacher: 1 .*teacher-0: 4 "):
         asyncio.run(body())
