@@ -187,16 +187,19 @@ async def _cons_at_k_curve(
     rewards = [[response.reward for response in group] for group in groups]
     answer_groups = await asyncio.gather(
         *(
-            group_answers(pool, prompt.kind, [response.vote for response in group], scores)
-            for prompt, group, scores in zip(prompts, groups, rewards, strict=True)
+            group_answers(pool, prompt.kind, [response.vote for response in group], group_rewards)
+            for prompt, group, group_rewards in zip(prompts, groups, rewards, strict=True)
         )
     )
     curve = {}
     for size in sizes:
         index_sets = subsets(len(groups[0]), size, seed)
-        scores = [
-            fmean(voted_reward([answers[i] for i in s], [scored[i] for i in s]) for s in index_sets)
-            for answers, scored in zip(answer_groups, rewards, strict=True)
+        voted_means = [
+            fmean(
+                voted_reward([answers[i] for i in s], [group_rewards[i] for i in s])
+                for s in index_sets
+            )
+            for answers, group_rewards in zip(answer_groups, rewards, strict=True)
         ]
-        curve[size] = estimate(scores, seed)
+        curve[size] = estimate(voted_means, seed)
     return curve

@@ -1,4 +1,4 @@
-"""The held-out evaluations of a run, from the lines of its files: scores with 95% intervals."""
+"""The held-out evaluations of a run, from the lines of its files, with 95% intervals."""
 
 import re
 from collections import defaultdict
@@ -8,12 +8,14 @@ from typing import Any
 
 from megatron_r1.reporting.formatting import finite_metric, format_percent
 
-SCORE_PREFIX, INTERVAL_PREFIX = "eval/", "interval/"
+EVALUATION_PREFIX, INTERVAL_PREFIX = "eval/", "interval/"
 
 
 @dataclass(frozen=True)
-class Score:
-    """A fraction of held-out questions, with its 95% interval where one was recorded."""
+class HeldoutEstimate:
+    """A mean over held-out questions, with its 95% interval where one was recorded.
+
+    Most are fractions: pass@1, the majority vote, accuracy. Rewards and lengths are not."""
 
     value: float
     low: float | None = None
@@ -38,11 +40,11 @@ class Evaluation:
     tokens; of a reward model the accuracy of its scores."""
 
     step: int
-    pass_at_1: Score | None
-    majority: Score | None
+    pass_at_1: HeldoutEstimate | None
+    majority: HeldoutEstimate | None
     num_votes: int | None
     length: float | None
-    accuracy: Score | None = None
+    accuracy: HeldoutEstimate | None = None
     num_questions: int | None = None
 
 
@@ -52,7 +54,7 @@ def merge_evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
     Lines of one step are merged, so both files of a run may be passed one after the other."""
     by_step: dict[int, dict[str, Any]] = defaultdict(dict)
     for line in lines:
-        if any(key.startswith(SCORE_PREFIX) for key in line):
+        if any(key.startswith(EVALUATION_PREFIX) for key in line):
             by_step[int(finite_metric(line, "step") or 0)].update(line)
     results = []
     for step, line in sorted(by_step.items()):
@@ -61,23 +63,23 @@ def merge_evaluations(lines: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
         results.append(
             Evaluation(
                 step,
-                _read_score(line, "eval/pass@1"),
-                _read_score(line, votes),
+                _read_estimate(line, "eval/pass@1"),
+                _read_estimate(line, votes),
                 int(votes.split("@")[1]) if votes else None,
                 finite_metric(line, "eval/response_length"),
-                _read_score(line, "eval/accuracy"),
+                _read_estimate(line, "eval/accuracy"),
                 int(count) if (count := finite_metric(line, "eval/questions")) else None,
             )
         )
     return results
 
 
-def _read_score(line: Mapping[str, Any], key: str) -> Score | None:
+def _read_estimate(line: Mapping[str, Any], key: str) -> HeldoutEstimate | None:
     value = finite_metric(line, key)
     if value is None:
         return None
-    interval_key = f"{INTERVAL_PREFIX}{key.removeprefix(SCORE_PREFIX)}"
-    return Score(
+    interval_key = f"{INTERVAL_PREFIX}{key.removeprefix(EVALUATION_PREFIX)}"
+    return HeldoutEstimate(
         value,
         finite_metric(line, f"{interval_key}/low"),
         finite_metric(line, f"{interval_key}/high"),

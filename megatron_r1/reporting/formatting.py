@@ -171,8 +171,8 @@ def is_correct(sample: Mapping[str, Any]) -> bool:
     """Return whether a sample is right, by its accuracy reward, or by its reward without one."""
     rewards = sample.get("rewards")
     parts = rewards if isinstance(rewards, Mapping) else {}
-    score = finite_metric(parts, "accuracy")
-    return ((finite_metric(sample, "reward") or 0.0) if score is None else score) >= 0.5
+    accuracy = finite_metric(parts, "accuracy")
+    return ((finite_metric(sample, "reward") or 0.0) if accuracy is None else accuracy) >= 0.5
 
 
 def last_line(text: Any) -> str:

@@ -141,7 +141,7 @@ class LiveView:
         step = self._add_evaluation(metrics)
         if self._live is None:
             parts = [
-                f"{key.removeprefix('eval/')} {_score_text(key, metrics)}"
+                f"{key.removeprefix('eval/')} {_evaluation_text(key, metrics)}"
                 for key in metrics
                 if str(key).startswith("eval/")
             ]
@@ -254,7 +254,7 @@ def _choose_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return selection
 
 
-def _score_text(key: str, metrics: Mapping[str, Any]) -> str:
+def _evaluation_text(key: str, metrics: Mapping[str, Any]) -> str:
     value = finite_metric(metrics, key)
     if value is None:
         return "–"

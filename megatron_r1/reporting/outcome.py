@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_r1.reporting.evaluations import Evaluation, Score
+from megatron_r1.reporting.evaluations import Evaluation, HeldoutEstimate
 from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
 
 FEW_QUESTIONS = 100
@@ -30,7 +30,7 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
             steps = f"By step {pass_evaluations[-1].step:,} of {num_steps(metrics):,}"
         first, last = pass_evaluations[0], pass_evaluations[-1]
         assert first.pass_at_1 and last.pass_at_1
-        verdict, interval_sentence = score_verdict(
+        verdict, interval_sentence = change_verdict(
             first.pass_at_1, last.pass_at_1, last.num_questions
         )
         change = f"{_lower_first_letter(steps)}, {_describe_change(first, last)}"
@@ -45,7 +45,7 @@ def outcome_sentence(metrics: MetricLines, heldout: Sequence[Evaluation]) -> str
     accuracies = [evaluation.accuracy for evaluation in heldout if evaluation.accuracy]
     if len(accuracies) > 1:
         change = _from_to(accuracies[0], accuracies[-1], format_percent)
-        verdict, interval_sentence = score_verdict(accuracies[0], accuracies[-1], None)
+        verdict, interval_sentence = change_verdict(accuracies[0], accuracies[-1], None)
         return (
             f"{verdict}: {_lower_first_letter(steps)}, the accuracy of held-out scores {change}. "
             f"{interval_sentence}"
@@ -79,8 +79,10 @@ def num_steps(metrics: MetricLines) -> int:
     return int(max((finite_metric(line, "step") or 0.0 for line in metrics), default=0.0))
 
 
-def score_verdict(first: Score, last: Score, num_questions: int | None) -> tuple[str, str]:
-    """Return the verdict of a change of a score, and the sentence that gives its interval.
+def change_verdict(
+    first: HeldoutEstimate, last: HeldoutEstimate, num_questions: int | None
+) -> tuple[str, str]:
+    """Return the verdict of a change, and the sentence that gives its interval.
 
     The change is `last - first`, and its 95% interval that of a difference of two means that are
     taken as independent (Newcombe 1998, method 10, with the intervals that were recorded):
@@ -90,11 +92,11 @@ def score_verdict(first: Score, last: Score, num_questions: int | None) -> tuple
     have the same questions, so that the interval is rather too wide.
 
     Args:
-        first: the score before.
-        last: the score after.
+        first: the mean before.
+        last: the mean after.
         num_questions: by it an interval without width, of all right or all wrong, gets that of
             Clopper and Pearson."""
-    pair = [_interval_ends(score, num_questions) for score in (first, last)]
+    pair = [_interval_ends(mean, num_questions) for mean in (first, last)]
     if any(low is None or high is None for low, high in pair):
         return NOT_SHOWN, "One question has no interval."
     (low1, high1), (low2, high2) = pair
@@ -107,11 +109,13 @@ def score_verdict(first: Score, last: Score, num_questions: int | None) -> tuple
     return verdict, f"The change is {100 * change:+.1f} points, 95% interval {ends}."
 
 
-def _interval_ends(score: Score, num_questions: int | None) -> tuple[float | None, float | None]:
-    if score.low is None or score.high is None or score.low < score.high or not num_questions:
-        return score.low, score.high
+def _interval_ends(
+    mean: HeldoutEstimate, num_questions: int | None
+) -> tuple[float | None, float | None]:
+    if mean.low is None or mean.high is None or mean.low < mean.high or not num_questions:
+        return mean.low, mean.high
     width = 1 - TAIL_PROBABILITY ** (1 / num_questions)
-    return max(0.0, score.low - width), min(1.0, score.high + width)
+    return max(0.0, mean.low - width), min(1.0, mean.high + width)
 
 
 def _questions_text(evaluation: Evaluation) -> str:
@@ -124,7 +128,7 @@ def _lower_first_letter(text: str) -> str:
 
 
 def _describe_change(first: Evaluation, last: Evaluation) -> str:
-    assert first.pass_at_1 and last.pass_at_1, "called with scored evaluations only"
+    assert first.pass_at_1 and last.pass_at_1, "called with evaluations of pass@1 only"
     form = str if _questions_text(last) else format_percent
     pass_change = _from_to(first.pass_at_1, last.pass_at_1, form)
     text = f"held-out pass@1{_questions_text(last)} {pass_change}"
@@ -141,15 +145,19 @@ def _describe_change(first: Evaluation, last: Evaluation) -> str:
 
 
 def _from_to(
-    start: float | Score,
-    end: float | Score,
+    start: float | HeldoutEstimate,
+    end: float | HeldoutEstimate,
     form: Any,
     rise_verb: str = "rose",
     fall_verb: str = "fell",
 ) -> str:
-    first, last = (value.value if isinstance(value, Score) else value for value in (start, end))
+    first, last = (
+        value.value if isinstance(value, HeldoutEstimate) else value for value in (start, end)
+    )
     texts = [
-        form(value.value if isinstance(value, Score) and form is format_percent else value)
+        form(
+            value.value if isinstance(value, HeldoutEstimate) and form is format_percent else value
+        )
         for value in (start, end)
     ]
     if texts[0] == texts[1]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.reporting.evaluations import Evaluation, Score, merge_evaluations
+from megatron_r1.reporting.evaluations import Evaluation, HeldoutEstimate, merge_evaluations
 from megatron_r1.reporting.formatting import (
     KNOWN_METRICS,
     TIMED_PHASES,
@@ -124,7 +124,7 @@ def write_report(
 
 
 def headline(folder: RunFolder) -> str:
-    """Return the result of a run as a sentence, with its verdict (`outcome.score_verdict`)."""
+    """Return the result of a run as a sentence, with its verdict (`outcome.change_verdict`)."""
     metrics = folder.read_metrics()
     sentence = outcome_sentence(metrics, merge_evaluations([*metrics, *folder.read_evaluations()]))
     kind = str((folder.read_config().get("data") or {}).get("kind") or "")
@@ -160,19 +160,19 @@ def _headline_tiles(
     """Return the (name, value, note) of each number at the top of the page."""
     tiles = []
     num_votes = max((e.num_votes or 0 for e in heldout), default=0)
-    for name, scores in (
+    for name, estimates in (
         ("held-out pass@1", [e.pass_at_1 for e in heldout if e.pass_at_1]),
         ("held-out accuracy", [e.accuracy for e in heldout if e.accuracy]),
         (f"majority vote of {num_votes}", [e.majority for e in heldout if e.majority]),
     ):
-        if scores:
-            intervals = [score.interval for score in (scores[0], scores[-1])]
+        if estimates:
+            intervals = [estimate.interval for estimate in (estimates[0], estimates[-1])]
             note = f"95%: {' → '.join(dict.fromkeys(intervals))}" if all(intervals) else ""
             tiles.append(
                 (
                     name,
                     _join_with_arrow(
-                        format_percent(scores[0].value), format_percent(scores[-1].value)
+                        format_percent(estimates[0].value), format_percent(estimates[-1].value)
                     ),
                     note,
                 )
@@ -211,13 +211,13 @@ def _two_curves(metrics: MetricLines, evaluations: Sequence[Evaluation]) -> list
     pass_rates = [(e.step, e.pass_at_1) for e in evaluations if e.pass_at_1]
     majorities = [(e.step, e.majority) for e in evaluations if e.majority]
     votes = max((e.num_votes or 0 for e in evaluations), default=0)
-    accuracy += _score_curves("held-out, pass@1", pass_rates, "ink", "o")
+    accuracy += _heldout_curves("held-out, pass@1", pass_rates, "ink", "o")
     accuracies = [(e.step, e.accuracy) for e in evaluations if e.accuracy]
-    accuracy += _score_curves("held-out", accuracies, "ink", "o")
-    accuracy += _score_curves(f"held-out, majority of {votes}", majorities, "ink", "D")
+    accuracy += _heldout_curves("held-out", accuracies, "ink", "o")
+    accuracy += _heldout_curves(f"held-out, majority of {votes}", majorities, "ink", "D")
     length = _training_curve(metrics, "response_length/mean", "training samples", "second")
-    lengths = [(e.step, Score(e.length)) for e in evaluations if e.length is not None]
-    length += _score_curves("held-out", lengths, "ink", "o")
+    lengths = [(e.step, HeldoutEstimate(e.length)) for e in evaluations if e.length is not None]
+    length += _heldout_curves("held-out", lengths, "ink", "o")
     figures = []
     if accuracy:
         plot = curve_plot("accuracy", accuracy, HERO_SIZE, as_percent=True)
@@ -284,12 +284,12 @@ def _training_curve(metrics: MetricLines, key: str, label: str, ink: str) -> lis
     return [Curve(label, _step_numbers(lines), values, ink, is_noisy=key != "learning_rate")]
 
 
-def _score_curves(
-    label: str, scores: Sequence[tuple[int, Score]], ink: str, marker: str
+def _heldout_curves(
+    label: str, estimates: Sequence[tuple[int, HeldoutEstimate]], ink: str, marker: str
 ) -> list[Curve]:
-    if not scores:
+    if not estimates:
         return []
-    rows = [(step, score.value, score.low, score.high) for step, score in scores]
+    rows = [(step, estimate.value, estimate.low, estimate.high) for step, estimate in estimates]
     steps, values, low, high = np.array(rows, dtype=float).T  # None becomes NaN
     return [Curve(label, steps, values, ink, marker, low, high)]
 

@@ -99,7 +99,7 @@ async def evaluate(
     estimates = await _compute_estimates(collector, rollout.groups, sampling.group_size, rewards)
     responses = all_responses(rollout.groups)
     metrics = {
-        **{f"eval/{name}": score.value for name, score in estimates.items()},
+        **{f"eval/{name}": mean.value for name, mean in estimates.items()},
         "eval/questions": sum(
             any(ACCURACY not in graded.ungraded_terms for graded in group.responses)
             for group in rollout.groups
@@ -116,9 +116,9 @@ async def evaluate(
     }
     if any(are_ungraded := [ACCURACY in graded.ungraded_terms for graded in responses]):
         metrics["eval/ungraded"] = fmean(are_ungraded)
-    for name, score in estimates.items():
-        if score.low is not None and score.high is not None:  # a single prompt has no interval
-            metrics |= {f"interval/{name}/low": score.low, f"interval/{name}/high": score.high}
+    for name, mean in estimates.items():
+        if mean.low is not None and mean.high is not None:  # a single prompt has no interval
+            metrics |= {f"interval/{name}/low": mean.low, f"interval/{name}/high": mean.high}
     return metrics, rollout.groups
 
 
@@ -132,12 +132,14 @@ async def _compute_estimates(
             graded_responses = [
                 response for response in group.responses if term not in response.ungraded_terms
             ]
-            scores = [response.rewards[term] for response in graded_responses]
-            if scores:
-                means[term].append(fmean(scores))
-            if scores and term == ACCURACY and group.prompt.kind != ENVIRONMENT:
+            term_rewards = [response.rewards[term] for response in graded_responses]
+            if term_rewards:
+                means[term].append(fmean(term_rewards))
+            if term_rewards and term == ACCURACY and group.prompt.kind != ENVIRONMENT:
                 texts = [response.text for response in graded_responses]
-                vote = partial(majority_reward, collector.pool, group.prompt.kind, texts, scores)
+                vote = partial(
+                    majority_reward, collector.pool, group.prompt.kind, texts, term_rewards
+                )
                 votes.append(
                     vote(
                         thought_opened,

@@ -153,7 +153,7 @@ class NoPool:
 
 
 @pytest.mark.parametrize(
-    ("answers", "truth", "score"),
+    ("answers", "truth", "reward"),
     [
         (["x+1", "1+x", "y"], "none of them", 0.0),  # nothing right
         (["7", "7", "x+1"], "7", 1.0),  # most are right
@@ -162,10 +162,10 @@ class NoPool:
         (["5", "7", "6"], "7", 0.0),
     ],
 )
-def test_training_compares_by_meaning_only_where_it_can_matter(answers, truth, score):
+def test_training_compares_by_meaning_only_where_it_can_matter(answers, truth, reward):
     texts = [rf"\boxed{{{answer}}}" for answer in answers]
-    scores = [float(answer == truth) for answer in answers]
-    assert asyncio.run(majority_reward(NoPool(), "math", texts, scores)) == score
+    rewards = [float(answer == truth) for answer in answers]
+    assert asyncio.run(majority_reward(NoPool(), "math", texts, rewards)) == reward
 
 
 def test_wrong_answers_that_mean_the_same_outvote_a_right_one(graded):

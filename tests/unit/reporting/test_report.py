@@ -9,7 +9,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.reporting.evaluations import Score, merge_evaluations
+from megatron_r1.reporting.evaluations import HeldoutEstimate, merge_evaluations
 from megatron_r1.reporting.outcome import LEARNED, NOT_SHOWN, WORSE, outcome_sentence
 from megatron_r1.reporting.plots import Curve, curve_plot, downsample, smooth, stacked_plot
 from megatron_r1.reporting.run_folder import RunFolder
@@ -264,7 +264,7 @@ def test_the_mean_of_a_reward_of_one_s_own_is_named(tmp_path):
             folder.append_evaluation(evaluated(step, value, value - 0.1, value + 0.1, 200))
     sentence = headline(folder)
     assert sentence.startswith(LEARNED) and "rewards:length" in sentence
-    assert Score(-0.1, -0.24, -0.06).interval == "-24 to -6%"
+    assert HeldoutEstimate(-0.1, -0.24, -0.06).interval == "-24 to -6%"
 
 
 def test_without_two_evaluations_nothing_is_shown():
@@ -337,11 +337,12 @@ def test_an_episode_is_shown_as_a_conversation(tmp_path):
     assert html.count('<li class="trained">') == 1 + 14 and "<b>&lt;tool_call&gt;" in html
 
 
-def test_scores_have_the_intervals_that_their_evaluation_wrote():
+def test_estimates_have_the_intervals_that_their_evaluation_wrote():
     ends = {"interval/pass@1/low": 0.4, "interval/pass@1/high": 0.6}
     lines = [{"step": 5, "loss": 1.0}, {"step": 5, "eval/pass@1": 0.5, "eval/cons@4": 0.7, **ends}]
     (found,) = merge_evaluations(lines)
-    assert found.pass_at_1 == Score(0.5, 0.4, 0.6) and found.majority == Score(0.7)
+    assert found.pass_at_1 == HeldoutEstimate(0.5, 0.4, 0.6)
+    assert found.majority == HeldoutEstimate(0.7)
     assert found.num_votes == 4 and found.length is None
     assert (
         merge_evaluations([{"step": 5, **ends}, {"step": 6, "eval/cons@1": 0.5}])[0].majority

@@ -45,7 +45,7 @@ def run(correct_counts, ungraded=0):
     return metrics
 
 
-def test_scores_have_intervals_over_questions():
+def test_estimates_have_intervals_over_questions():
     metrics = run([4, 0] * 200)
     assert metrics["eval/pass@1"] == metrics["eval/cons@4"] == 0.5
     assert (metrics["eval/format"], metrics["eval/response_length"]) == (0.25, 2.5)
