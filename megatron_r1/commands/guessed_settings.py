@@ -1,10 +1,10 @@
 """Settings that are guessed for a recipe, each with its reason: sizes, from the model, the lengths
-of the prompts and the machine."""
+of the prompts and the node."""
 
 import json
 from typing import Any, NamedTuple
 
-from megatron_r1.commands.machine import Machine
+from megatron_r1.commands.node_resources import NodeResources
 from megatron_r1.config.yaml_text import format_value
 from megatron_r1.models.hf_config import HFConfig, key_value_heads
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
@@ -37,17 +37,17 @@ def value_text(value: Any) -> str:
     return format_value(value)
 
 
-def guess_lengths(longest_prompt: int, positions: int, machine: Machine) -> list[Guess]:
+def guess_lengths(longest_prompt: int, positions: int, node: NodeResources) -> list[Guess]:
     """Return the settings that limit a response and a sequence, in tokens.
 
     Args:
         longest_prompt: the tokens of the longest prompt of the data.
         positions: the most tokens that a sequence of the model has.
-        machine: what the run has."""
-    usual_length = CPU_RESPONSE if machine.is_cpu else GPU_RESPONSE
+        node: what the run has."""
+    usual_length = CPU_RESPONSE if node.is_cpu else GPU_RESPONSE
     room = max(positions - longest_prompt, min(MIN_RESPONSE, positions // 2))
     response = min(usual_length, room)
-    place = "a CPU" if machine.is_cpu else "a GPU"
+    place = "a CPU" if node.is_cpu else "a GPU"
     reason = f"room to reason, as far as {place} allows; raise it where answers are cut off"
     if response < usual_length:
         reason = f"what the model's {positions:,} positions leave beside the longest prompt"
@@ -62,30 +62,30 @@ def guess_lengths(longest_prompt: int, positions: int, machine: Machine) -> list
     ]
 
 
-def guess_layout(hf_config: HFConfig, parameters: int, machine: Machine) -> list[Guess]:
+def guess_layout(hf_config: HFConfig, parameters: int, node: NodeResources) -> list[Guess]:
     """Return dtypes and the parallel layout; micro-batches fit themselves to a CPU's memory.
 
     Args:
         hf_config: the model's `config.json`.
         parameters: the number of the model's parameters.
-        machine: what the run has."""
-    if machine.is_cpu:
-        reason = "this machine has no GPU"
+        node: what the run has."""
+    if node.is_cpu:
+        reason = "this node has no GPU"
         return [Guess(key, "float32", reason) for key in ("model.dtype", "rollout.dtype")]
-    tensor = tensor_parallel_size(hf_config, parameters, machine)
+    tensor = tensor_parallel_size(hf_config, parameters, node)
     guesses = [
         Guess("rollout.colocated", True, "trainer and engines take turns on the same GPUs"),
         Guess(
             "rollout.gpu_memory",
-            _engine_fraction(parameters, tensor, machine),
+            _engine_fraction(parameters, tensor, node),
             "what weights and moments of the trainer leave of a GPU; megatron-r1 plan computes it",
         ),
-        Guess("rollout.engines", machine.num_gpus // tensor, "as many as the GPUs have room for"),
-        Guess("parallel.processes", machine.num_gpus, "a trainer rank on each visible GPU"),
+        Guess("rollout.engines", node.num_gpus // tensor, "as many as the GPUs have room for"),
+        Guess("parallel.processes", node.num_gpus, "a trainer rank on each visible GPU"),
         Guess("push.transport", "cuda_ipc", "trainer and engines share the GPUs of this host"),
     ]
     if tensor > 1:
-        load = f"{parameters / 1e9:.1f}B parameters in {machine.free_bytes / GIB:.0f} GiB a GPU"
+        load = f"{parameters / 1e9:.1f}B parameters in {node.free_bytes / GIB:.0f} GiB a GPU"
         guesses += [
             Guess("parallel.tensor", tensor, f"{load}; megatron-r1 plan computes it"),
             Guess("rollout.tensor_parallel", tensor, "as the trainer's"),
@@ -93,47 +93,45 @@ def guess_layout(hf_config: HFConfig, parameters: int, machine: Machine) -> list
     return guesses
 
 
-def _engine_fraction(parameters: int, tensor: int, machine: Machine) -> float:
+def _engine_fraction(parameters: int, tensor: int, node: NodeResources) -> float:
     """Return the share of a GPU that an engine may take next to a trainer rank and to the receive
     buffer of pushes. The trainer's gradients are freed meanwhile, and the buffer is no part of
     vLLM's share."""
     sizes = parameter_bytes(DTYPE)
     buffer = engine_bytes(1, DTYPE) - engine_bytes(1, DTYPE, receives=False)
-    trainer_bytes = parameters * (
-        (sizes.value + buffer) / tensor + sizes.optimizer / machine.num_gpus
-    )
-    return max(5, int(20 * (1 - OVERHEAD - trainer_bytes / machine.free_bytes)) * 5) / 100
+    trainer_bytes = parameters * ((sizes.value + buffer) / tensor + sizes.optimizer / node.num_gpus)
+    return max(5, int(20 * (1 - OVERHEAD - trainer_bytes / node.free_bytes)) * 5) / 100
 
 
-def tensor_parallel_size(hf_config: HFConfig, parameters: int, machine: Machine) -> int:
+def tensor_parallel_size(hf_config: HFConfig, parameters: int, node: NodeResources) -> int:
     """Return the least tensor-parallel size at which the trainer's state fits, or the largest that
     divides heads and GPUs.
 
     Args:
         hf_config: the model's config.json.
         parameters: the number of its parameters.
-        machine: the GPUs and their memory."""
+        node: the GPUs and their memory."""
     heads, kv_heads = hf_config["num_attention_heads"], key_value_heads(hf_config)
-    sizes = [n for n in (1, 2, 4, 8) if not (machine.num_gpus % n or heads % n or kv_heads % n)]
+    sizes = [n for n in (1, 2, 4, 8) if not (node.num_gpus % n or heads % n or kv_heads % n)]
     bytes_of_kinds = parameter_bytes(DTYPE)
     for size in sizes:
         trainer_bytes = parameters * (
             (bytes_of_kinds.value + bytes_of_kinds.gradient) / size
-            + bytes_of_kinds.optimizer / machine.num_gpus
+            + bytes_of_kinds.optimizer / node.num_gpus
         )
-        if trainer_bytes <= GPU_FRACTION * machine.free_bytes:
+        if trainer_bytes <= GPU_FRACTION * node.free_bytes:
             return size
     return sizes[-1]
 
 
-def guess_batches(parameters: int, num_questions: int, machine: Machine) -> list[Guess]:
+def guess_batches(parameters: int, num_questions: int, node: NodeResources) -> list[Guess]:
     """Return the sizes of rollouts and updates, the learning rate and the number of steps.
 
     Args:
         parameters: the number of the model's parameters.
         num_questions: questions to train on.
-        machine: the machine of the run."""
-    num_rollout_questions, group_size, minibatches = (8, 8, 2) if machine.is_cpu else (64, 16, 8)
+        node: the node of the run."""
+    num_rollout_questions, group_size, minibatches = (8, 8, 2) if node.is_cpu else (64, 16, 8)
     rate = next(rate for limit, rate in LEARNING_RATES if parameters < limit)
     responses = num_rollout_questions * group_size
     rollouts = num_questions / num_rollout_questions

@@ -13,7 +13,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.guessed_settings import guess_layout, value_text
-from megatron_r1.commands.machine import detect_machine
+from megatron_r1.commands.node_resources import detect_node_resources
 from megatron_r1.commands.trainer_checks import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
@@ -82,12 +82,12 @@ def _suggest_placement(config: Config, hf_config: HFConfig) -> str:
     if torchrun.SPANS_HOSTS in os.environ:  # with GPUs of other hosts, too
         return general_hint
     try:
-        machine = detect_machine()
+        node = detect_node_resources()
     except (OSError, subprocess.CalledProcessError):
         return general_hint
-    if not machine.num_gpus:  # the driver has some, but they have no files in /dev
+    if not node.num_gpus:  # the driver has some, but they have no files in /dev
         return general_hint
-    guesses = guess_layout(hf_config, num_parameters(hf_config), machine)
+    guesses = guess_layout(hf_config, num_parameters(hf_config), node)
     keys = ", ".join(f"{guess.key}: {value_text(guess.value)}" for guess in guesses)
     return f"{keys}, as megatron-r1 init does on this host, or rollout.placement: hosts"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.commands.guessed_settings import Guess, value_text
-from megatron_r1.commands.machine import Machine
+from megatron_r1.commands.node_resources import NodeResources
 from megatron_r1.models.hf_config import HFConfig
 
 LINE_WIDTH = 100
@@ -39,14 +39,14 @@ class QuestionSource:
         parameters: the number of the model's parameters.
         data: the file or data set, as it was given.
         rows: its first rows.
-        machine: the machine of the run."""
+        node: the node of the run."""
 
     folder: Path
     hf_config: HFConfig
     parameters: int
     data: str
     rows: Sequence[dict[str, Any]]
-    machine: Machine
+    node: NodeResources
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megatron_r1.commands import guessed_settings, rl
 from megatron_r1.commands.cpu_memory import cpu_memory
 from megatron_r1.commands.guessed_settings import Guess
 from megatron_r1.commands.init.recipe_draft import QuestionSource, RecipeDraft
-from megatron_r1.commands.machine import Machine
+from megatron_r1.commands.node_resources import NodeResources
 from megatron_r1.commands.rl_prompts import explain_renamed_columns, prepare
 from megatron_r1.commands.trained_model import template_of_model, trained_recipe
 from megatron_r1.config import infer_verb
@@ -222,30 +222,30 @@ def _guess_answers(folder: Path, parameters: int) -> list[Guess]:
 def _guess_sizes(
     source: QuestionSource, questions: Sequence[AskedQuestion], tokenizer: PromptTokenizer
 ) -> list[Guess]:
-    """Return the settings that depend on the model's size, the prompts and the machine."""
-    machine = source.machine
+    """Return the settings that depend on the model's size, the prompts and the node."""
+    node = source.node
     limits = guessed_settings.guess_lengths(
         max(len(tokenizer.encode(question, messages)) for messages, question in questions),
         max_positions(source.folder),
-        machine,
+        node,
     )
-    num_heldout, heldout = _guess_heldout([question for _, question in questions], machine)
+    num_heldout, heldout = _guess_heldout([question for _, question in questions], node)
     return [
-        *guessed_settings.guess_layout(source.hf_config, source.parameters, machine),
+        *guessed_settings.guess_layout(source.hf_config, source.parameters, node),
         *limits,
-        *guessed_settings.guess_batches(source.parameters, len(questions) - num_heldout, machine),
+        *guessed_settings.guess_batches(source.parameters, len(questions) - num_heldout, node),
         *heldout,
     ]
 
 
-def _guess_heldout(questions: Sequence[str], machine: Machine) -> tuple[int, list[Guess]]:
+def _guess_heldout(questions: Sequence[str], node: NodeResources) -> tuple[int, list[Guess]]:
     """Return how many questions are held out, with the settings for held-out questions and for
     their evaluation."""
     if len(questions) < MIN_QUESTIONS_TO_SPLIT:
         reason = f"{len(questions)} questions are too few to hold some out: nothing is evaluated"
         return 0, [Guess("data.heldout_fraction", 0.0, reason)]
     fraction = 0.2 if len(questions) < 10 * MIN_QUESTIONS_TO_SPLIT else 0.1
-    limit = MAX_HELDOUT_ON_CPU if machine.is_cpu else MAX_HELDOUT_ON_GPU
+    limit = MAX_HELDOUT_ON_CPU if node.is_cpu else MAX_HELDOUT_ON_GPU
     count = sum(is_heldout(question, fraction) for question in questions)
     guesses = [
         Guess("data.heldout_fraction", fraction, f"{min(count, limit)} questions, for evaluation"),

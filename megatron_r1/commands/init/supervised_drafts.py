@@ -58,7 +58,7 @@ def _sft_recipe(source: QuestionSource) -> RecipeDraft:
     guesses = [
         Guess("sft.data", source.data, f"rows of {find_form(source.rows[0])}"),
         Guess("sft.epochs", 2, "passes over the data; the paper: 2"),
-        Guess("sft.batch_size", 8 if source.machine.is_cpu else 128, "examples per optimizer step"),
+        Guess("sft.batch_size", 8 if source.node.is_cpu else 128, "examples per optimizer step"),
         *_supervised_sizes(source),
     ]
     if not _has_chat(source):
@@ -93,7 +93,7 @@ def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
         Guess("reward_model.data", source.data, f"rows of {form}"),
         Guess("reward_model.kind", kind, "pairwise: Bradley-Terry; pointwise: cross entropy"),
         Guess("reward_model.epochs", 1, "passes over the data; the paper: 1"),
-        Guess("reward_model.batch_size", 8 if source.machine.is_cpu else 256, "the paper: 256"),
+        Guess("reward_model.batch_size", 8 if source.node.is_cpu else 256, "the paper: 256"),
         *_supervised_sizes(source),
     ]
     if len(sides) < 2:
@@ -105,8 +105,8 @@ def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
 
 
 def _supervised_sizes(source: QuestionSource) -> list[Guess]:
-    layout = guessed_settings.guess_layout(source.hf_config, source.parameters, source.machine)
-    batches = guessed_settings.guess_batches(source.parameters, 1, source.machine)
+    layout = guessed_settings.guess_layout(source.hf_config, source.parameters, source.node)
+    batches = guessed_settings.guess_batches(source.parameters, 1, source.node)
     return [
         *(guess for guess in layout if not guess.key.startswith(("rollout.", "push."))),
         *(guess for guess in batches if guess.key in SUPERVISED_SIZES),

@@ -17,7 +17,7 @@ from megatron_r1.commands.guessed_settings import Guess, value_text
 from megatron_r1.commands.init.recipe_draft import QuestionSource, RecipeDraft, recipe_text
 from megatron_r1.commands.init.rl_draft import MAX_ROWS, MODEL_ARGUMENT, rl_recipe
 from megatron_r1.commands.init.supervised_drafts import supervised_recipe
-from megatron_r1.commands.machine import detect_machine
+from megatron_r1.commands.node_resources import detect_node_resources
 from megatron_r1.commands.trained_model import find_exported
 from megatron_r1.config import Config
 from megatron_r1.data.rows import read_canonical_rows
@@ -54,7 +54,7 @@ def run(config: Config, model: str, data: str, out: str | None = None, **choices
     if not rows:
         raise UserError(f"{data}: it holds no rows", key=ARGUMENTS[1], cause=Cause.EMPTY)
     source = QuestionSource(
-        folder, hf_config, num_parameters(hf_config), data, rows, detect_machine()
+        folder, hf_config, num_parameters(hf_config), data, rows, detect_node_resources()
     )
     draft = None if choices else supervised_recipe(source)
     options = [text for key, value in choices.items() for text in (f"--{key}", value)]

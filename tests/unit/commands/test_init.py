@@ -22,7 +22,7 @@ from megatron_r1.commands.guessed_settings import (
 from megatron_r1.commands.init import rl_draft
 from megatron_r1.commands.init import verb as init
 from megatron_r1.commands.init.recipe_draft import recipe_text
-from megatron_r1.commands.machine import Machine
+from megatron_r1.commands.node_resources import NodeResources
 from megatron_r1.commands.trained_model import guess_template
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
@@ -36,9 +36,9 @@ SUMS = [(f"{a} + {b}", a + b) for a in range(2, 8) for b in range(3, 8)]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with a model, a CSV of sums with odd columns, and a machine without GPUs."""
+    """A folder with a model, a CSV of sums with odd columns, and a node without GPUs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(init, "detect_machine", lambda: Machine(0, 16 * 2**30))
+    monkeypatch.setattr(init, "detect_node_resources", lambda: NodeResources(0, 16 * 2**30))
     model = tmp_path / "model"
     shutil.copytree(LAPTOP, model)
     vocabulary = len(json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]) + 8
@@ -188,9 +188,9 @@ def test_a_row_without_a_truth_is_no_obstacle(blank):
         guess_columns("data", [{"question": "", "answer": "2"}])
 
 
-def test_sizes_follow_the_machine():
+def test_sizes_follow_the_node():
     hf_config = MODEL | {"num_attention_heads": 32, "num_key_value_heads": 8}
-    eight = Machine(8, 80 * 10**9)
+    eight = NodeResources(8, 80 * 10**9)
     assert (
         tensor_parallel_size(hf_config, 7 * 10**9, eight) == 2
     )  # (6 / 2 + 12 / 8) x 7e9 = 31.5 GB of 48
@@ -203,7 +203,7 @@ def test_sizes_follow_the_machine():
     assert large["rollout.gpu_memory"] == 0.55  # 0.9 - 3.5 x 7e9 / 80e9 = 0.594, in steps of 0.05
     response, total = guess_lengths(100, 131_072, eight)
     assert (response.value, total.value) == (4096, 4224)
-    response, total = guess_lengths(500, 512, Machine(0, 0))
+    response, total = guess_lengths(500, 512, NodeResources(0, 0))
     assert (response.value, total.value) == (32, 512)
 
 

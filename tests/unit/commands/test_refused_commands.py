@@ -14,7 +14,7 @@ from small_qwen2 import MODEL
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.commands.init import verb as init
-from megatron_r1.commands.machine import Machine
+from megatron_r1.commands.node_resources import NodeResources
 
 LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"
 CASES = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text(encoding="utf-8"))
@@ -22,9 +22,9 @@ CASES = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text(encodi
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """The folder that refused.yaml describes, on a machine without GPUs."""
+    """The folder that refused.yaml describes, on a node without GPUs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(init, "detect_machine", lambda: Machine(0, 16 * 2**30))
+    monkeypatch.setattr(init, "detect_node_resources", lambda: NodeResources(0, 16 * 2**30))
     shutil.copytree(LAPTOP, "model")
     vocabulary = len(json.loads(Path("model/tokenizer.json").read_text())["model"]["vocab"]) + 8
     settings = MODEL | {"vocab_size": vocabulary, "max_position_embeddings": 128}

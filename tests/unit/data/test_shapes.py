@@ -21,7 +21,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.commands.init import rl_draft
 from megatron_r1.commands.init import verb as init
-from megatron_r1.commands.machine import Machine
+from megatron_r1.commands.node_resources import NodeResources
 from megatron_r1.commands.rl_prompts import prepare
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.rows import read_canonical_rows
@@ -109,7 +109,7 @@ def test_examples_are_one_pass_of_the_template(model, name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_init_writes_a_recipe_that_its_verb_accepts(model, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(init, "detect_machine", lambda: Machine(0, 16 * 2**30))
+    monkeypatch.setattr(init, "detect_node_resources", lambda: NodeResources(0, 16 * 2**30))
 
     async def graded(truths):  # by a worker with sympy, which takes seconds
         return [Grade(1.0, "")] * len(truths)
