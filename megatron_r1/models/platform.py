@@ -272,7 +272,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def empty_in_host_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return an uninitialized tensor in host memory, pinned where there is a GPU: only to and from
     pinned memory are copies fast and asynchronous.
 
@@ -281,7 +281,7 @@ def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         dtype: the tensor's dtype.
 
     Raises:
-        UserError: where the host has no memory left to pin: torch takes the next power of two.
+        UserError: where no host memory is left to pin: torch takes the next power of two.
     """
     try:
         return torch.empty(shape, dtype=dtype, device=CPU_DEVICE, pin_memory=_REAL_CUDA)

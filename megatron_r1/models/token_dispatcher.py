@@ -136,13 +136,13 @@ def exchange_token_counts(
     first = dispatcher.local_expert_indices[0]
     local_experts = by_rank[..., first : first + num_local]
     chunks = local_experts.flatten(2, 3).contiguous()
-    host = by_rank.cpu().numpy()
-    is_known = (host >= 0).all((1, 2, 3, 4))
-    on_host = host[..., first : first + num_local]
-    tokens = on_host.sum(-1)  # (micro-batches, layers, t, e)
+    cpu_counts = by_rank.cpu().numpy()
+    is_known = (cpu_counts >= 0).all((1, 2, 3, 4))
+    on_cpu = cpu_counts[..., first : first + num_local]
+    tokens = on_cpu.sum(-1)  # (micro-batches, layers, t, e)
     sent_counts = local_counts.reshape(*shape[:2], dispatcher.ep_size, num_local).sum(-1)
     if not dispatcher.config.moe_permute_fusion:
-        chunks = torch.from_numpy(on_host.reshape(chunks.shape))
+        chunks = torch.from_numpy(on_cpu.reshape(chunks.shape))
     is_single_rank = group.size() == 1
 
     def layer_counts(batch: int, layer: int) -> TokenCounts:
@@ -151,7 +151,7 @@ def exchange_token_counts(
             None if is_single_rank else sent_counts[batch, layer],
             None if is_single_rank else rank_tokens[dispatcher.tp_rank],
             None if is_single_rank else rank_tokens.sum(-1),
-            torch.from_numpy(on_host[batch, layer].sum((0, 1))),
+            torch.from_numpy(on_cpu[batch, layer].sum((0, 1))),
             chunks[batch, layer] if num_local > 1 else None,
             int(local_counts[batch, layer].sum()),
         )

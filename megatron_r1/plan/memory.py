@@ -92,10 +92,10 @@ def _rank_memory(
     is_last_stage = any(chunk.head for chunk in job.pipeline_stages[rank])
     head_bytes = _head_bytes(job)[0] if is_last_stage else 0
     reference_size = reference_bytes(job.config, counts)
-    optimizer_on_host = round(persistent["optimizer"] * parallel.optimizer_offload)
-    persistent["optimizer"] -= optimizer_on_host
+    optimizer_on_cpu = round(persistent["optimizer"] * parallel.optimizer_offload)
+    persistent["optimizer"] -= optimizer_on_cpu
     keeps_reference = job.computes_ref_logprobs or job.keeps_reference
-    host = {"reference": reference_size if keeps_reference else 0, "optimizer": optimizer_on_host}
+    host = {"reference": reference_size if keeps_reference else 0, "optimizer": optimizer_on_cpu}
     host |= routing_replay_host_bytes(job, rank) | offloaded_host_bytes(job, counts)
     if job.config.checkpoint.asynchronous:
         host["checkpoint being written"] = checkpoint_bytes(
@@ -131,9 +131,9 @@ def _with_critic(critic: PlannedJob, memory: RankMemory, counts: ParameterCounts
     """Add the critic's persistent state. The two models compute in turn, and a score head needs
     less than a language head, so the other kinds are unchanged."""
     persistent = _persistent_bytes(critic, counts)
-    optimizer_on_host = round(persistent["optimizer"] * critic.parallel.optimizer_offload)
-    num_bytes = sum(persistent.values()) - optimizer_on_host + _fp8_copies(critic, counts)
-    host = {**memory.host, "critic's optimizer": optimizer_on_host}
+    optimizer_on_cpu = round(persistent["optimizer"] * critic.parallel.optimizer_offload)
+    num_bytes = sum(persistent.values()) - optimizer_on_cpu + _fp8_copies(critic, counts)
+    host = {**memory.host, "critic's optimizer": optimizer_on_cpu}
     for kind, kind_bytes in offloaded_host_bytes(critic, counts).items():
         host[kind] += kind_bytes
     if critic.config.checkpoint.asynchronous:

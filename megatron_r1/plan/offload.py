@@ -34,10 +34,10 @@ def offloaded_bytes(job: PlannedJob, counts: ParameterCounts) -> int:
 
 def offloaded_host_bytes(job: PlannedJob, counts: ParameterCounts) -> dict[str, int]:
     """Return what of it a rank's host holds."""
-    is_on_host = job.config.parallel.offload_between_phases == "host"
+    is_in_host_memory = job.config.parallel.offload_between_phases == "host"
     return (
         {OFFLOADED_MEMORY: offloaded_bytes(job, counts)}
-        if offloads_state(job) and is_on_host
+        if offloads_state(job) and is_in_host_memory
         else {}
     )
 

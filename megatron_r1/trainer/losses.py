@@ -57,7 +57,7 @@ def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
     if average == "token":
         return batch.is_response.sum().int()
     if average in ("sequence", "constant"):
-        # By a kernel: `torch.tensor` would copy, and the host wait for the copy.
+        # By a kernel: `torch.tensor` would copy, and the CPU wait for the copy.
         return torch.full((), batch.num_responses, dtype=torch.int, device=batch.advantages.device)
     raise ValueError(f"loss average {average!r}: use token, sequence or constant")
 

@@ -50,15 +50,15 @@ Metrics = Mapping[str, Mean | Maximum]
 def merge(reports: Iterable[Metrics]) -> dict[str, Mean | Maximum]:
     """Return one report for those of several micro-batches; sums are in fp64.
 
-    The host waits for the device once, whatever the number of micro-batches."""
+    The CPU waits for the device once, whatever the number of micro-batches."""
     merged_metrics: dict[str, Mean | Maximum] = {}
-    for report in _on_host(reports):
+    for report in _on_cpu(reports):
         for name, metric in report.items():
             merged_metrics[name] = _merged_metric(merged_metrics.get(name), metric)
     return merged_metrics
 
 
-def _on_host(reports: Iterable[Metrics]) -> list[Metrics]:
+def _on_cpu(reports: Iterable[Metrics]) -> list[Metrics]:
     """Return the reports with numbers, read all at once in fp64, in the places of tensors."""
     reports = list(reports)
     metrics = [metric for report in reports for metric in report.values()]

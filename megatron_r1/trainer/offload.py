@@ -5,10 +5,10 @@ The storages are copied and then resized to nothing: every tensor stays the obje
 views of a storage (Megatron's buffers, their buckets, model parameters, the optimizer's shards of
 fp32 parameters) are views of it again when it has its size back.
 
-On the host the bytes lie in pinned buffers that are kept for the next time. On a disk they lie in a
-file without a name, which the system deletes with the process, however that ends; the file has its
-whole size before anything is written, and its bytes are compared with their digest when they come
-back."""
+In host memory the bytes lie in pinned buffers that are kept for the next time. On a disk they lie
+in a file without a name, which the system deletes with the process, however that ends; the file has
+its whole size before anything is written, and its bytes are compared with their digest when they
+come back."""
 
 import ctypes
 import mmap
@@ -28,7 +28,7 @@ from megatron_r1.models import platform
 from megatron_r1.trainer.operations import needs_optimizer, needs_parameters
 
 BUFFER_BYTES = 1 << 28
-"""Bytes of a host buffer: torch pins a power of two, so that larger ones would waste up to half."""
+"""Bytes of a pinned buffer: torch pins a power of two, so larger ones would waste up to half."""
 StateKind = Literal["parameters", "optimizer"]
 
 
@@ -57,7 +57,7 @@ class Store(Protocol):
         """
 
 
-class HostStore:
+class HostMemoryStore:
     """Keeps bytes in host memory, pinned where there is a GPU."""
 
     def __init__(self) -> None:
@@ -168,7 +168,7 @@ def _fill_buffer(file: int, buffer: memoryview, offset: int) -> bool:
 
 
 def _empty_buffer() -> Tensor:
-    return platform.empty_on_host((BUFFER_BYTES,), torch.uint8)
+    return platform.empty_in_host_memory((BUFFER_BYTES,), torch.uint8)
 
 
 def _num_buffers(parts: Sequence[Tensor]) -> int:
@@ -213,7 +213,7 @@ class Offload:
         """Take the optimizer's state off the device, and with `free_parameters` the parameters.
 
         Raises:
-            UserError: host or disk have no room; what was not offloaded then still is on the
+            UserError: host memory or disk have no room; what was not offloaded then still is on the
                 device.
         """
         storages_by_kind = self._storages_by_kind()
@@ -284,15 +284,15 @@ def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
         for group in torch_optimizer.param_groups if torch_optimizer is not None else ():
             yield from group["params"]
         for state in torch_optimizer.state.values() if torch_optimizer is not None else ():
-            # A step count of a tensor's own is on the host already, or a few bytes.
+            # A step count of a tensor's own is on the CPU already, or a few bytes.
             yield from (t for name, t in state.items() if torch.is_tensor(t) and name != "step")
 
 
 def _release_storage(storage: torch.UntypedStorage) -> None:
     """Give the memory of a storage back to the device, and all values of it up.
 
-    A host's storage that NumPy has seen once, for a push or an export, cannot be resized any more:
-    its pages are given back instead, and read as zeros."""
+    A storage in host memory that NumPy has seen once, for a push or an export, cannot be resized
+    any more: its pages are given back instead, and read as zeros."""
     if storage.resizable():
         storage.resize_(0)
         return
@@ -320,7 +320,7 @@ def make_offload(config: Config, networks: Callable[[], Sequence[NetworkOwner]])
     if place == "none":
         return None
     if place == "host":
-        return Offload(networks, HostStore)
+        return Offload(networks, HostMemoryStore)
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:

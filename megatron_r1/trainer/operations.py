@@ -274,7 +274,7 @@ class ModelOperations(Protocol):
             free_parameters: with that setting, whether the parameters are freed too.
 
         Raises:
-            UserError: host or disk have no room for what is to be moved there."""
+            UserError: host memory or disk have no room for what is to be moved there."""
 
 
 class EvaluationOperations(Protocol):

@@ -1,6 +1,6 @@
 """The reference policy: a second set of this rank's weights, swapped in only while it computes.
 
-On the host it takes GPU memory only while it is swapped in; then policy and reference are both on
+On the CPU it takes GPU memory only while it is swapped in; then policy and reference are both on
 the device. On the device it is there all the time, and nothing is copied."""
 
 import contextlib
@@ -19,16 +19,18 @@ class ReferencePolicy:
     Of a model with adapters that is a copy of the adapters: before the first update, the model
     without them."""
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], on_host: bool = True):
+    def __init__(self, chunks: Sequence[torch.nn.Module], on_cpu: bool = True):
         """Keep a copy of the policy's weights.
 
         Args:
             chunks: the policy's chunks.
-            on_host: whether the weights are kept in pinned host memory, not on the policy's device.
+            on_cpu: whether the weights are kept in pinned host memory, not on the policy's device.
         """
         self._live = [t for chunk in chunks for t in _trained_tensors(chunk)]
         self._copies = [
-            platform.empty_on_host(tuple(t.shape), t.dtype) if on_host else torch.empty_like(t)
+            platform.empty_in_host_memory(tuple(t.shape), t.dtype)
+            if on_cpu
+            else torch.empty_like(t)
             for t in self._live
         ]
         frozen_tensors: Iterator[Tensor] = (

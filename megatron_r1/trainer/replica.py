@@ -43,7 +43,7 @@ class Replica:
         # Every rank creates every group. With use_local_synchronization a group's name is the count
         # of groups that its rank has made (torch 2.13, distributed_c10d.py:5467); ranks disagree on
         # it and hang.
-        # Samples are bytes on hosts: gloo, also where tensors travel by NCCL.
+        # Samples are bytes on CPUs: gloo, also where tensors travel by NCCL.
         groups = {
             d: dist.new_group(ranks, timeout, backend="gloo") for d, ranks in replicas.items()
         }

@@ -55,7 +55,7 @@ class RoutingShard:
 def pack_routing(
     samples: Sequence[Sample], split: TokenSplit, shard: RoutingShard
 ) -> RecordedRouting:
-    """Return a rank's shard of the routing of the packed micro-batch `samples`, on the host.
+    """Return a rank's shard of the routing of the packed micro-batch `samples`, on the CPU.
 
     Indices stay in the 1 or 2 bytes they arrived in.
 
@@ -177,7 +177,7 @@ class RoutingScatter:
         """Bytes that this rank has sent to others."""
 
     def scatter(self, microbatches: Microbatches) -> list[RecordedRouting]:
-        """Return this rank's part of each micro-batch, on the host.
+        """Return this rank's part of each micro-batch, on the CPU.
 
         Args:
             microbatches: with their routing on the leader; the others' have none.

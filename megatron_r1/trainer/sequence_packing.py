@@ -238,7 +238,7 @@ def _sampling_mask(
 
 
 def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
-    """Raise UserError for a token that the model does not have. On the host, where the samples come
+    """Raise UserError for a token that the model does not have. On the CPU, where the samples come
     from: the loss head need not wait for the device to look at its targets."""
     for sample in samples:
         ids = np.frombuffer(sample.token_ids, np.int32)

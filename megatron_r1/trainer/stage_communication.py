@@ -17,7 +17,7 @@ class KnownShapesCommunicator(P2PCommunicator):
     """Megatron's communicator of one pass over micro-batches whose lengths are known.
 
     Every pipeline rank holds the same micro-batches, so a receiver knows how long they are.
-    With lengths that vary, Megatron sends the shape of every tensor ahead of it, and the host waits
+    With lengths that vary, Megatron sends the shape of every tensor ahead of it, and the CPU waits
     for the whole device until the shape is there (p2p_communication.py:242, Megatron-Core 0.16.1):
     in every hop of every micro-batch, forward and backward.
 

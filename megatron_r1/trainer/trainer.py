@@ -114,8 +114,8 @@ class Trainer:
     def refresh_reference(self) -> None:
         """Make the current policy the reference."""
         if self.reference is None:
-            on_host = self.config.parallel.reference_offload == "host"
-            self.reference = ReferencePolicy(self.model_chunks, on_host)
+            on_cpu = self.config.parallel.reference_offload == "host"
+            self.reference = ReferencePolicy(self.model_chunks, on_cpu)
         else:
             self.reference.refresh()
 
@@ -230,7 +230,7 @@ class Trainer:
                 on.
 
         Raises:
-            UserError: host or disk have no room for what is to be moved there."""
+            UserError: host memory or disk have no room for what is to be moved there."""
         self.rollout.clear()
         for owner in self._network_owners():
             free_gradients(owner.ddp_chunks)

@@ -56,12 +56,12 @@ def call_everything() -> None:
     assert platform.broadcast_from_rank_zero([1]) == [1]
     platform.silence_warnings()
     platform.synchronize()
-    assert platform.empty_on_host((3,), torch.float32).is_pinned()
+    assert platform.empty_in_host_memory((3,), torch.float32).is_pinned()
     os.environ["NULL_GPU_PINNED_BYTES"] = str(31 * 2**30)
-    refused(lambda: platform.empty_on_host((21 * 2**30,), torch.uint8), "takes 32 GiB")
+    refused(lambda: platform.empty_in_host_memory((21 * 2**30,), torch.uint8), "takes 32 GiB")
     with mock.patch.object(torch, "empty", side_effect=RuntimeError("another")):
         try:
-            platform.empty_on_host((3,), torch.float32)
+            platform.empty_in_host_memory((3,), torch.float32)
         except RuntimeError as error:
             assert str(error) == "another"
     moved = platform.to_device(torch.ones(3), platform.device())

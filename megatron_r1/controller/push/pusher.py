@@ -42,7 +42,7 @@ def create_pusher(
         fleet: the engines that get the weights.
         probes: the token ids of each prompt by which pushed weights are probed."""
     push, fp8 = config.push, config.push.fp8
-    is_on_hosts = config.rollout.placement == "hosts"
+    has_engine_hosts = config.rollout.placement == "hosts"
     is_exact = config.model.dtype == config.rollout.dtype == "float32" and not fp8
     hf_config = read_hf_config(config.model.path)
     adapters = pushed_adapter_table(config, hf_config)
@@ -52,7 +52,7 @@ def create_pusher(
         pushed_tensors(hf_config, fp8=fp8, drafts=config.rollout.drafts_by_mtp, adapters=adapters),
         replace(engine_layout(config), engines=1),
         # Ranks that the controller has started meet at 127.0.0.1, unreachable from other hosts.
-        store_host=hosts_address(config.rollout) if is_on_hosts else None,
+        store_host=hosts_address(config.rollout) if has_engine_hosts else None,
         colocated=config.rollout.colocated,
         adapter=engine_adapter(config, hf_config),
         notify=lambda line: fleet.state.notify(line),

@@ -2,7 +2,7 @@
 `drafter_patches` have those of single models, `cpu_patches` and `cpu_parallel` those of its CPU
 build. Paths are below vllm/.
 
-`keep_expert_maps_on_host` keeps on the host where an engine rank's experts are. vLLM's loaders look
+`keep_expert_maps_on_cpu` keeps on the CPU where an engine rank's experts are. vLLM's loaders look
 each expert up in a tensor on the GPU (model_executor/layers/fused_moe/expert_map_manager.py:
 `ExpertMapManager.map_global_to_local`). It is in the memory that a sleeping engine has given away,
 and `loader_copies` runs the loaders while the engine of a colocated run sleeps: reading there ends
@@ -27,9 +27,9 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapMan
 from megatron_r1.base.processes import timeline
 
 
-def keep_expert_maps_on_host() -> None:
-    """Let every map have a copy on the host from when it is made. Goes when: vLLM looks experts up
-    on the host."""
+def keep_expert_maps_on_cpu() -> None:
+    """Let every map have a copy on the CPU from when it is made. Goes when: vLLM looks experts up
+    on the CPU."""
     make = ExpertMapManager._calculate_expert_maps
 
     def make_with_copy(self: Any) -> None:

@@ -41,7 +41,7 @@ def _patch_vllm() -> None:
     deepseek_patches.correct_deepseek_classes()
     drafter_patches.apply()
     patches.expose_models()
-    patches.keep_expert_maps_on_host()
+    patches.keep_expert_maps_on_cpu()
     patches.keep_ranks_in_step()
     patches.stop_rebalancing_before_sleep()
     output_batching.apply()

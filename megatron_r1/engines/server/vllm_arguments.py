@@ -154,8 +154,8 @@ def check_arguments(engines: RolloutConfig | TeacherEngines, section: str) -> No
         section: its key, such as "rollout" or "teacher".
     """
     check_reserved(engines, section)
-    on_hosts = isinstance(engines, RolloutConfig) and engines.placement == "hosts"
-    if not engines.vllm or (on_hosts and find_spec("vllm") is None):
+    has_engine_hosts = isinstance(engines, RolloutConfig) and engines.placement == "hosts"
+    if not engines.vllm or (has_engine_hosts and find_spec("vllm") is None):
         return
     parse_result = _parse_with_vllm(argument_list(engines.vllm))
     for argument in engines.vllm:

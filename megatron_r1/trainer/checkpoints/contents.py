@@ -39,7 +39,7 @@ from megatron_r1.models.weights.adapters import has_adapters
 from megatron_r1.trainer.checkpoints import adapter_checkpoint, checkpoint_folders
 from megatron_r1.trainer.checkpoints.adapter_checkpoint import BASE_FINGERPRINT_KEY, check_base
 from megatron_r1.trainer.checkpoints.checkpoint_folders import ManifestError, Verify
-from megatron_r1.trainer.checkpoints.staging import StagingBuffers, gather_on_host
+from megatron_r1.trainer.checkpoints.staging import StagingBuffers, gather_in_host_memory
 from megatron_r1.trainer.reference import ReferencePolicy
 
 FORMAT = "fully_reshardable"
@@ -117,7 +117,7 @@ def _optimizer_state(
     by_chunk, is_loading = dict(enumerate(weights)), memory is None
     states = []
     for index, part in enumerate(_optimizer_parts(optimizer), first):
-        with gather_on_host(part, index, memory), _little_to_collect():
+        with gather_in_host_memory(part, index, memory), _little_to_collect():
             states.append(part.sharded_state_dict(by_chunk, is_loading=is_loading, metadata=kind))
     # Megatron keeps experts' state in an optimizer of its own in some layouts and not in others,
     # and its chained state records which. Tensors are named by their parameter; the only other

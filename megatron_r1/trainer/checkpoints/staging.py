@@ -173,7 +173,7 @@ class StagingBuffers:
         return tensor.untyped_storage().data_ptr() in self._storages
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` on the host, of its shape and dtype, contiguous and alone in its storage.
+        """Return `tensor` on the CPU, of its shape and dtype, contiguous and alone in its storage.
 
         A part of a gathered buffer is not copied again. A copy from a GPU is complete after
         `platform.synchronize`."""
@@ -188,12 +188,12 @@ class StagingBuffers:
         self._num_used[shape_and_dtype] = index + 1
         buffers = self._copies.setdefault(shape_and_dtype, [])
         if index == len(buffers):
-            buffers.append(platform.empty_on_host(*shape_and_dtype))
+            buffers.append(platform.empty_in_host_memory(*shape_and_dtype))
         return buffers[index].copy_(tensor, non_blocking=True)
 
 
 @contextlib.contextmanager
-def gather_on_host(part: Any, index: int, memory: StagingBuffers | None) -> Iterator[None]:
+def gather_in_host_memory(part: Any, index: int, memory: StagingBuffers | None) -> Iterator[None]:
     """Let part `index` of the optimizer plan to gather into `memory` inside the block; without
     memory, only buffers of the right size are made.
 
@@ -202,7 +202,7 @@ def gather_on_host(part: Any, index: int, memory: StagingBuffers | None) -> Iter
     Args:
         part: an optimizer of the chain.
         index: its place among all that are gathered in `memory`.
-        memory: the host buffers; None: for loading."""
+        memory: the buffers in host memory; None: for loading."""
     part.get_parameter_state_dp_zero = partial(_padded_state, part, index, memory)
     try:
         yield
@@ -249,7 +249,7 @@ def _gather_buffer(
 def _gather_bucket(
     part: Any, param_map: dict[Tensor, Any], pieces: dict[str, Tensor], to_save: AddressRanges
 ) -> None:
-    """Fill `pieces`, host buffers of one bucket, where they are `to_save`, from all data-parallel
+    """Fill `pieces` of one bucket, in host memory, where they are `to_save`, from all data-parallel
     ranks' shards of it."""
     size = part.data_parallel_group.size()
     # One key at a time, so that one shard is on the device: 0.7 GiB in the recipe for 2,048 GPUs,
@@ -272,13 +272,13 @@ def _gather_bucket(
 def _all_gather(
     piece: Tensor, shard: Tensor, group: dist.ProcessGroup, to_save: AddressRanges
 ) -> None:
-    """Copy to the host the parts of `piece` (ranks, elements) that this rank saves, gathered from
+    """Copy to the CPU the parts of `piece` (ranks, elements) that this rank saves, gathered from
     all data-parallel ranks.
 
     By slices: a bucket may have 10 GiB, and engines on the same GPU leave less.
 
     Args:
-        piece: on the host, a row for the shard of each rank.
+        piece: on the CPU, a row for the shard of each rank.
         shard: (elements,), this rank's part of the optimizer's state.
         group: the data-parallel ranks, over which that state is spread.
         to_save: what this rank saves."""
@@ -292,10 +292,10 @@ def _all_gather(
             _copy_ranges(row[start : start + length], gathered_part, to_save)
 
 
-def _copy_ranges(host: Tensor, values: Tensor, to_save: AddressRanges) -> None:
-    """Copy `values` (numel,) to `host` where it is `to_save`."""
-    for part in to_save.overlaps(host):
-        host[part].copy_(values.view(-1)[part], non_blocking=True)
+def _copy_ranges(target: Tensor, values: Tensor, to_save: AddressRanges) -> None:
+    """Copy `values` (numel,) to `target` where it is `to_save`."""
+    for part in to_save.overlaps(target):
+        target[part].copy_(values.view(-1)[part], non_blocking=True)
 
 
 BACKEND, VERSION = "torch_dist", 1
@@ -308,7 +308,7 @@ class StagedFile:
 
     Attributes:
         path: the file's path.
-        items: pairs of Megatron's write item and its bytes or host tensor."""
+        items: pairs of Megatron's write item and its bytes or tensor on the CPU."""
 
     path: Path
     items: list[tuple[Any, Any]]
@@ -340,7 +340,7 @@ def stage(
         sharded_state_dict: the sharded entries.
         partial_folder: an empty folder, into which the small part that all ranks share is written
             (common.pt).
-        memory: the host buffers that they are copied to.
+        memory: the buffers in host memory that they are copied to.
         data_group: the data- and context-parallel ranks."""
     memory.reuse()
     plan = _PlanOnly(memory)

@@ -71,7 +71,7 @@ class CheckpointWriter:
 
         Args:
             data_group: the data- and context-parallel ranks, which share the writing.
-            keep_memory: keep the host buffers between saves, which makes the next one faster.
+            keep_memory: keep the host memory between saves, which makes the next one faster.
             straggler_timeout: how long the fastest rank waits for the slowest one's disk; a rank
                 that died is noticed at once."""
         self._straggler_timeout = straggler_timeout

@@ -10,7 +10,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse
 from megatron_r1.trainer import offload
-from megatron_r1.trainer.offload import DiskStore, HostStore, Offload, make_offload
+from megatron_r1.trainer.offload import DiskStore, HostMemoryStore, Offload, make_offload
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def parts() -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["host", "disk"])
 def test_a_store_gives_back_what_it_keeps_also_a_second_time(tmp_path, kind):
-    store = HostStore() if kind == "host" else DiskStore(str(tmp_path))
+    store = HostMemoryStore() if kind == "host" else DiskStore(str(tmp_path))
     for times in (1, 3):
         kept = [part * times for part in parts()]
         store.write(kept)
@@ -90,7 +90,7 @@ def test_a_full_disk_leaves_everything_where_it_is(tmp_path, monkeypatch):
 
 def test_memory_that_is_used_while_it_is_away_is_not_overwritten_in_silence():
     network = Network()
-    away = Offload(lambda: [network], HostStore)
+    away = Offload(lambda: [network], HostMemoryStore)
     away.free_memory(free_parameters=True)
     network.model_chunks[0].weight.untyped_storage().resize_(4)
     with pytest.raises(RuntimeError, match="4 bytes of parameters"):

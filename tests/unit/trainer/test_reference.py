@@ -7,12 +7,12 @@ from megatron_r1.trainer.checkpoints import contents
 from megatron_r1.trainer.reference import ReferencePolicy
 
 
-@pytest.mark.parametrize("on_host", [True, False])
-def test_the_model_computes_with_the_reference_while_it_is_in_place_and_not_after(on_host):
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_model_computes_with_the_reference_while_it_is_in_place_and_not_after(on_cpu):
     chunks = [torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)]
     chunks[1].register_buffer("passing", torch.ones(1), persistent=False)
     first = [t.detach().clone() for chunk in chunks for t in chunk.state_dict().values()]
-    reference = ReferencePolicy(chunks, on_host)
+    reference = ReferencePolicy(chunks, on_cpu)
     with torch.no_grad():
         for chunk in chunks:
             for tensor in [*chunk.parameters(), *chunk.buffers()]:
