@@ -27,17 +27,17 @@ class RolloutConfig(EngineConfig):
     engines: Resumable[int] = Field(1, ge=1)
     """number of vLLM servers; with placement: hosts the run waits for so many, and more may join"""
     placement: Resumable[Literal["local", "hosts"]] = "local"
-    """where engines run: on the controller's host, or on hosts that connect to it (`python -m
-    megatron_r1.engines.fleet.host`). See docs/slurm.md"""
+    """where engines run: on the controller's node, or by engine hosts that connect to it (`python
+    -m megatron_r1.engines.fleet.host`). See docs/slurm.md"""
     hosts_port: Resumable[int] = Field(0, ge=0, le=65_535)
     """port of the controller that engine hosts connect to; 0: any free one"""
     hosts_address: Resumable[str | None] = None
-    """address at which engine hosts reach the controller's host; default: its name"""
+    """address at which engine hosts reach the controller's node; default: its name"""
     host_silence_seconds: Resumable[float] = Field(30.0, gt=0)
-    """a host that has not been heard from for so long has vanished"""
+    """an engine host that has not been heard from for so long has vanished"""
     hosts_per_engine: Resumable[int] = Field(1, ge=1)
-    """hosts that one engine's copies (data_parallel) are spread over, all taken at once; needs
-    placement: hosts"""
+    """engine hosts that one engine's copies (data_parallel) are spread over, all taken at once;
+    needs placement: hosts"""
     colocated: Resumable[bool] = False
     """engines sleep on the trainer's own GPUs while it computes; see docs/engines.md"""
     temperature: Scheduled[float] = Field(1.0, gt=0)

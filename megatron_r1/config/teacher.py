@@ -26,7 +26,7 @@ class TeacherEngines(EngineConfig):
     """addresses of vLLM servers that already serve path's model, started with --enable-scale-out;
     default: the run starts engines of its own"""
     engines: Resumable[int] = Field(1, ge=1)
-    """vLLM servers on the controller's host"""
+    """vLLM servers on the controller's node"""
     max_num_seqs: Resumable[int] = Field(64, gt=0)
     """sequences an engine computes at once"""
     max_num_batched_tokens: Resumable[int] = Field(2048, gt=0)

@@ -5,4 +5,4 @@
 - `service_stats` and `draft_acceptance` measure what engines do; `engine_replacer` finds engines
   that fail and replaces them.
 - `placement` says where they start; `host`, `host_pool` and `host_messages` are engines on other
-  hosts, and `external_fleet` has servers that others started."""
+  nodes, and `external_fleet` has servers that others started."""

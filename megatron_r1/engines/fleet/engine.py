@@ -20,7 +20,7 @@ from megatron_r1.engines.server.server import Server
 T = TypeVar("T")
 MakeServer = Callable[..., Server]
 """Makes a server from (model folder, log path, **engine settings): `EngineServer`, or
-`placement.server_maker(pool)` for engines on other hosts."""
+`placement.server_maker(pool)` for engines of engine hosts."""
 
 DEATH_WAIT_SECONDS = 10.0
 """How long a failed request waits to see whether its engine has died: a server whose engine core
@@ -35,7 +35,7 @@ class Engine:
 
     Attributes:
         index: the second part; no other engine has the same name at the same time.
-        server: the process, on this host or another.
+        server: the process, on this node or another.
         client: what sends requests to its address.
         num_running: sequences in flight.
         num_occupied: sequences that the dispatcher expects to be decoded.
@@ -79,7 +79,7 @@ class Engine:
             await self.server.wait_ready(timeout_seconds)
         except EngineError as error:
             raise EngineError(f"{self.name}: {error}") from error
-        self.client.url = self.server.url  # that of a server on another host is known only now
+        self.client.url = self.server.url  # that of a server on another node is known only now
         self.stats = ServiceStats(time.monotonic(), self.stats.window)
         await self.client.set_policy_version(policy_version)
 

@@ -1,5 +1,5 @@
-"""An engine host: a process on each node of an engine pool. For a controller it runs engines, or
-parts of engines that are spread over several nodes.
+"""An engine host: the process that runs a controller's engines on a node, or parts of engines that
+are spread over several nodes.
 
     python -m megatron_r1.engines.fleet.host --folder runs/mine             # a file system both see
     python -m megatron_r1.engines.fleet.host --controller tcp://node0:5557  # and MEGATRON_R1_TOKEN

@@ -1,4 +1,4 @@
-"""Messages between the controller and the hosts of an engine pool: msgpack, no pickles.
+"""Messages between the controller and engine hosts: msgpack, no pickles.
 
 Both sides repeat what is and what should be, and act on the difference. So a lost message, a broken
 connection and a restarted peer need no cases of their own."""

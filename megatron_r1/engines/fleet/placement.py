@@ -1,4 +1,4 @@
-"""Places engines: on the controller's host, or on hosts that connect to it.
+"""Places engines: on the controller's node, or with engine hosts that connect to it.
 
 `RemoteServer` is one engine on another host, or on several, with the interface of `EngineServer`.
 """
