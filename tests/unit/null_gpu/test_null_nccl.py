@@ -154,9 +154,7 @@ def test_a_circle_through_waits_of_hosts_is_named_as_such(start, segment):
     assert cycle.through_host
     pids = {program.process.pid for program in programs}
     assert {link.pid for link in cycle.links if isinstance(link, segment_records.Wait)} == pids
-    assert {
-        link.rank for link in cycle.links if isinstance(link, segment_records.Call)
-    } == {0, 1}
+    assert {link.rank for link in cycle.links if isinstance(link, segment_records.Call)} == {0, 1}
 
 
 def test_the_watch_ends_with_the_circle_and_names_it(start, segment):
