@@ -11,7 +11,7 @@ import unicodedata
 
 from r1_grading.base.errors import shorten
 from r1_grading.reading import Reading, read_answer
-from r1_grading.reading.answer import describe
+from r1_grading.reading.answer import describe_comparison
 from r1_grading.rewards import Grade
 from r1_grading.truths import accepted_answers, math_truth
 
@@ -59,7 +59,8 @@ def grade(
     is_correct = bool(answer) and answer in {normalize_answer(option) for option in expected}
     expected_text = " or ".join(map(shorten, expected[:3]))
     return Grade(
-        float(is_correct), describe(extraction.text, expected_text, is_correct, extraction.source)
+        float(is_correct),
+        describe_comparison(extraction.text, expected_text, is_correct, extraction.source),
     )
 
 

@@ -23,7 +23,7 @@ from reasoning_gym.factory import DATASETS
 
 from r1_grading.base.errors import shorten
 from r1_grading.reading import Reading, is_number, read_answer
-from r1_grading.reading.answer import BOXES, describe, encloses
+from r1_grading.reading.answer import BOXES, delimiters_enclose, describe_comparison
 from r1_grading.rewards import Grade
 
 FORMULA_CHARS = re.compile(r"[0-9A-Za-z+\-*/^().,\s]*")
@@ -327,7 +327,9 @@ def grade(
     if exact or score in (0.0, 1.0):
         expected = "another" if entry["answer"] is None else entry["answer"]
         is_correct = score == 1.0
-        return Grade(float(is_correct), describe(answer, expected, is_correct, extraction.source))
+        return Grade(
+            float(is_correct), describe_comparison(answer, expected, is_correct, extraction.source)
+        )
     return Grade(score, f"partly right ({score:.2f}): {shorten(answer)}")
 
 
@@ -346,7 +348,7 @@ def _strip_decoration(answer: str, expected: object) -> str:
     """Return `answer` without the box and dollar signs around it, unless the truth has them."""
     for _ in range(MAX_DECORATIONS):
         for left, right in WRAPPERS:
-            if encloses(left, right, answer) and not str(expected).startswith(left):
+            if delimiters_enclose(left, right, answer) and not str(expected).startswith(left):
                 answer = answer[len(left) : len(answer) - len(right)].strip()
                 break
     return answer

@@ -14,7 +14,7 @@ import msgspec
 from r1_grading.base.errors import Cause, RunError, UserError
 from r1_grading.base.workers import START_TIMEOUT_SECONDS, WorkerLost, encode_frame
 from r1_grading.remote.remote_rewards import RemoteGraders
-from r1_grading.rewards import SERVED_REWARDS, FiniteGrade, Grade, find_non_finite, resolve
+from r1_grading.rewards import SERVED_REWARDS, FiniteGrade, Grade, find_non_finite, resolve_reward
 from r1_grading.sandbox.limits import time_limit
 from r1_grading.worker import EncodedJob, JobStatus, WorkerProcess, is_memory_message
 
@@ -154,7 +154,7 @@ class RewardPool:
             raise self._failure
         if kind in SERVED_REWARDS:
             return await self._remote.grade(kind, response, truth, fields)
-        target = resolve(kind)
+        target = resolve_reward(kind)
         job_id = next(self._ids)
         job = EncodedJob(job_id, target, truth, fields, EMPTY)
         try:

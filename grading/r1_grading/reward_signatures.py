@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from r1_grading.base.errors import Cause, UserError, shorten
 from r1_grading.base.user_code import find_function
 from r1_grading.reading.answer import without_special_tokens
-from r1_grading.rewards import GRADERS, SERVED_REWARDS, FiniteGrade, Grade, resolve
+from r1_grading.rewards import GRADERS, SERVED_REWARDS, FiniteGrade, Grade, resolve_reward
 
 GradeFunction = Callable[..., Grade]
 OWN_SIGNATURE = "(response, truth, **entry) -> Grade"
@@ -66,7 +66,7 @@ def grade(kind: str, response: str, /, truth: Any = None, **fields: Any) -> Grad
             key="kind",
             cause=Cause.UNSUPPORTED,
         )
-    target = resolve(kind)
+    target = resolve_reward(kind)
     return adapt_signature(find_function(target), target)(response, truth, **fields)
 
 

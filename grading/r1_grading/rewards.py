@@ -170,7 +170,7 @@ WITHOUT_TRUTH = (
 """Kinds whose rows need no truth."""
 
 
-def resolve(kind: str) -> str:
+def resolve_reward(kind: str) -> str:
     """Return the "module:function" of a reward.
 
     Args:

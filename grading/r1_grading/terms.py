@@ -23,7 +23,7 @@ from r1_grading.rewards import (
     RESPONSE_ONLY_REWARDS,
     SERVED_REWARDS,
     Grade,
-    resolve,
+    resolve_reward,
 )
 from r1_grading.truths import check_truth
 
@@ -87,7 +87,7 @@ def read_weights(weights: Mapping[str, Any]) -> dict[str, float | ScheduledWeigh
 def _read_weight(path: str, name: str, value: Any) -> float | ScheduledWeight:
     if name != ACCURACY:
         try:
-            resolve(name)
+            resolve_reward(name)
         except UserError as error:
             explanation = f"{ACCURACY!r} is the prompt's own kind"
             suggestion = did_you_mean(name, [ACCURACY]) or ";"
@@ -182,7 +182,7 @@ def read_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for kind, values in options.items():
         path = f"rewards.options.{kind}"
         try:
-            resolve(kind)
+            resolve_reward(kind)
         except UserError as error:
             raise UserError(f"{path}: {error}", key=path, cause=error.cause) from None
         if not isinstance(values, Mapping):

@@ -11,7 +11,7 @@ from typing import Any
 from r1_grading.base.errors import shorten
 from r1_grading.base.values import decode_literal
 from r1_grading.code.problem import is_tests, parse_problem
-from r1_grading.reading.answer import MARKER, last_boxed, unwrap
+from r1_grading.reading.answer import MARKER, last_boxed, unwrap_answer
 from r1_grading.rewards import REWARD_KINDS, find_non_finite
 
 NO_TRUTH = (
@@ -128,7 +128,7 @@ def is_missing(truth: Any, words: Collection[str] = NO_TRUTH) -> bool:
     answers = accepted_answers(truth)
     if answers != [truth]:
         return is_missing(answers, words)
-    bare_truth = unwrap(truth).casefold()
+    bare_truth = unwrap_answer(truth).casefold()
     none_words = {word.casefold() for word in words}
     return (
         not bare_truth
@@ -192,7 +192,7 @@ def math_truth(truth: object) -> str:
         return truth
     if not isinstance(truth, str | int | float):
         raise ValueError(f"the truth of a math answer is a string or a number, got {truth!r}")
-    expected = unwrap(answer_after_mark(str(truth)))
+    expected = unwrap_answer(answer_after_mark(str(truth)))
     if NO_NUMBER.fullmatch(expected):  # of a float, or of a table's empty cell
         raise ValueError(f"the truth of a math answer must be finite, got {truth!r}")
     if not expected.strip("$"):

@@ -8,7 +8,7 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 from r1_grading.base.values import decode_literal
-from r1_grading.rewards import REWARD_KINDS, WITHOUT_TRUTH, resolve
+from r1_grading.rewards import REWARD_KINDS, WITHOUT_TRUTH, resolve_reward
 from r1_grading.truths import guess_reward_kind, is_missing
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
@@ -154,7 +154,7 @@ def guess_columns(
             cause=Cause.MISSING,
         )
     if kind is not None:
-        resolve(kind)
+        resolve_reward(kind)
     elif not kinds and truth is not None:
         kind, reasons["kind"] = _guess_kind(truth, flat_rows)
     return Columns(question, truth, kind, reasons)
@@ -387,7 +387,7 @@ def _kinds_of_rows(rows: Sequence[Row]) -> set[str]:
     """Return the rewards that the rows' own column `kind` names; empty where it names none."""
     kinds = {row["kind"] for row in rows if isinstance(row.get("kind"), str)}
     try:
-        return {kind for kind in kinds if resolve(kind)}
+        return {kind for kind in kinds if resolve_reward(kind)}
     except UserError:
         return set()
 

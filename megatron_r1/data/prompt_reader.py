@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from r1_grading.base.errors import shorten
-from r1_grading.rewards import GRADERS, WITHOUT_TRUTH, resolve
+from r1_grading.rewards import GRADERS, WITHOUT_TRUTH, resolve_reward
 from r1_grading.truths import (
     CHECKS,
     check_choice,
@@ -107,7 +107,7 @@ class RowReader:
             fault = f"{location}: 'truth' {describe_missing(row, 'truth', COLUMNS_KEY)}"
             raise MissingTruth(fault, kind)
         try:
-            resolve(kind)
+            resolve_reward(kind)
         except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{location}: {error}", key="kind", cause=Cause.UNKNOWN) from error
         truth = row.get("truth")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from r1_grading.rewards import resolve
+from r1_grading.rewards import resolve_reward
 from r1_grading.truths import NO_TRUTH
 
 from megatron_r1.base.errors import Cause, UserError
@@ -134,7 +134,7 @@ def load_prompts(
             questions."""
     _check_arguments(path, heldout_path, task, num_train, num_heldout, heldout_fraction)
     if kind is not None:
-        resolve(kind)
+        resolve_reward(kind)
     reader = RowReader(kind, columns or {}, where or {}, no_truth, bad_rows)
     reports: list[DataReport] = []
     heldout = []

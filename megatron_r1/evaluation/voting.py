@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from r1_grading import RewardPool, read_answer
-from r1_grading.reading import Reading, is_number, unwrap
+from r1_grading.reading import Reading, is_number, unwrap_answer
 from r1_grading.rewards import ENVIRONMENT
 from r1_grading.terms import Gradable
 
@@ -69,7 +69,7 @@ def read_vote(
     ).text
     if answer is None:
         return None
-    text = unwrap(answer)
+    text = unwrap_answer(answer)
     compact = "".join(text.split()).lower()
     if VOTED_NUMBER.fullmatch(compact):
         try:
@@ -86,7 +86,7 @@ def expects_number(prompt: Gradable) -> bool:
     decide it. In mathematics `$13$` is one too, and a whole solution that ends in `#### 13`."""
     truth = prompt.truth
     if prompt.kind == "math":
-        truth = unwrap(str(truth))
+        truth = unwrap_answer(str(truth))
     elif prompt.kind == "logic":
         truth = prompt.fields.get("entry", {}).get("answer")
     return is_number(truth)

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from r1_grading.reading import ANSWER, END_ANSWER, END_THINK, THINK, extract
+from r1_grading.reading import ANSWER, END_ANSWER, END_THINK, THINK, extract_answer
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.sample import RenderConfig
@@ -38,7 +38,9 @@ def _response_summary(response: TextResponse) -> str | None:
 EXAMPLE_TEXTS: dict[str, Callable[[TextResponse], str | None]] = {
     "thought": lambda response: response.thought,
     "summary": _response_summary,
-    "answer": lambda r: extract(r.text, thought_opened=r.thought_opened, reads_last_line=True).text,
+    "answer": lambda r: (
+        extract_answer(r.text, thought_opened=r.thought_opened, reads_last_line=True).text
+    ),
     "response": lambda response: response.full_text,
 }
 TEMPLATE_PLACEHOLDERS = re.compile(r"\{(" + "|".join(EXAMPLE_TEXTS) + r")\}")

@@ -8,7 +8,7 @@ import r1_grading
 from r1_grading import Grade, grade, read_answer
 from r1_grading.base.errors import Cause
 from r1_grading.base.user_code import find_function
-from r1_grading.rewards import resolve
+from r1_grading.rewards import resolve_reward
 from refusals import refused
 
 HEAVY = ("aiohttp", "asyncio", "numpy", "pydantic", "sympy", "torch")
@@ -54,7 +54,7 @@ def test_one_answer_is_graded_with_the_fields_of_its_row(tmp_path, monkeypatch):
 )
 def test_a_former_name_in_a_recipe_is_refused_with_the_new_one(kind, new):
     with refused("kind", Cause.UNKNOWN, new):
-        resolve(kind)
+        resolve_reward(kind)
 
 
 def test_a_former_name_in_a_module_of_a_users_own_is_refused_with_the_new_one(

@@ -7,7 +7,7 @@ import re
 import pytest
 from r1_grading import RewardPool
 from r1_grading.reading import chain_of_thought
-from r1_grading.reading.languages import count_words, prose
+from r1_grading.reading.languages import count_words, split_prose
 from r1_grading.response_rewards import grade_language as grade
 
 # Segmented by hand; punctuation left out.
@@ -78,7 +78,9 @@ def test_the_shares_of_both_languages_add_up_to_1():
 )
 @pytest.mark.parametrize(("target", "text"), [("en", "then we add"), ("zh", "然后我们加起来")])
 def test_code_formulae_and_numbers_are_neutral(target, text, neutral):
-    assert grade(think(f"{text} {neutral} {text}"), target=target).reward == 1.0, prose(neutral)
+    assert grade(think(f"{text} {neutral} {text}"), target=target).reward == 1.0, split_prose(
+        neutral
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,7 +146,7 @@ def test_words_that_only_stand_in_code_earn_nothing():
 
 
 def test_prices_are_no_formula():
-    words = count_words(prose("It costs $5 and the other one costs $10 in all").text)
+    words = count_words(split_prose("It costs $5 and the other one costs $10 in all").text)
     assert words.en == 9
 
 

@@ -10,7 +10,7 @@ from r1_grading import RewardPool
 from r1_grading.remote import judge, service
 from r1_grading.remote.remote_rewards import check_options, settings_names
 from r1_grading.remote.service import ServiceError
-from r1_grading.rewards import SERVED_REWARDS, resolve
+from r1_grading.rewards import SERVED_REWARDS, resolve_reward
 from r1_grading.terms import reward_arguments
 from refusals import refused
 from waiting import until
@@ -74,7 +74,7 @@ def status(code, headers=None, text="no"):
 
 def test_the_registry_finds_every_served_reward_and_its_settings():
     for kind in SERVED_REWARDS:
-        assert resolve(kind) == SERVED_REWARDS[kind]
+        assert resolve_reward(kind) == SERVED_REWARDS[kind]
         assert {"url", "model", "api_key_env"} <= settings_names(kind)
 
 

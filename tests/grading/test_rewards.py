@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from r1_grading import Grade
-from r1_grading.reading.answer import extract, final_answers, last_boxed, unwrap
-from r1_grading.rewards import GRADERS, RESPONSE_ONLY_REWARDS, resolve
+from r1_grading.reading.answer import extract_answer, final_answers, last_boxed, unwrap_answer
+from r1_grading.rewards import GRADERS, RESPONSE_ONLY_REWARDS, resolve_reward
 from r1_grading.terms import combine
 from refusals import refused
 
@@ -30,8 +30,8 @@ def test_a_reason_is_one_short_line():
 
 
 def test_a_registered_name_and_a_path_are_kinds():
-    assert resolve("math") == GRADERS["math"]
-    assert resolve("mine.rewards:brevity") == "mine.rewards:brevity"
+    assert resolve_reward("math") == GRADERS["math"]
+    assert resolve_reward("mine.rewards:brevity") == "mine.rewards:brevity"
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,15 @@ def test_a_registered_name_and_a_path_are_kinds():
 )
 def test_an_unknown_kind_names_the_nearest_if_one_is_near(kind, near):
     with refused("kind", Cause.UNKNOWN, repr(kind), near, *GRADERS) as caught:
-        resolve(kind)
+        resolve_reward(kind)
     assert bool(near) == ("did you mean" in str(caught.value))
 
 
 def test_python_s_own_functions_and_the_kind_of_an_environment_are_no_rewards():
     with refused("kind", Cause.UNSUPPORTED, "builtins:exec"):
-        resolve("builtins:exec")
+        resolve_reward("builtins:exec")
     with refused("kind", Cause.CONFLICT, "environment", "agents"):
-        find_function(resolve("environment"))("13", "13", level=3)
+        find_function(resolve_reward("environment"))("13", "13", level=3)
 
 
 @pytest.mark.parametrize("kind", RESPONSE_ONLY_REWARDS)
@@ -66,7 +66,7 @@ def test_a_reward_of_the_form_needs_no_truth(kind):
 
 @pytest.mark.parametrize("case", ANSWERS, ids=lambda case: case["response"][:40])
 def test_the_answer_is_what_the_response_commits_to(case):
-    assert extract(case["response"], **case.get("options", {})).text == case["answer"]
+    assert extract_answer(case["response"], **case.get("options", {})).text == case["answer"]
 
 
 def test_nested_braces_and_decoration_come_off():
@@ -85,10 +85,10 @@ def test_nested_braces_and_decoration_come_off():
         "$$13$$",
         "x #### 13",
     ):
-        assert unwrap(decorated) == "13"
-    assert unwrap(r"\text{north}") == "north"
-    assert unwrap(r"\text{a} + \text{b}") == r"\text{a} + \text{b}"
-    assert unwrap("$1$ or $2$") == "$1$ or $2$"
+        assert unwrap_answer(decorated) == "13"
+    assert unwrap_answer(r"\text{north}") == "north"
+    assert unwrap_answer(r"\text{a} + \text{b}") == r"\text{a} + \text{b}"
+    assert unwrap_answer("$1$ or $2$") == "$1$ or $2$"
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ HEADERS = {"x86_64": "asm/unistd_64.h", "aarch64": "asm-generic/unistd.h"}
 def another_machine(monkeypatch):
     """Nothing is known of the machine yet, and nothing may be started on it."""
     caches = (
-        requirements.launcher,
-        requirements.interpreter,
-        requirements.compiler,
+        requirements.find_launcher,
+        requirements.find_interpreter,
+        requirements.find_compiler,
         programs.require_sandbox,
     )
     for cache in caches:
@@ -110,7 +110,9 @@ def test_without_a_compiler_cpp_is_refused_and_python_is_not(another_machine, tm
     ],
 )
 def test_a_bubblewrap_that_makes_no_sandbox_is_refused(another_machine, script, shown):
-    another_machine.setattr(requirements, "launcher", lambda: ("/bin/sh", "-c", script, "bwrap"))
+    another_machine.setattr(
+        requirements, "find_launcher", lambda: ("/bin/sh", "-c", script, "bwrap")
+    )
     remedy = "kernel.unprivileged_userns_clone=1"
     with refused("sandbox", Cause.FAILED, shown, remedy) as caught:
         code.grade("", TRUTH)
@@ -119,13 +121,13 @@ def test_a_bubblewrap_that_makes_no_sandbox_is_refused(another_machine, script, 
 
 @needs_sandbox
 def test_a_sandbox_that_cannot_be_built_for_a_moment_is_tried_again(monkeypatch, tmp_path):
-    launcher, failed = shlex.join(requirements.launcher()), tmp_path / "failed"
+    launcher, failed = shlex.join(requirements.find_launcher()), tmp_path / "failed"
     script = f'[ -e {failed} ] && exec {launcher} "$@"; : > {failed}; echo busy >&2; exit 1'
-    monkeypatch.setattr(requirements, "launcher", lambda: ("/bin/sh", "-c", script, "bwrap"))
+    monkeypatch.setattr(requirements, "find_launcher", lambda: ("/bin/sh", "-c", script, "bwrap"))
     assert code.grade(fenced("print(42)"), TRUTH, limits=PATIENT).reward == 1.0
     assert failed.exists()
     always = ("/bin/sh", "-c", "echo busy >&2; exit 1")
-    monkeypatch.setattr(requirements, "launcher", lambda: always)
+    monkeypatch.setattr(requirements, "find_launcher", lambda: always)
     with pytest.raises(SandboxError, match="busy"):
         code.grade(fenced("print(42)"), TRUTH)
 

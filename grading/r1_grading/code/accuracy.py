@@ -24,7 +24,7 @@ from r1_grading.sandbox.programs import (
     python_script,
     require_sandbox,
 )
-from r1_grading.sandbox.run import describe_failure, run
+from r1_grading.sandbox.run import describe_failure, run_command
 
 
 def grade(
@@ -139,7 +139,7 @@ def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -
             stdin = marshal.dumps((test.args, test.kwargs), 2)
         else:
             stdin = test.stdin.encode("utf-8", "replace")
-        outcome = run(program.command, budget, stdin=stdin, files=program.files)
+        outcome = run_command(program.command, budget, stdin=stdin, files=program.files)
         if failure := describe_failure(outcome, budget):
             yield Grade(0.0, failure)
         elif problem.checker is not None:

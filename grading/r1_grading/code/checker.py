@@ -10,7 +10,7 @@ from r1_grading.code.problem import Test
 from r1_grading.rewards import Grade
 from r1_grading.sandbox.limits import Budget
 from r1_grading.sandbox.programs import python_script
-from r1_grading.sandbox.run import ProgramOutcome, describe_failure, run
+from r1_grading.sandbox.run import ProgramOutcome, describe_failure, run_command
 
 FAILED = 3
 ACTUAL_OPENED = b"\0actual\n"  # see sandbox/inside_program.py
@@ -74,7 +74,7 @@ def _score_output(checker: str, test: Test, actual: bytes, budget: Budget) -> Gr
         "actual": actual,
     }
     program = python_script(checker, *files)
-    outcome = run(program.command, budget, files={**program.files, **files})
+    outcome = run_command(program.command, budget, files={**program.files, **files})
     return _read_score(outcome, budget)
 
 

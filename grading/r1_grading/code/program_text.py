@@ -7,7 +7,7 @@ from r1_grading.reading.answer import (
     END_ANSWER,
     Extraction,
     after_thought,
-    extract,
+    extract_answer,
     without_special_tokens,
 )
 
@@ -32,7 +32,7 @@ def find_program(response: str, *, thought_opened: bool = False) -> Extraction:
     if visible_text is None:
         return Extraction(None, "no program found: the thought is never closed")
     if ANSWER in visible_text or END_ANSWER in visible_text:
-        extraction = extract(response, thought_opened=thought_opened)
+        extraction = extract_answer(response, thought_opened=thought_opened)
         if extraction.text is None:
             return extraction
         visible_text = extraction.text

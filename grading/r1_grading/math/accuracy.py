@@ -7,10 +7,16 @@ Untrusted text is graded within `RewardPool`, which kills a worker that takes to
 import functools
 
 from r1_grading.base.errors import shorten
-from r1_grading.math.comparison import compare
+from r1_grading.math.comparison import compare_answers
 from r1_grading.math.worded_answers import same_words, stated_answer, without_rounding
 from r1_grading.reading import Reading, is_number, read_answer
-from r1_grading.reading.answer import describe, final_answers, stated_numbers, trim, unwrap
+from r1_grading.reading.answer import (
+    describe_comparison,
+    final_answers,
+    stated_numbers,
+    trim_invisible,
+    unwrap_answer,
+)
 from r1_grading.reading.context import changes_box, without_conclusion
 from r1_grading.rewards import Grade
 from r1_grading.truths import accepted_answers, answer_after_mark, math_truth
@@ -86,7 +92,7 @@ def _grade_against_truth(
         return _too_long(num_chars, MAX_ANSWER_CHARS)
     is_sentence = len(extraction.text.split()) > 2
     if is_sentence and same_words(truth, extraction.text, ignore_case=False):
-        return Grade(1.0, describe(extraction.text, expected, True, extraction.source))
+        return Grade(1.0, describe_comparison(extraction.text, expected, True, extraction.source))
     if changes_box(extraction.text, alone=True):
         return Grade(0.0, f"refused: {shorten(extraction.text)}: what is beside the box changes it")
     *earlier_answers, answer = map(_stated_alone, final_answers(extraction.text))
@@ -102,18 +108,20 @@ def _grade_against_truth(
     for earlier_answer in earlier_answers if is_correct else ():
         if not _compare(truth_answer, earlier_answer)[0]:
             return Grade(0.0, f"two answers: {shorten(earlier_answer)}, and then {shorten(answer)}")
-    return Grade(float(is_correct), describe(answer, expected, is_correct, extraction.source))
+    return Grade(
+        float(is_correct), describe_comparison(answer, expected, is_correct, extraction.source)
+    )
 
 
-def equivalent(expected: str, answer: str) -> bool:
-    """Whether `answer` means the same as `expected`; both without decoration (`answer.unwrap`).
+def is_equivalent_answer(expected: str, answer: str) -> bool:
+    """Whether `answer` means the same as `expected`; both from `unwrap_answer`.
 
     It may take long: call it for trusted text only, or inside a worker of the pool."""
     return _compare(expected, answer)[0]
 
 
 # The samples of a group repeat each other's answers.
-_compare = functools.lru_cache(maxsize=CACHE_SIZE)(compare)
+_compare = functools.lru_cache(maxsize=CACHE_SIZE)(compare_answers)
 
 
 def _too_long(num_chars: int, limit: int) -> Grade:
@@ -125,14 +133,14 @@ def _extract_truth_answer(truth: str) -> str:
 
     It is the content of its last box or the text after `####`, of a sentence its value ("The answer
     is 13."); any other truth is the answer itself."""
-    truth = final_answers(trim(truth))[-1]
+    truth = final_answers(trim_invisible(truth))[-1]
     answer = stated_answer(truth)
     return answer if any(character.isdigit() for character in answer) else truth
 
 
 def _stated_alone(text: str) -> str:
     r"""Return the answer that a text states, also of `$\therefore 13$`."""
-    return unwrap(without_conclusion(unwrap(stated_answer(text))))
+    return unwrap_answer(without_conclusion(unwrap_answer(stated_answer(text))))
 
 
 def grade_equivalence(response: str, truth: str, **entry: object) -> Grade:
@@ -140,5 +148,5 @@ def grade_equivalence(response: str, truth: str, **entry: object) -> Grade:
 
     A vote needs a symmetric relation, which math-verify's comparison is not: if 1 is expected it
     accepts `2x + z = 1`, but not the other way round."""
-    is_equal = equivalent(truth, response) and equivalent(response, truth)
+    is_equal = is_equivalent_answer(truth, response) and is_equivalent_answer(response, truth)
     return Grade(float(is_equal), "the same" if is_equal else "different")

@@ -1,8 +1,8 @@
 r"""Whether two answers mean the same, decided by the first rule that applies.
 
-`compare` has the rules for text: units, dates, choices, words. `equivalent` has the rules for
-mathematics: numbers, equations and inequalities, lists and matrices, sets, and last expressions, by
-a computer algebra system. An answer that can be read in two ways is wrong."""
+`compare_answers` has the rules for text: units, dates, choices, words. `is_equivalent_text` has the
+rules for mathematics: numbers, equations and inequalities, lists and matrices, sets, and last
+expressions, by a computer algebra system. An answer that can be read in two ways is wrong."""
 
 import functools
 import re
@@ -23,7 +23,7 @@ from r1_grading.math.number import (
     read_number,
     read_structure,
     same_number,
-    split,
+    split_top_level,
     without_thousands,
 )
 from r1_grading.math.refusal import (
@@ -38,6 +38,7 @@ from r1_grading.math.relation import (
     MEMBER,
     SET_WORDS,
     Chain,
+    bare_name,
     is_asked_quantity,
     is_name,
     lists_relations,
@@ -53,10 +54,9 @@ from r1_grading.math.relation import (
     same_relation,
     set_builder_condition,
     solution_set,
-    squeeze,
     without_repeats,
 )
-from r1_grading.math.symbolic import constant, read_expression, same_expression
+from r1_grading.math.symbolic import constant_value, read_expression, same_expression
 from r1_grading.math.units import (
     degrees_to_radians,
     same_unit,
@@ -64,7 +64,7 @@ from r1_grading.math.units import (
     split_unit,
     words_to_number,
 )
-from r1_grading.reading.answer import unwrap
+from r1_grading.reading.answer import unwrap_answer
 
 TILDE_NUMBER = re.compile(r"~\s*\d")
 """An answer that is only near a number, `~204`; elsewhere a tilde is one of LaTeX's spaces."""
@@ -79,10 +79,10 @@ Result = tuple[bool, str]
 """Whether the answer is right, and why it was refused instead of compared ("" if compared)."""
 
 
-def compare(truth: str, answer: str) -> Result:
+def compare_answers(truth: str, answer: str) -> Result:
     """Whether `answer` means `truth`. Runs sympy: call it only within limits of time and memory."""
-    expected, expected_unit = split_han_unit(unwrap(strip_styling(truth)))
-    answer, answer_unit = split_han_unit(unwrap(strip_styling(answer)))
+    expected, expected_unit = split_han_unit(unwrap_answer(strip_styling(truth)))
+    answer, answer_unit = split_han_unit(unwrap_answer(strip_styling(answer)))
     if not same_unit(expected_unit, answer_unit):
         return False, ""
     if TILDE_NUMBER.match(answer):
@@ -118,10 +118,10 @@ def compare(truth: str, answer: str) -> Result:
         return same_value, "a division is left open" if is_open else ""
     if (reason := refusal_reason(expected, answer)) is not None:
         return False, reason
-    return equivalent(expected, answer), ""
+    return is_equivalent_text(expected, answer), ""
 
 
-def equivalent(expected: str, answer: str, *, must_be_evaluated: bool = True) -> bool:
+def is_equivalent_text(expected: str, answer: str, *, must_be_evaluated: bool = True) -> bool:
     """Compare two spelled texts that are not refused; recursive over their structure.
 
     Args:
@@ -146,10 +146,10 @@ def _same_labelled(expected: tuple[str, str], answer: str) -> Result:
     """Compare with a choice and its text, `(C) 12`: the answer may be its letter, text or both."""
     choice = worded_answers.read_choice(answer)
     if choice is None:
-        return compare(expected[1], answer)
+        return compare_answers(expected[1], answer)
     if choice[0] != expected[0]:
         return False, ""
-    return compare(expected[1], choice[1]) if choice[1] else (True, "")
+    return compare_answers(expected[1], choice[1]) if choice[1] else (True, "")
 
 
 def _compare_numbers(expected: str, answer: str, *, must_be_evaluated: bool = True) -> bool | None:
@@ -165,10 +165,10 @@ def _compare_numbers(expected: str, answer: str, *, must_be_evaluated: bool = Tr
 
 def _compare_alternatives(expected: str, answer: str) -> bool | None:
     r"""Return True for one value written in several ways, `0.5 or 1/2`, else None."""
-    parts = [part for part, _ in split(answer, SEPARATORS) if part]
-    if len(parts) < 2 or len(split(expected, SEPARATORS)) > 1 or len(parts) > MAX_MEMBERS:
+    parts = [part for part, _ in split_top_level(answer, SEPARATORS) if part]
+    if len(parts) < 2 or len(split_top_level(expected, SEPARATORS)) > 1 or len(parts) > MAX_MEMBERS:
         return None
-    return True if all(equivalent(expected, part) for part in parts) else None
+    return True if all(is_equivalent_text(expected, part) for part in parts) else None
 
 
 def _compare_exclusions(expected: str, answer: str) -> bool | None:
@@ -184,20 +184,23 @@ def _compare_exclusions(expected: str, answer: str) -> bool | None:
             return False
         complement = sympy.Complement(sympy.S.Reals, sympy.FiniteSet(*values))
         return _same_set(read_set(expected if left is None else answer), complement)
-    return left[0] == right[0] and match_all(left[1], right[1], equivalent)
+    return left[0] == right[0] and match_all(left[1], right[1], is_equivalent_text)
 
 
 def _compare_relations(expected: str, answer: str) -> bool | None:
     """Compare equations, inequalities and memberships; None where neither text is one."""
     # Each of `x = 1, x = 2` is compared as a member of a list.
-    if len(split(expected, SEPARATORS)) > 1 or len(split(answer, SEPARATORS)) > 1:
+    if (
+        len(split_top_level(expected, SEPARATORS)) > 1
+        or len(split_top_level(answer, SEPARATORS)) > 1
+    ):
         return None
     truth_chain, answer_chain = read_chain(expected), read_chain(answer)
     if answer_chain is not None and APPROX in answer_chain.relations:
         return _answer_is_approximated(expected, answer_chain)
     if truth_chain is not None and APPROX in truth_chain.relations:
         sides = truth_chain.sides
-        return equivalent(sides[-1], answer) if is_name(sides[0]) else None
+        return is_equivalent_text(sides[-1], answer) if is_name(sides[0]) else None
     if truth_chain is None:
         return None if answer_chain is None else _answer_is_relation(expected, answer_chain)
     if answer_chain is None:
@@ -210,8 +213,13 @@ def _truth_is_relation(truth: Chain, answer: str) -> bool:
     if set(truth.relations) <= {EQUALS_SIGN, MEMBER}:
         names = [is_name(side) for side in truth.sides]
         if all(names[:-1]):
-            return equivalent(truth.sides[-1], answer)
-        return len(names) == 2 and names[1] and not names[0] and equivalent(truth.sides[0], answer)
+            return is_equivalent_text(truth.sides[-1], answer)
+        return (
+            len(names) == 2
+            and names[1]
+            and not names[0]
+            and is_equivalent_text(truth.sides[0], answer)
+        )
     return _same_set(_truth_set(truth), read_expression(answer))
 
 
@@ -220,10 +228,12 @@ def _answer_is_relation(expected: str, answer: Chain) -> bool:
     if set(answer.relations) <= {EQUALS_SIGN, MEMBER}:
         value = answer.sides[-1]
         if is_asked_quantity(value) and not is_name(answer.sides[0]) and len(answer.sides) == 2:
-            return equivalent(expected, answer.sides[0])
+            return is_equivalent_text(expected, answer.sides[0])
         steps_before = [side for side in answer.sides[:-1] if not is_asked_quantity(side)]
-        steps = all(equivalent(expected, side, must_be_evaluated=False) for side in steps_before)
-        return steps and equivalent(expected, value)
+        steps = all(
+            is_equivalent_text(expected, side, must_be_evaluated=False) for side in steps_before
+        )
+        return steps and is_equivalent_text(expected, value)
     solution = solution_set(answer)
     return solution is not None and _same_set(read_expression(expected), solution)
 
@@ -232,16 +242,17 @@ def _both_are_relations(truth: Chain, answer: Chain) -> bool:
     if set(truth.relations) | set(answer.relations) <= {EQUALS_SIGN, MEMBER}:
         truth, answer = _name_first(truth), _name_first(answer)
         names = truth.sides[0], answer.sides[0]
-        if all(map(is_name, names)) and squeeze(names[0]) == squeeze(names[1]):
+        if all(map(is_name, names)) and bare_name(names[0]) == bare_name(names[1]):
             value_sides = [side for side in answer.sides[1:] if not is_name(side)]
-            if not value_sides or not equivalent(truth.sides[-1], value_sides[-1]):
+            if not value_sides or not is_equivalent_text(truth.sides[-1], value_sides[-1]):
                 return False
             return all(
-                equivalent(truth.sides[-1], s, must_be_evaluated=False) for s in value_sides[:-1]
+                is_equivalent_text(truth.sides[-1], s, must_be_evaluated=False)
+                for s in value_sides[:-1]
             )
     if MEMBER in truth.relations or MEMBER in answer.relations:
         member, relation = (truth, answer) if MEMBER in truth.relations else (answer, truth)
-        if MEMBER in relation.relations or squeeze(member.sides[0]) not in squeeze(
+        if MEMBER in relation.relations or bare_name(member.sides[0]) not in bare_name(
             str(relation.sides)
         ):
             return False
@@ -256,9 +267,9 @@ def _answer_is_approximated(expected: str, answer: Chain) -> bool:
         return False
     approx_index = answer.relations.index(APPROX)
     approx_index += approx_index == 0 and is_asked_quantity(answer.sides[0])
-    value = constant(answer.sides[approx_index])
+    value = constant_value(answer.sides[approx_index])
     exact_sides = [side for side in answer.sides[: approx_index + 1] if not is_asked_quantity(side)]
-    if not value or not all(equivalent(expected, side) for side in exact_sides):
+    if not value or not all(is_equivalent_text(expected, side) for side in exact_sides):
         return False
     approximations = [read_number(side) for side in answer.sides[approx_index + 1 :]]
     return all(
@@ -277,8 +288,8 @@ def _compare_units(expected: str, answer: str) -> bool | None:
     if PERCENT.search(expected if left_unit is None else answer):
         return False
     if (radians := _radian_pair(left, left_unit, right, right_unit)) is not None:
-        return equivalent(*radians)
-    return same_unit(left_unit, right_unit) and equivalent(left, right)
+        return is_equivalent_text(*radians)
+    return same_unit(left_unit, right_unit) and is_equivalent_text(left, right)
 
 
 def _radian_pair(
@@ -317,14 +328,14 @@ def _compare_matrices(expected: str, answer: str) -> bool | None:
     if [len(row) for row in left] != [len(row) for row in right]:
         return False
     cells = zip(sum(left, []), sum(right, []), strict=True)
-    return all(equivalent(*pair) for pair in cells)
+    return all(is_equivalent_text(*pair) for pair in cells)
 
 
 def _compare_conditions(expected: str, answer: str) -> bool | None:
     """Compare several conditions, `x > 2 and x < 3`, with one text for their set, `2 < x < 3`.
 
     None where neither or both of the texts are several conditions, and where one is no set."""
-    parts = [split(text, SEPARATORS) for text in (expected, answer)]
+    parts = [split_top_level(text, SEPARATORS) for text in (expected, answer)]
     conditions = max(parts, key=len)
     if min(map(len, parts)) > 1 or len(conditions) == 1 or read_chain(conditions[0][0]) is None:
         return None
@@ -347,7 +358,9 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
         return None
     # `x > 1 and x < 2` and `x > 1 or x < 2` have the same members, and are different sets.
     if INEQUALITY.search(expected) and INEQUALITY.search(answer):
-        words = [{word for _, word in split(text, SEPARATORS)} for text in (expected, answer)]
+        words = [
+            {word for _, word in split_top_level(text, SEPARATORS)} for text in (expected, answer)
+        ]
         if "and" in words[0] ^ words[1] and "or" in words[0] ^ words[1]:
             return False
     truth_list = truth_list or Structure("", (expected,))
@@ -361,12 +374,12 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
     if len(left) != len(right) or len(left) > MAX_MEMBERS:
         return False
     if not has_order:
-        return match_all(left, right, equivalent)
+        return match_all(left, right, is_equivalent_text)
     # A list may leave out the brackets of a tuple, not those of an interval.
     if len(pairs) > 1 and pairs != {"", "()"}:
         return False
     return all(
-        equivalent(truth_member, answer_member)
+        is_equivalent_text(truth_member, answer_member)
         for truth_member, answer_member in zip(left, right, strict=True)
     )
 
@@ -409,7 +422,7 @@ def _name_first(chain: Chain) -> Chain:
 
 # In this order: `0.5 or 1/2` would be a list of two members, where one value is expected.
 RULES = (
-    functools.partial(same_congruence, is_equal=equivalent),
+    functools.partial(same_congruence, is_equal=is_equivalent_text),
     _compare_alternatives,
     _compare_exclusions,
     _compare_relations,

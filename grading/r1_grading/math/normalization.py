@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 
-from r1_grading.reading.answer import closing_brace, encloses
+from r1_grading.reading.answer import closing_brace, delimiters_enclose
 
 Replacement = str | Callable[[re.Match[str]], str]
 
@@ -173,7 +173,7 @@ def _strip_braces(text: str) -> str:
     """Return `text` without braces around all of it that only group, as in `{204}`.
 
     The braces of the set `{1, 4}` stay."""
-    while encloses("{", "}", text) and not re.search("[,;]", text):
+    while delimiters_enclose("{", "}", text) and not re.search("[,;]", text):
         text = text[1:-1].strip()
     return text
 

@@ -55,13 +55,13 @@ def without_thousands(text: str) -> str:
     return WITH_THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
 
 
-def nesting(text: str) -> int | None:
+def nesting_depth(text: str) -> int | None:
     """Return how deep brackets are nested in `text`; None where they do not close."""
     depths = [0, *_bracket_depths(LATEX_TOKEN.findall(text))]
     return max(depths) if depths[-1] == 0 and min(depths) == 0 else None
 
 
-def split(text: str, separators: frozenset[str]) -> list[tuple[str, str]]:
+def split_top_level(text: str, separators: frozenset[str]) -> list[tuple[str, str]]:
     """Split `text` at separators outside all brackets into (part, separator after it)."""
     parts: list[tuple[str, str]] = []
     part_tokens: list[str] = []
@@ -83,7 +83,7 @@ def read_structure(text: str) -> Structure | None:
     # Where a space follows the commas of a list, commas without one may separate thousands.
     if re.search(r",\s", content) or ROUND_THOUSANDS.search(content):
         content = THOUSANDS.sub("", content)
-    parts = [part for part, _ in split(content, SEPARATORS)]
+    parts = [part for part, _ in split_top_level(content, SEPARATORS)]
     members = tuple(part for part in parts if part)
     if not brackets or brackets in SETS:
         if not PLUS_MINUS.search(content):  # alone, \mp is \pm in another order
@@ -100,7 +100,7 @@ def read_matrix(text: str) -> list[list[str]] | None:
     None for any other text."""
     brackets, content = _split_brackets(text)
     if brackets == "[]" and r"\begin" not in content:
-        lists = [read_structure(part) for part, _ in split(content, SEPARATORS)]
+        lists = [read_structure(part) for part, _ in split_top_level(content, SEPARATORS)]
         if all(row is not None and row.brackets == "[]" for row in lists):
             return [list(row.members) for row in lists if row is not None]
     match = MATRIX.fullmatch(content if brackets in ("()", "[]") else text.strip())

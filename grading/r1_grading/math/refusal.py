@@ -9,7 +9,7 @@ be recognized as text. The worker's limits of time and memory stop what passes."
 
 import re
 
-from r1_grading.math.number import SEPARATORS, nesting, read_number, split
+from r1_grading.math.number import SEPARATORS, nesting_depth, read_number, split_top_level
 
 COMMAND_END = r"(?![A-Za-z])"
 TRIGONOMETRY = (
@@ -81,13 +81,13 @@ def last_value_of_computation(expected: str, answer: str) -> str:
     left, equals, value = answer.partition("=")
     if not equals or read_number(expected) is None or read_number(value.strip()) is None:
         return answer
-    is_one = len(split(left, SEPARATORS)) == 1 and COMPUTATIONS.search(left) is not None
+    is_one = len(split_top_level(left, SEPARATORS)) == 1 and COMPUTATIONS.search(left) is not None
     return value.strip() if is_one else answer
 
 
 def refusal_reason(expected: str, answer: str) -> str | None:
     """Return why `answer` (spelled) is not given to the parser; None where it is."""
-    depth = nesting(answer)
+    depth = nesting_depth(answer)
     if depth is None:
         return "its brackets do not close"
     if depth > MAX_NESTING:

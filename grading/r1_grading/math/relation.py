@@ -12,7 +12,7 @@ from typing import Any
 import regex as re  # not Python's: see rewards.py
 import sympy
 
-from r1_grading.math.number import SEPARATORS, Structure, match_all, read_structure, split
+from r1_grading.math.number import SEPARATORS, Structure, match_all, read_structure, split_top_level
 from r1_grading.math.symbolic import read_expression, same_value
 from r1_grading.reading.context import DENIAL
 
@@ -57,7 +57,7 @@ class Chain:
 
 def read_chain(text: str) -> Chain | None:
     """Read the relations of `text` outside all brackets; None where there are none."""
-    parts = split(text, RELATIONS)
+    parts = split_top_level(text, RELATIONS)
     if len(parts) == 1 or any(not side for side, _ in parts):
         return None
     return Chain(tuple(side for side, _ in parts), tuple(relation for _, relation in parts[:-1]))
@@ -81,7 +81,7 @@ def _opens_clause(text: str) -> bool:
     return DENIAL.search(text) is not None or CONDITION.match(text) is not None
 
 
-def squeeze(text: str) -> str:
+def bare_name(text: str) -> str:
     """Return `text` without spaces and braces, to compare names: `x_{1}` and `x_1`."""
     return re.sub(r"[\s{}]", "", text)
 
@@ -129,7 +129,7 @@ def read_set(text: str) -> sympy.Basic | None:
 
     None for a list of relations, for relations of several names, and where one of them is no
     set."""
-    parts = split(text, SEPARATORS)
+    parts = split_top_level(text, SEPARATORS)
     chains = [chain for part, _ in parts if (chain := read_chain(part)) is not None]
     if not chains:
         return read_expression(text)
@@ -152,9 +152,9 @@ def relation_name(text: str) -> str | None:
     """Return the one name that the relations of `text` are about; None for several.
 
     "" without a relation or a name."""
-    chains = [read_chain(part) for part, _ in split(text, SEPARATORS)]
+    chains = [read_chain(part) for part, _ in split_top_level(text, SEPARATORS)]
     sides = (side for chain in chains if chain is not None for side in chain.sides)
-    names = {squeeze(side) for side in sides if is_name(side)}
+    names = {bare_name(side) for side in sides if is_name(side)}
     return None if len(names) > 1 else "".join(names)
 
 
@@ -163,8 +163,12 @@ def same_operands(left: str, right: str) -> bool:
 
     The names may be in any order: `A \cup B`."""
     for operator in (r"\cup", r"\cap"):
-        left_operands = [squeeze(part) for part, _ in split(left, frozenset((operator,)))]
-        right_operands = [squeeze(part) for part, _ in split(right, frozenset((operator,)))]
+        left_operands = [
+            bare_name(part) for part, _ in split_top_level(left, frozenset((operator,)))
+        ]
+        right_operands = [
+            bare_name(part) for part, _ in split_top_level(right, frozenset((operator,)))
+        ]
         if min(len(left_operands), len(right_operands)) > 1 and all(map(is_name, left_operands)):
             return sorted(left_operands) == sorted(right_operands)
     return False
@@ -243,8 +247,8 @@ def set_builder_condition(text: str) -> str:
 
 def read_exclusion(text: str) -> tuple[str, list[str]] | None:
     r"""Return the name and the values of `x \neq 1, 2` and `x \neq 1, x \neq 2`."""
-    chains = [part.partition(r"\neq") for part, _ in split(text, SEPARATORS) if part]
-    names = {squeeze(name) for name, relation, _ in chains if relation}
+    chains = [part.partition(r"\neq") for part, _ in split_top_level(text, SEPARATORS) if part]
+    names = {bare_name(name) for name, relation, _ in chains if relation}
     if len(names) != 1 or not chains[0][1] or not is_name(chains[0][0]):
         return None
     if any(read_chain(name) is not None for name, relation, _ in chains if not relation):
@@ -275,7 +279,7 @@ def same_congruence(
     left, right = CONGRUENCE.fullmatch(expected), CONGRUENCE.fullmatch(answer)
     if left is None or right is None:
         return None if left is right else False
-    names = {squeeze(name) for name in (left["name"], right["name"]) if name}
+    names = {bare_name(name) for name in (left["name"], right["name"]) if name}
     if len(names) > 1:
         return False
     parts = ((left[part].strip(), right[part].strip()) for part in ("modulus", "residue"))
@@ -290,7 +294,7 @@ def read_list(text: str) -> Structure | None:
     r"""Read a list, set, tuple or interval; None for any other text.
 
     It may follow `(x, y) = ` or `x \in `."""
-    chain = read_chain(text) if len(split(text, SEPARATORS)) == 1 else None
+    chain = read_chain(text) if len(split_top_level(text, SEPARATORS)) == 1 else None
     if (
         chain is not None
         and set(chain.relations) <= {EQUALS_SIGN, MEMBER}
@@ -318,7 +322,7 @@ def _names_and_values(side: Structure) -> tuple[tuple[str, ...], list[str]]:
     for member in side.members:
         chain = read_chain(member)
         if chain is not None and chain.relations == (EQUALS_SIGN,) and is_name(chain.sides[0]):
-            names.append(squeeze(chain.sides[0]))
+            names.append(bare_name(chain.sides[0]))
             values.append(chain.sides[1])
         else:
             values.append(member)
@@ -329,7 +333,7 @@ def _names_and_values(side: Structure) -> tuple[tuple[str, ...], list[str]]:
 
 def lists_relations(text: str) -> bool:
     r"""Whether `text` is a list with commas that has a relation: `x = k\pi, k \in \mathbb{Z}`."""
-    parts = split(text, SEPARATORS)
+    parts = split_top_level(text, SEPARATORS)
     if all(joint not in (",", ";") for _, joint in parts):
         return False
     return any(read_chain(part) is not None for part, _ in parts)
@@ -356,7 +360,7 @@ def _parameter_name(side: Structure) -> str | None:
     domains = [match["name"] for member in side.members if (match := DOMAIN.match(member))]
     chains = [chain for member in side.members if (chain := read_chain(member)) is not None]
     names_with_value = {
-        squeeze(chain.sides[0]) for chain in chains if EQUALS_SIGN in chain.relations
+        bare_name(chain.sides[0]) for chain in chains if EQUALS_SIGN in chain.relations
     }
     if len(domains) != 1 or domains[0] in names_with_value:
         return None
@@ -371,7 +375,7 @@ def without_repeats(sides: tuple[Structure, Structure], *members: list[str]) -> 
     They matter in lists of numbers that both repeat some. `3, 5, 5` is not `3, 3, 5`, but roots may
     be listed with or without their multiplicities."""
     distinct_members = [
-        list({squeeze(member): member for member in side}.values()) for side in members
+        list({bare_name(member): member for member in side}.values()) for side in members
     ]
     both_repeat = all(
         len(few) < len(all_) for few, all_ in zip(distinct_members, members, strict=True)

@@ -4,7 +4,7 @@ math-verify's parser (latex2sympy) is called directly. Its own `parse` searches 
 answer, with regular expressions that can take exponential time, and changes it: it drops units
 (`2h` becomes 2), primes (`f'` becomes f) and case (`X` becomes x).
 
-`evaluate` is exact for rational operations, and to 120 digits at a point otherwise; like
+`evaluate_expression` is exact for rational operations, and to 120 digits at a point otherwise; like
 `exact_rational` it walks the tree once, bounded in time and size. sympy's own `evalf` raises its
 precision again and again below a cancellation, which takes exponential time on nested fractions,
 and it would compute a number of a billion digits."""
@@ -58,7 +58,9 @@ class OutOfRange(Exception):
     """A part of the expression is undefined at the point, or too large to compute."""
 
 
-def evaluate(expression: sympy.Basic, values: Mapping[str, Any] | None = None) -> mpmath.mpc:
+def evaluate_expression(
+    expression: sympy.Basic, values: Mapping[str, Any] | None = None
+) -> mpmath.mpc:
     """Return the value with these values of its symbols (by name), to about 120 digits.
 
     An undefined function f(x) gets a value that depends on f and x alone. Linear in the size of the
@@ -264,11 +266,11 @@ def read_expression(text: str) -> sympy.Basic | None:
     return expression if isinstance(expression, sympy.Basic | sympy.MatrixBase) else None
 
 
-def constant(text: str) -> mpmath.mpc | None:
+def constant_value(text: str) -> mpmath.mpc | None:
     """Return the value of a spelled expression without symbols; None for any other."""
     expression = read_expression(text)
     try:
-        return None if expression is None else evaluate(expression)
+        return None if expression is None else evaluate_expression(expression)
     except (NotNumeric, OutOfRange):
         return None
 
@@ -286,7 +288,7 @@ def _same_at_points(left: sympy.Expr, right: sympy.Expr, seed: str) -> bool | No
         names, rng, has_far_points=_has_branches(left) or _has_branches(right)
     ):
         try:
-            pair = [evaluate(side, values) for side in (left, right)]
+            pair = [evaluate_expression(side, values) for side in (left, right)]
         except NotNumeric:
             return None
         except OutOfRange:

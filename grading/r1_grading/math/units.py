@@ -248,11 +248,11 @@ def words_to_number(text: str) -> str:
         amount = apply_scale(match["number"], match["scale"])
         if amount is not None:
             return f"{match['sign']}{amount} {match['unit']}".strip()
-    value = cardinal(text)
+    value = read_number_words(text)
     return text if value is None else str(value)
 
 
-def cardinal(text: str) -> int | None:
+def read_number_words(text: str) -> int | None:
     """Return the number that English words write, `two hundred and five`; None for other text."""
     if not NUMBER_WORDS.fullmatch(text):
         return None

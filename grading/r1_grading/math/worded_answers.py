@@ -217,7 +217,7 @@ def _sentence_value(text: str) -> str | None:
     return match[2]
 
 
-def plain(text: str) -> str:
+def without_markup(text: str) -> str:
     """Return `text` without marks that change no value.
 
     These are font commands, dollar signs, emphasis, repeated spaces and a last full stop. Letters
@@ -234,7 +234,7 @@ def read_choice(text: str) -> tuple[str, str] | None:
     """Read the letter of a choice and the text after it: `C`, `(C)`, `C.
 
     12`, `option C`. None for any other text, and where a second letter is named."""
-    text = ANSWER_PREFIX.sub("", plain(text), count=1)
+    text = ANSWER_PREFIX.sub("", without_markup(text), count=1)
     if (match := LABEL.fullmatch(text)) is None:
         return None
     choice_text = (match["rest0"] or match["rest1"] or match["rest2"] or "").strip()
@@ -248,7 +248,7 @@ def same_letter(letter: str, answer: str) -> bool:
     choice = read_choice(answer)
     if choice is not None:
         return choice[0] == letter
-    plain_text = plain(answer)
+    plain_text = without_markup(answer)
     return len(plain_text) == 1 and plain_text.islower() and plain_text.upper() == letter
 
 
@@ -256,7 +256,7 @@ def read_letters(text: str) -> str | None:
     """Return the letters of several choices in their order, `ABD` or `A, B and D`.
 
     None for any other text."""
-    match = LETTERS.fullmatch(plain(text))
+    match = LETTERS.fullmatch(without_markup(text))
     letters = re.findall(LETTER, match[0]) if match else []
     return "".join(letters) if letters == sorted(set(letters)) and len(letters) > 1 else None
 
@@ -264,7 +264,11 @@ def read_letters(text: str) -> str | None:
 def without_label(text: str) -> str | None:
     r"""Return the text after the label of a choice, 27 of `\textbf{(E)}\ 27`, or None."""
     choice = read_choice(text)
-    if choice is None or not choice[1] or not re.match(r"\(\s*[A-J]\s*\)|[A-J][).]", plain(text)):
+    if (
+        choice is None
+        or not choice[1]
+        or not re.match(r"\(\s*[A-J]\s*\)|[A-J][).]", without_markup(text))
+    ):
         return None
     return choice[1]
 
@@ -272,19 +276,19 @@ def without_label(text: str) -> str | None:
 def is_letter(text: str) -> bool:
     """Whether a truth is only the letter of a choice: `C`, `C.` or `(C)`."""
     choice = read_choice(text)
-    return choice is not None and not choice[1] and not re.search("[a-j]", plain(text))
+    return choice is not None and not choice[1] and not re.search("[a-j]", without_markup(text))
 
 
 def is_order(text: str) -> bool:
     """Two or three capitals side by side: an order or points, never a product of three numbers."""
-    return CAPITALS.fullmatch(plain(text)) is not None
+    return CAPITALS.fullmatch(without_markup(text)) is not None
 
 
 def is_words(text: str, original: str) -> bool:
     r"""Whether a truth is words and not a formula: `north`, `right angle`, `\text{even}`.
 
     Without `\text{}`, up to three letters may be a product: `xy` is not a word, `yes` is."""
-    words = plain(text).split()
+    words = without_markup(text).split()
     if not words or not all(LATIN_WORD.fullmatch(word.strip(",;:!?()")) for word in words):
         return False
     if original.lstrip("$ ").startswith((r"\text", r"\mathrm", r"\mathbf", r"\boxed{\text")):
@@ -300,7 +304,7 @@ def same_words(expected: str, answer: str, *, ignore_case: bool) -> bool:
         expected: the truth.
         answer: the response's answer.
         ignore_case: whether upper and lower case are equal."""
-    left, right = plain(expected), plain(answer)
+    left, right = without_markup(expected), without_markup(answer)
     if ignore_case:
         left, right = (side.rstrip("!").lower() for side in (left, right))
     return left != "" and left == right
@@ -312,7 +316,7 @@ def read_phrase(text: str) -> str:
     Any other text is unchanged."""
     if len(text) > MAX_PHRASE_CHARS:
         return text
-    words = plain(text).lower()
+    words = without_markup(text).lower()
     return r"\emptyset" if NO_SOLUTION.fullmatch(words) else MEANINGS.get(words, text)
 
 
@@ -322,7 +326,7 @@ def read_moment(text: str) -> tuple[str, ...] | None:
     Two numbers in lowest terms, such as `2:3` and `5:12`, are a ratio."""
     if len(text) > MAX_PHRASE_CHARS:
         return None
-    text = plain(text).lower()
+    text = without_markup(text).lower()
     for date_pattern in DATES:
         if (match := date_pattern.fullmatch(text)) is not None:
             return match["month"][:3], match["day"].lstrip("0"), match["year"] or ""

@@ -7,8 +7,8 @@ from r1_grading.reading.answer import (
     END_THINK,
     THINK,
     Extraction,
-    extract,
-    unwrap,
+    extract_answer,
+    unwrap_answer,
 )
 from r1_grading.reading.final_answer import (
     READING_REWARDS,

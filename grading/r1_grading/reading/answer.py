@@ -113,7 +113,7 @@ class Extraction:
 OPEN_THOUGHT = Extraction(None, "no answer found: the thought is never closed")
 
 
-def extract(
+def extract_answer(
     response: str, *, thought_opened: bool = False, reads_last_line: bool = False
 ) -> Extraction:
     r"""Return the final answer of a response, from the text after its chain of thought.
@@ -188,22 +188,22 @@ def final_answers(block: str) -> list[str]:
     return [block]
 
 
-def unwrap(answer: str) -> str:
+def unwrap_answer(answer: str) -> str:
     r"""Return `answer` without `\boxed{}`, dollar signs, `\text{}` and full stops around it.
 
     The solution before `####` is left out as well."""
     answer = final_answers(answer)[-1]
-    answer, previous_answer = trim(answer), None
+    answer, previous_answer = trim_invisible(answer), None
     while answer != previous_answer:
         previous_answer = answer
         answer = answer[:-MAX_CLOSING_CHARS] + CLOSING.sub("", answer[-MAX_CLOSING_CHARS:])
         for left, right in DELIMITERS:
-            if encloses(left, right, answer):
+            if delimiters_enclose(left, right, answer):
                 answer = answer[len(left) : len(answer) - len(right)].strip()
     return answer
 
 
-def trim(text: str) -> str:
+def trim_invisible(text: str) -> str:
     """Return `text` without spaces and invisible characters at both ends."""
     return text.strip(TRIMMED_CHARS)
 
@@ -298,13 +298,13 @@ def make_extraction(answer: str, source: str = "", around: str = "") -> Extracti
         answer: the text as it was found.
         source: where it was found, for the reason.
         around: the text that its box stands in."""
-    answer = trim(without_special_tokens(answer))
+    answer = trim_invisible(without_special_tokens(answer))
     if not answer:
         return Extraction(None, "no answer found: it is empty")
     return Extraction(answer, source=source, around=around)
 
 
-def encloses(left: str, right: str, answer: str) -> bool:
+def delimiters_enclose(left: str, right: str, answer: str) -> bool:
     """Whether the delimiter `left` at the start of `answer` belongs to `right` at its end."""
     if not (answer.startswith(left) and answer.endswith(right)):
         return False
@@ -324,7 +324,7 @@ def closing_brace(text: str, start: int) -> int | None:
     return None
 
 
-def describe(answer: str, expected: str, correct: bool, source: str = "") -> str:
+def describe_comparison(answer: str, expected: str, correct: bool, source: str = "") -> str:
     """Return the reason of a comparison: "correct: 13" or "wrong: 12, expected 13".
 
     Args:

@@ -14,7 +14,7 @@ from r1_grading.reading.answer import (
     OPEN_THOUGHT,
     Extraction,
     after_thought,
-    extract,
+    extract_answer,
     last_boxed,
     last_line,
     make_extraction,
@@ -61,10 +61,10 @@ def read_answer(
 
     Args:
         response: the text that the policy sampled.
-        reading: "strict" is `answer.extract`, with `reads_last_line`. "tags" is the one `<answer>`
-            block. "boxed" is the last `\boxed{}`. "last" is the text after `####` or "answer is" in
-            the last line that is not blank; if the truth is `numeric`, the last number of that
-            text. "auto" is the first of tags, boxed and last that is present.
+        reading: "strict" is `answer.extract_answer`, with `reads_last_line`. "tags" is the one
+            `<answer>` block. "boxed" is the last `\boxed{}`. "last" is the text after `####` or
+            "answer is" in the last line that is not blank; if the truth is `numeric`, the last
+            number of that text. "auto" is the first of tags, boxed and last that is present.
         thought_opened: whether the prompt ended with `<think>`.
         reads_last_line: whether "strict" also reads a last line that is the answer.
         numeric: whether the truth is one number (`is_number`).
@@ -88,7 +88,9 @@ def read_answer(
         marked_extraction = marked_answer(visible_text, numeric) if is_line else None
         return _reject_changed_box(
             marked_extraction
-            or extract(response, thought_opened=thought_opened, reads_last_line=reads_last_line)
+            or extract_answer(
+                response, thought_opened=thought_opened, reads_last_line=reads_last_line
+            )
         )
     for name, find in FINDERS.items():
         if reading in (name, "auto") and (extraction := find(visible_text, numeric)) is not None:

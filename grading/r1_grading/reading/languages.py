@@ -1,9 +1,9 @@
 """The words of a text by language, without code, formulae, numbers and identifiers.
 
 A Chinese and an English word weigh the same, and symbols and single letters count as words.
-`prose` separates the prose of a chain of thought from the rest, and returns the words inside the
-rest too, because a thought could be written in them alone. `fold` replaces circled, full-width,
-regional, tag and escaped letters by plain ones first.
+`split_prose` separates the prose of a chain of thought from the rest, and returns the words inside
+the rest too, because a thought could be written in them alone. `fold_letters` replaces circled,
+full-width, regional, tag and escaped letters by plain ones first.
 
 Every pattern is linear: quantifiers are possessive, a delimited span stops at the next delimiter of
 its kind, and a token begins only where the character before it could not belong to it."""
@@ -164,7 +164,7 @@ FOLDING = _Folding(
 )
 
 
-def fold(text: str) -> tuple[str, int]:
+def fold_letters(text: str) -> tuple[str, int]:
     """Return `text` in plain letters without invisible marks, and the number of those marks."""
     for _ in range(ENTITY_PASSES):
         text = ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
@@ -272,13 +272,13 @@ class Prose:
     marks: float
 
 
-def prose(text: str) -> Prose:
+def split_prose(text: str) -> Prose:
     """Split `text`, with its letters in plain forms, into prose and parts in no language.
 
     Not prose: code in backticks, formulae between LaTeX's delimiters, LaTeX commands, URLs, numbers
     with their units, identifiers (`x1`, `max_len`, `np.array`, `leftSum`), functions (`sin`),
     lone acronyms. Prose: also a code block or formula that contains prose, see `_is_prose`."""
-    text, num_invisible = fold(text)
+    text, num_invisible = fold_letters(text)
     marks = num_invisible / GLUED_WORD_LETTERS
     inline_texts: list[str] = []
     fenced_texts: list[str] = []
@@ -352,7 +352,7 @@ def judged_words(thought: str) -> WordCount:
     """Count the words of the prose, and those of code and symbols beyond the free share.
 
     Symbols include formulae. A thought without prose has no words."""
-    parts = prose(thought)
+    parts = split_prose(thought)
     words = count_words(parts.text)
     neutral_words = count_words(parts.inline).plus(count_words(parts.fenced), FENCED_WEIGHT)
     neutral_words = neutral_words.plus(WordCount(0, 0, parts.marks), 1)

@@ -84,7 +84,7 @@ def judge_prompt(instructions: str, texts: Mapping[str, str], vote: int) -> tupl
     message = FRAME.format(
         instructions=instructions,
         key=key,
-        texts="\n\n".join(fence(name, key, text) for name, text in texts.items()),
+        texts="\n\n".join(fence_text(name, key, text) for name, text in texts.items()),
         choices=", ".join(f'"{verdict}"' for verdict in verdicts),
         example=json.dumps({"key": key, "verdict": "<verdict>"}),
     )
@@ -124,7 +124,7 @@ def fence_key(*parts: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def fence(name: str, key: str, text: str) -> str:
+def fence_text(name: str, key: str, text: str) -> str:
     """Return `text` between two lines that cannot be written without knowing `key`.
 
     Args:

@@ -27,12 +27,12 @@ def start() -> None:
     with open(path, "rb") as file:
         source = file.read()
     if FUNCTION:
-        call(FUNCTION, source, path)
+        call_function(FUNCTION, source, path)
     else:
-        run(source, path, files)
+        run_program(source, path, files)
 
 
-def run(source: bytes, path: str, files: "list[str]") -> None:
+def run_program(source: bytes, path: str, files: "list[str]") -> None:
     """Run the program as `__main__`, with its own standard input and output.
 
     A checker that fails (an exception) exits with status 3; one that rejects exits with another
@@ -67,7 +67,7 @@ def run(source: bytes, path: str, files: "list[str]") -> None:
         sys.exit(3)  # testlib's status for a checker that failed
 
 
-def call(name: str, source: bytes, path: str) -> None:
+def call_function(name: str, source: bytes, path: str) -> None:
     """Load the program, call its function, and write the result; does not return.
 
     The result leaves as JSON on the original standard output, while prints go to /dev/null.
@@ -90,7 +90,7 @@ def call(name: str, source: bytes, path: str) -> None:
     exec(code, module.__dict__)
     solution = module.__dict__.get("Solution")
     owner = solution() if solution is not None and hasattr(solution, name) else module
-    answer = encode(getattr(owner, name)(*args, **kwargs)).encode("utf-8", "surrogatepass")
+    answer = encode_json(getattr(owner, name)(*args, **kwargs)).encode("utf-8", "surrogatepass")
     while answer:
         answer = answer[posix.write(channel, answer) :]
     posix._exit(0)
@@ -126,7 +126,7 @@ def compile_lazily(source: bytes, path: str) -> "CodeType":
     return compile(source, path, "exec", __future__.annotations.compiler_flag, dont_inherit=True)
 
 
-def encode(value: object) -> str:
+def encode_json(value: object) -> str:
     """Return JSON text of JSON's types and tuples (importing the json module takes 8 ms)."""
     if value is None or value is True or value is False:
         return {None: "null", True: "true", False: "false"}[value]
@@ -140,9 +140,9 @@ def encode(value: object) -> str:
 
         return encode_basestring_ascii(value)
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join([encode(item) for item in value]) + "]"
+        return "[" + ",".join([encode_json(item) for item in value]) + "]"
     if isinstance(value, dict):
-        pairs = [f"{encode(str(key))}:{encode(item)}" for key, item in value.items()]
+        pairs = [f"{encode_json(str(key))}:{encode_json(item)}" for key, item in value.items()]
         return "{" + ",".join(pairs) + "}"
     raise TypeError(f"the function returned a {type(value).__name__}, which JSON cannot hold")
 

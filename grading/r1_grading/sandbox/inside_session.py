@@ -59,14 +59,14 @@ def start() -> None:
         except SystemExit:
             pass
         except BaseException as error:  # noqa: BLE001 - a cell may raise anything
-            output.write(describe(error))
+            output.write(describe_error(error))
         content = output.getvalue().encode("utf-8", "replace")
         message = len(content).to_bytes(4, "big") + content
         while message:
             message = message[posix.write(replies, message) :]
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an error as a line, with the lines of the cell that it passed through."""
     trace, lines = error.__traceback__, []
     while trace is not None:

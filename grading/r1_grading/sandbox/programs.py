@@ -16,7 +16,7 @@ from pathlib import Path
 from r1_grading.base.errors import Cause, shorten
 from r1_grading.sandbox import requirements
 from r1_grading.sandbox.limits import Budget, Limits
-from r1_grading.sandbox.run import SandboxError, run
+from r1_grading.sandbox.run import SandboxError, run_command
 
 PRELOADED_MODULES = (
     "string",
@@ -107,10 +107,10 @@ def compile_cpp(source: str, standard: str, budget: Budget) -> Program | str:
         source: the program's text in C++.
         standard: a key of `STANDARDS`.
         budget: the compiler's limits."""
-    command = f"{shlex.quote(requirements.compiler())} -std={standard.replace('c++', 'gnu++')}"
+    command = f"{shlex.quote(requirements.find_compiler())} -std={standard.replace('c++', 'gnu++')}"
     command += f" {COMPILER_OPTIONS} -o main main.cpp >&2 && exec cat main"
     files = {"main.cpp": source.encode("utf-8", "replace")}
-    outcome = run(("/usr/bin/sh", "-c", command), budget, files=files, compiler=True)
+    outcome = run_command(("/usr/bin/sh", "-c", command), budget, files=files, compiler=True)
     if outcome.stopped:
         return f"the compiler ran into its limit of {outcome.stopped}"
     if outcome.status != 0:
@@ -135,12 +135,12 @@ def require_sandbox(language: str) -> None:
             key="Linux",
             cause=Cause.UNSUPPORTED,
         )
-    requirements.launcher()
+    requirements.find_launcher()
     if language == "cpp":
-        requirements.compiler()
+        requirements.find_compiler()
     program = python_script("print(6 * 7)")
     try:
-        outcome = run(program.command, Limits().program(), files=program.files)
+        outcome = run_command(program.command, Limits().program(), files=program.files)
     except SandboxError as error:
         raise requirements.SandboxUnavailable(
             f"graded programs run in a sandbox or not at all, and it cannot be built ({error}): "
@@ -165,7 +165,7 @@ def _python_program(function: str, names: dict[str, str], source: str, *argument
     # -s -S: no site-packages; -B: no .pyc files. Not -I, which would drop PYTHONHASHSEED.
     starter = f"FUNCTION, NAMES = {function!r}, {names!r}\n{PROGRAM_SOURCE}"
     command = (
-        requirements.interpreter()[0],
+        requirements.find_interpreter()[0],
         "-s",
         "-S",
         "-B",

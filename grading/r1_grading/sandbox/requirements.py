@@ -22,7 +22,7 @@ class SandboxUnavailable(UserError):
 
 
 @functools.cache
-def launcher() -> tuple[str, ...]:
+def find_launcher() -> tuple[str, ...]:
     """Return the start of every command line, up to bwrap itself.
 
     Root changes to user NOBODY first: limits on processes do not bind root, and a program that
@@ -36,7 +36,7 @@ def launcher() -> tuple[str, ...]:
 
 
 @functools.cache
-def interpreter() -> tuple[str, tuple[str, ...]]:
+def find_interpreter() -> tuple[str, tuple[str, ...]]:
     """Return the path of a Python inside the sandbox, and the bwrap options that mount it.
 
     It is this process's Python if the sandbox user can read it, else the system's.
@@ -67,7 +67,7 @@ def interpreter() -> tuple[str, tuple[str, ...]]:
 
 
 @functools.cache
-def compiler() -> str:
+def find_compiler() -> str:
     """Return the system's g++: its headers and libraries are in folders that the sandbox mounts.
 
     Raises:

@@ -250,7 +250,7 @@ LIBRARY_LINKS = ("/lib", "/lib32", "/lib64")
 COMPILER_FOLDERS = ("/usr/bin", "/usr/include", "/usr/libexec")
 
 
-def run(
+def run_command(
     command: Sequence[str],
     budget: Budget,
     *,
@@ -288,7 +288,7 @@ def sealed_file(content: bytes) -> BinaryIO:
     return file
 
 
-def launch(
+def launch_sandbox(
     stack: contextlib.ExitStack,
     command: Sequence[str],
     budget: Budget,
@@ -304,7 +304,7 @@ def launch(
         budget: the limits of the run.
         stdin: the standard input, as for `Popen`.
         files: name → content, in the working folder.
-        compiler: as for `run`."""
+        compiler: as for `run_command`."""
     system_calls = build_filter(compiler=compiler)
     fds = [stack.enter_context(sealed_file(content)).fileno() for content in files.values()]
     options: list[str] = []
@@ -315,7 +315,7 @@ def launch(
     stack.callback(os.close, status_read)
     filter_file = stack.enter_context(os.fdopen(filter_write, "wb"))
     arguments = [
-        *requirements.launcher(),
+        *requirements.find_launcher(),
         *NAMESPACES,
         *_mount_options(compiler, budget.disk_bytes),
         *options,
@@ -349,7 +349,7 @@ def _run_once(
 ) -> ProgramOutcome:
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(sealed_file(stdin)).fileno()
-        sandbox = launch(stack, command, budget, source, files, compiler)
+        sandbox = launch_sandbox(stack, command, budget, source, files, compiler)
         with contextlib.closing(sandbox):
             return sandbox.wait()
 
@@ -374,7 +374,7 @@ def _mount_options(compiler: bool, disk_bytes: int) -> tuple[str, ...]:
         arguments += ["--symlink", "usr/bin", "/bin", "--size", str(disk_bytes), "--tmpfs", WORK]
     else:
         arguments += [
-            *requirements.interpreter()[1],
+            *requirements.find_interpreter()[1],
             "--ro-bind",
             requirements.PRLIMIT,
             requirements.PRLIMIT,

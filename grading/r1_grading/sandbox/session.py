@@ -10,7 +10,7 @@ from pathlib import Path
 
 from r1_grading.sandbox import requirements
 from r1_grading.sandbox.limits import Limits
-from r1_grading.sandbox.run import SETUP_SECONDS, SandboxError, SandboxProcess, launch
+from r1_grading.sandbox.run import SETUP_SECONDS, SandboxError, SandboxProcess, launch_sandbox
 
 SESSION_SOURCE = (Path(__file__).parent / "inside_session.py").read_text(encoding="utf-8")
 GRACE_SECONDS = 0.5
@@ -37,10 +37,10 @@ class PythonSession:
     def __init__(self, limits: Limits) -> None:
         self._stack = contextlib.ExitStack()
         self._output_bytes = int(limits.output_mib * 2**20)
-        command = (requirements.interpreter()[0], "-s", "-S", "-B", "-u", "-c", SESSION_SOURCE)
+        command = (requirements.find_interpreter()[0], "-s", "-S", "-B", "-u", "-c", SESSION_SOURCE)
         with contextlib.ExitStack() as stack:
             budget = limits.program()
-            self._sandbox = launch(stack, command, budget, subprocess.PIPE, {})
+            self._sandbox = launch_sandbox(stack, command, budget, subprocess.PIPE, {})
             stack.enter_context(contextlib.closing(self._sandbox))
             self._start_interpreter(self._sandbox)
             self._stack = stack.pop_all()

@@ -13,7 +13,7 @@ from r1_grading.math import accuracy
 from r1_grading.math.normalization import normalize_latex
 from r1_grading.math.number import read_number, read_structure, same_number
 from r1_grading.math.relation import read_set
-from r1_grading.math.symbolic import NotNumeric, OutOfRange, evaluate
+from r1_grading.math.symbolic import NotNumeric, OutOfRange, evaluate_expression
 from r1_grading.math.units import split_unit
 from r1_grading.math.worded_answers import read_choice, stated_answer
 
@@ -171,7 +171,7 @@ def test_numbers_are_compared_exactly_where_none_is_a_decimal():
 )
 @pytest.mark.parametrize("point", [1.7, -2.3])
 def test_values_are_those_of_sympy(expression, point):
-    ours = evaluate(expression, {"x": mpmath.mpf(point)})
+    ours = evaluate_expression(expression, {"x": mpmath.mpf(point)})
     theirs = complex(expression.subs(X, sympy.Float(point, 30)).evalf(20))
     assert complex(ours) == pytest.approx(theirs, rel=1e-12)
 
@@ -181,9 +181,9 @@ def test_values_that_are_undefined_or_too_large_are_refused_at_once():
     tower = sympy.Pow(nine, sympy.Pow(nine, nine**9, evaluate=False), evaluate=False)
     for expression in (tower, 1 / X, sympy.cos(tower), sympy.factorial(X + 10**9), sympy.log(X)):
         with pytest.raises(OutOfRange):
-            evaluate(expression, {"x": mpmath.mpf(0)})
+            evaluate_expression(expression, {"x": mpmath.mpf(0)})
     with pytest.raises(NotNumeric):
-        evaluate(sympy.Integral(X, X), {"x": mpmath.mpf(1)})
+        evaluate_expression(sympy.Integral(X, X), {"x": mpmath.mpf(1)})
 
 
 def test_a_continued_fraction_is_one_walk():
@@ -192,7 +192,7 @@ def test_a_continued_fraction_is_one_walk():
     for _ in range(100):
         expression = 1 / (1 + expression)
     golden = (mpmath.sqrt(5) - 1) / 2
-    assert abs(evaluate(expression, {"x": mpmath.mpf(1)}) - golden) < 1e-15
+    assert abs(evaluate_expression(expression, {"x": mpmath.mpf(1)}) - golden) < 1e-15
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from r1_grading import Grade
-from r1_grading.rewards import resolve
+from r1_grading.rewards import resolve_reward
 from r1_grading.terms import RewardUnusable, combine
 from refusals import refused
 
@@ -101,7 +101,7 @@ def test_a_column_that_is_read_under_another_name_is_named():
 @pytest.mark.parametrize("kind", ["sub.mine.unit", "sub/mine.py:unit"])
 def test_the_form_of_an_own_reward_is_shown(kind):
     with refused("kind", Cause.UNKNOWN, kind, "'sub.mine:unit'"):
-        resolve(kind)
+        resolve_reward(kind)
 
 
 def test_a_run_that_is_not_there_is_no_model_of_the_hub(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any
 
 from r1_grading import Grade, RewardPool
-from r1_grading.rewards import GRADERS, resolve
+from r1_grading.rewards import GRADERS, resolve_reward
 
 from tools.bench import host
 from tools.bench.rewards import samples
@@ -95,7 +95,7 @@ async def _measure_rate(
 ) -> tuple[float | None, int]:
     """Return grades per second of warm workers (None: not available here), and wrong rewards."""
     try:
-        resolve(batch[0].kind)
+        resolve_reward(batch[0].kind)
     except ValueError:
         return None, 0
     async with _reward_pool(args) as pool:
