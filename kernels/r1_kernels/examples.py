@@ -59,7 +59,7 @@ class ExampleLaunch(NamedTuple):
     """Elements of the whole launch."""
 
 
-def launches(kernel: Kernel, sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
+def example_launches(kernel: Kernel, sizes: ExampleSizes, device: str) -> Iterator[ExampleLaunch]:
     """Yield the launches of a kernel: those of the function of its name in this file.
 
     Args:

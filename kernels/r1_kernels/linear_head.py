@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from r1_kernels.precision import accumulate, accumulation_dtype, matmul_into
+from r1_kernels.precision import accumulate_product, accumulation_dtype, matmul_into
 from r1_kernels.registry import Primitives
 from r1_kernels.sampling_mask import KeptIds
 from r1_kernels.vocabulary import PendingStatistics, RowSoftmax, RowUpstream, VocabShard
@@ -275,7 +275,7 @@ class HeadGradients:
             states: hidden[rows].
             d_logits: (rows, V_local) in hidden's dtype."""
         if self.weight is not None:
-            accumulate(self.weight, d_logits.t(), states)
+            accumulate_product(self.weight, d_logits.t(), states)
         if self.hidden is None:
             return
         # Padding rows may hold NaN, and 0 times NaN is NaN.

@@ -53,7 +53,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return out.copy_(a @ b)
 
 
-def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+def accumulate_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """Compute out += a @ b; the product is not rounded to a's dtype.
 
     The CPU has no product of bf16 matrices with fp32 sums, and computes with fp32 copies.

@@ -375,7 +375,7 @@ class ExampleInputs(Inputs):
         shape = examples.ExampleSizes(
             sizes.tokens, sizes.shard, (sizes.shard, sizes.hidden), sizes.sequences
         )
-        example = next(examples.launches(kernel, shape, str(device)))
+        example = next(examples.example_launches(kernel, shape, str(device)))
         self.arguments = example.arguments
         self.num_bytes = int(example.least_bytes * example.num_elements)
         self.device = device

@@ -93,9 +93,9 @@ def _real_launches(kernel: Any) -> Iterator[tuple[str, Any]]:
 
     Args:
         kernel: registry.Kernel."""
-    from r1_kernels.examples import ExampleSizes, launches
+    from r1_kernels.examples import ExampleSizes, example_launches
 
-    for example in launches(kernel, ExampleSizes(), "meta"):
+    for example in example_launches(kernel, ExampleSizes(), "meta"):
         yield example.name, example
 
 
@@ -104,14 +104,16 @@ def alternatives(kernel: Any) -> Iterator[tuple[str, Any]]:
 
     Args:
         kernel: registry.Kernel."""
-    from r1_kernels.examples import ExampleSizes, launches
+    from r1_kernels.examples import ExampleSizes, example_launches
 
     from r1_kernels_bench import sweep
 
     for choices in (choices for choices in sweep.PLAN if choices.kernel == kernel.name):
         print(f"{' / '.join(choices.values)} in {choices.place}; * in use")
         sizes = ExampleSizes(vocab_size=ExampleSizes().vocab_size + choices.more_columns)
-        examples = [e for e in launches(kernel, sizes, "meta") if e.name in choices.launches]
+        examples = [
+            e for e in example_launches(kernel, sizes, "meta") if e.name in choices.launches
+        ]
         columns = f", {sizes.vocab_size} columns" if choices.more_columns else ""
         in_use = choices.present_values
         for values in choices.candidates:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from r1_kernels.examples import ExampleLaunch, ExampleSizes, launches
+from r1_kernels.examples import ExampleLaunch, ExampleSizes, example_launches
 from r1_kernels.registry import KERNELS, load_primitives
 
 from r1_kernels_bench.measure import CUDAMeter
@@ -213,7 +213,7 @@ def measure(
     kernel = next(kernel for kernel in KERNELS if kernel.name == choices.kernel)
     rows: list[dict[str, Any]] = [{"values": v, "seconds": {}} for v in choices.candidates]
     failures: dict[str, str] = {}
-    examples = launches(kernel, sizes, device)
+    examples = example_launches(kernel, sizes, device)
     while True:
         try:
             example = next(examples, None)

@@ -8,7 +8,7 @@ import r1_kernels
 import torch
 from formulae import near
 from r1_kernels import reference
-from r1_kernels.examples import ExampleSizes, launches
+from r1_kernels.examples import ExampleSizes, example_launches
 from r1_kernels.registry import KERNELS, load_primitives
 
 from tools import kernel_table
@@ -34,7 +34,7 @@ def cloned(arguments: tuple) -> list:
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_every_example_gives_the_same_in_triton_and_in_plain_pytorch(kernel):
     torch.manual_seed(0)
-    for example in launches(kernel, SMALL, "cpu"):
+    for example in example_launches(kernel, SMALL, "cpu"):
         ours, plain = (
             tensors(getattr(load_primitives(backend), kernel.name)(*cloned(example.arguments)))
             for backend in ("triton", "torch")
@@ -57,7 +57,7 @@ def test_both_backends_have_one_signature(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_every_primitive_has_examples(kernel):
-    assert list(launches(kernel, SMALL, "meta")), kernel.name
+    assert list(example_launches(kernel, SMALL, "meta")), kernel.name
 
 
 def test_readme_has_the_registrys_table():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from formulae import near
-from r1_kernels.examples import ExampleSizes, launches
+from r1_kernels.examples import ExampleSizes, example_launches
 from r1_kernels.registry import KERNELS, load_primitives
 from r1_kernels_bench import sweep
 from r1_kernels_bench.measure import CPUMeter
@@ -51,7 +51,7 @@ def test_the_plan_has_every_kernel_its_launches_and_the_values_in_use():
     assert {choices.kernel for choices in sweep.PLAN} == {kernel.name for kernel in KERNELS}
     for choices in sweep.PLAN:
         kernel = next(kernel for kernel in KERNELS if kernel.name == choices.kernel)
-        known = {example.name for example in launches(kernel, SMALL, "meta")}
+        known = {example.name for example in example_launches(kernel, SMALL, "meta")}
         assert set(choices.launches) <= known, choices.kernel
         assert choices.present_values in choices.candidates, choices
         assert (ROOT / choices.place.rpartition(" ")[2]).exists()
@@ -66,7 +66,7 @@ def test_every_candidate_gives_what_plain_pytorch_gives(choices):
     sizes = ROWS if kernel.stem == "softmax" else SMALL
     sizes = sizes._replace(vocab_size=sizes.vocab_size + choices.more_columns)
     before = choices.present_values
-    for example in launches(kernel, sizes, "cpu"):
+    for example in example_launches(kernel, sizes, "cpu"):
         if example.name not in choices.launches:
             continue
         plain = tensors(getattr(load_primitives("torch"), kernel.name)(*cloned(example.arguments)))
