@@ -208,7 +208,7 @@ def find_environment(target: str) -> type:
     return find_value(target, "environment class", inspect.isclass)
 
 
-def describe(environment: type) -> EnvironmentDescription:
+def describe_environment(environment: type) -> EnvironmentDescription:
     """Return the description of a class.
 
     Raises:

@@ -29,7 +29,7 @@ from r1_grading.base.workers import LENGTH_HEADER, frame_payload
 from megatron_r1.agents.environment import (
     call_arguments,
     convert_arguments,
-    describe,
+    describe_environment,
     find_environment,
     missing_arguments,
     row_arguments,
@@ -68,7 +68,7 @@ def encode_frame(message: Mapping[str, Any]) -> bytes:
     return frame_payload(json.dumps(message).encode())
 
 
-def serve(target: str, path: str, options: Mapping[str, Any]) -> None:
+def serve_environment(target: str, path: str, options: Mapping[str, Any]) -> None:
     """Fork a process with an environment of class `target` for every connection to `path`.
 
     Before the first, a classmethod `_before_episodes` of the class is called with `options`; it may
@@ -273,7 +273,7 @@ def _interrupt_call(*_: object) -> None:
 
 def _print_description(target: str) -> None:
     try:
-        answer: dict[str, Any] = asdict(describe(find_environment(target)))
+        answer: dict[str, Any] = asdict(describe_environment(find_environment(target)))
     except UserError as error:
         key = "agents.environment: "
         answer = {"error": key + str(error).removeprefix(key), "cause": error.cause}
@@ -290,4 +290,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "describe":
         _print_description(sys.argv[2])
     else:
-        serve(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
+        serve_environment(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))

@@ -24,7 +24,7 @@ from megatron_r1.base.processes.children import (
     popen_options,
     prctl,
 )
-from megatron_r1.base.processes.process_table import descendants
+from megatron_r1.base.processes.process_table import descendant_pids
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 KILL_SIGNAL = signal.SIGUSR1
@@ -57,7 +57,7 @@ def _kill_all() -> None:
 
 def _kill_descendants() -> None:
     """Kill until there are none: a process may start another one before it dies."""
-    while pids := descendants(os.getpid()):
+    while pids := descendant_pids(os.getpid()):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)

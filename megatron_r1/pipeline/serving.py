@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.processes.children import free_port
-from megatron_r1.base.processes.exit_diagnosis import excerpt
+from megatron_r1.base.processes.exit_diagnosis import excerpt_log
 from megatron_r1.base.processes.scratch import Scratch
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.client import is_healthy
@@ -68,7 +68,7 @@ class StageServer:
         raise RunError(
             f"serve.{self.name}: not ready after {self.config.timeout_seconds:g} s; raise its "
             f"timeout_seconds if it only needs longer. {self.log} says:\n"
-            f"{excerpt(self._child.output())}"
+            f"{excerpt_log(self._child.output())}"
         )
 
     def check(self) -> None:
@@ -77,7 +77,7 @@ class StageServer:
         if status is not None:
             raise RunError(
                 f"serve.{self.name}: the server ended ({describe_status(status)}); {self.log} "
-                f"says:\n{excerpt(self._child.output())}"
+                f"says:\n{excerpt_log(self._child.output())}"
             )
 
     def stop(self) -> None:

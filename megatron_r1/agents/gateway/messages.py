@@ -9,7 +9,13 @@ from typing import Any
 from megatron_r1.agents.continuation import read_arguments
 from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.body import Body, content_text, stop_strings
-from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest, event
+from megatron_r1.agents.gateway.request import (
+    Message,
+    RequestError,
+    TurnReply,
+    TurnRequest,
+    server_sent_event,
+)
 from megatron_r1.agents.parser_worker import tool_call
 
 NEUTRAL_VALUES = {
@@ -91,11 +97,11 @@ def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
         **not_stopped,
         "usage": usage | {"output_tokens": 0},
     }
-    yield event({"type": "message_start", "message": message})
+    yield server_sent_event({"type": "message_start", "message": message})
     for index, block in enumerate(_reply_blocks(turn)):
-        yield from map(event, _block_events(index, block))
-    yield event({"type": "message_delta", "delta": _stop_fields(turn), "usage": usage})
-    yield event({"type": "message_stop"})
+        yield from map(server_sent_event, _block_events(index, block))
+    yield server_sent_event({"type": "message_delta", "delta": _stop_fields(turn), "usage": usage})
+    yield server_sent_event({"type": "message_stop"})
 
 
 def format_error(refused: RequestError) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def format_error(refused: RequestError) -> dict[str, Any]:
 
 def format_error_event(refused: RequestError) -> bytes:
     """Return an error that ends a stream which has begun."""
-    return event(format_error(refused))
+    return server_sent_event(format_error(refused))
 
 
 def _system_messages(value: str | list[Any] | None) -> list[Message]:

@@ -118,6 +118,6 @@ class TurnReply:
         return self.message.get("reasoning_content")
 
 
-def event(value: dict[str, Any]) -> bytes:
+def server_sent_event(value: dict[str, Any]) -> bytes:
     """Return a server-sent event with the name of its type."""
     return b"event: " + value["type"].encode() + b"\ndata: " + msgspec.json.encode(value) + b"\n\n"

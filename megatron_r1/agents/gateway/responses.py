@@ -7,7 +7,13 @@ from typing import Any
 
 from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.body import Body, content_text
-from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest, event
+from megatron_r1.agents.gateway.request import (
+    Message,
+    RequestError,
+    TurnReply,
+    TurnRequest,
+    server_sent_event,
+)
 from megatron_r1.agents.parser_worker import tool_call
 
 CONTENT_TYPES = ("input_text", "output_text", "text")
@@ -78,7 +84,7 @@ def format_reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
 def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
     """Yield the reply as server-sent events."""
     for number, entry in enumerate(_response_events(turn, request)):
-        yield event(entry | {"sequence_number": number})
+        yield server_sent_event(entry | {"sequence_number": number})
 
 
 format_error, KEEP_ALIVE = chat.format_error, chat.KEEP_ALIVE
@@ -88,7 +94,7 @@ def format_error_event(refused: RequestError) -> bytes:
     """Return an error that ends a stream which has begun."""
     entry = {"type": "error", "code": refused.code or refused.kind, "message": str(refused)}
     # 0: a turn is sampled whole before its first event, so no event has been sent.
-    return event(entry | {"param": refused.field, "sequence_number": 0})
+    return server_sent_event(entry | {"param": refused.field, "sequence_number": 0})
 
 
 def _read_input(value: Any) -> list[Message]:

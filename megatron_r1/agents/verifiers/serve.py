@@ -29,7 +29,7 @@ def _list_tasks(options: dict[str, Any], output: TextIO) -> None:
     output.flush()
 
 
-async def serve(options: dict[str, Any], output: TextIO) -> None:
+async def serve_jobs(options: dict[str, Any], output: TextIO) -> None:
     """Serve jobs until stdin ends."""
     from verifiers.v1.serve.client import EnvClient
     from verifiers.v1.serve.pool import serve_env
@@ -131,4 +131,4 @@ if __name__ == "__main__":
     if settings.get("list"):
         _list_tasks(settings, lines)
     else:
-        asyncio.run(serve(settings, lines))
+        asyncio.run(serve_jobs(settings, lines))

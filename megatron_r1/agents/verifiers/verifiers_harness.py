@@ -82,11 +82,11 @@ class VerifiersHarness:
             options = {"environment": environment, "workers": self._settings.workers}
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    *command(self._settings, options),
+                    *script_command(self._settings, options),
                     stdout=asyncio.subprocess.PIPE,
                     stderr=asyncio.subprocess.PIPE,
                     limit=LINE_BYTES,
-                    **popen_options(variables()) | {"stdin": asyncio.subprocess.PIPE},
+                    **popen_options(script_environment()) | {"stdin": asyncio.subprocess.PIPE},
                 )
             except OSError as error:
                 raise EnvironmentFailed(f"{self._settings.python}: {error}") from None
@@ -157,12 +157,12 @@ def env_config(settings: VerifiersConfig) -> dict[str, Any]:
     return {"taskset": taskset, "agent": agent, **settings.environment_options}
 
 
-def command(settings: VerifiersConfig, options: dict[str, Any]) -> list[str]:
+def script_command(settings: VerifiersConfig, options: dict[str, Any]) -> list[str]:
     """Return the command of the script in verifiers' Python."""
     return [settings.python, str(SCRIPT), json.dumps(options)]
 
 
-def variables() -> dict[str, str]:
+def script_environment() -> dict[str, str]:
     """Return the environment variables of verifiers' Python, which can import modules of the
     working folder."""
     return {"PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "1"}
@@ -178,8 +178,8 @@ def list_tasks(settings: VerifiersConfig) -> list[dict[str, Any]]:
     options = {"environment": env_config(settings), "list": True}
     try:
         process = subprocess.run(
-            command(settings, options),
-            env=os.environ | variables(),
+            script_command(settings, options),
+            env=os.environ | script_environment(),
             capture_output=True,
             timeout=START_SECONDS,
         )

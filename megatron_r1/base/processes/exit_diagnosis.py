@@ -25,7 +25,7 @@ hundreds of requests writes the same traceback for each of them: after 722 reque
 MB, which each of the requests read."""
 
 
-def excerpt(log: str, num_last_lines: int = 5) -> str:
+def excerpt_log(log: str, num_last_lines: int = 5) -> str:
     """Return the first line that names an error (later ones are its echoes), and the last ones."""
     loud_lines = [line for line in log.splitlines() if not NOISE.search(line)]
     lines = [LOG_PREFIX.sub("", line).rstrip() for line in loud_lines]
@@ -45,7 +45,7 @@ def file_excerpt(log: Path, start: int = 0) -> str:
         file.seek(start)
         text = file.read(EXCERPT_BYTES)
         file.seek(max(start + len(text), size - EXCERPT_BYTES))
-        return excerpt((text + file.read()).decode(errors="replace"))
+        return excerpt_log((text + file.read()).decode(errors="replace"))
 
 
 def log_end(log: Path) -> str:

@@ -20,7 +20,7 @@ def session_members(leader: int) -> list[int]:
     return members
 
 
-def descendants(pid: int) -> list[int]:
+def descendant_pids(pid: int) -> list[int]:
     """Return the ids of a process's children, of their children, and so on, zombies included."""
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
@@ -71,7 +71,7 @@ class PeakMemory:
 
     def _track_peak_memory(self, every_seconds: float) -> None:
         while not self._end.wait(every_seconds):
-            num_bytes = sum(map(_proportional_bytes, descendants(os.getpid())))
+            num_bytes = sum(map(_proportional_bytes, descendant_pids(os.getpid())))
             self.gib = max(self.gib, num_bytes / 2**30)
 
 

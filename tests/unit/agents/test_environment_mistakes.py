@@ -8,7 +8,11 @@ import pytest
 from refusals import refused
 
 from megatron_r1.agents import environment_prompts
-from megatron_r1.agents.environment import check_parameters, describe, environment_target
+from megatron_r1.agents.environment import (
+    check_parameters,
+    describe_environment,
+    environment_target,
+)
 from megatron_r1.agents.environment_pool import EnvironmentPool
 from megatron_r1.agents.environment_server import _print_description
 from megatron_r1.agents.player import EpisodePlayer
@@ -47,7 +51,7 @@ def test_a_method_that_fails_is_named_with_its_line_the_row_and_the_remedy(tmp_p
     config = AgentsConfig(environment=NAME, call_seconds=10_000.0)
 
     async def check():
-        environments = EnvironmentPool(config, describe(own.Mistaken))
+        environments = EnvironmentPool(config, describe_environment(own.Mistaken))
         player = EpisodePlayer(model(tmp_path), environments, config, 1000)
         try:
             for mistake, names in shown.items():
@@ -64,19 +68,21 @@ def test_a_method_that_fails_is_named_with_its_line_the_row_and_the_remedy(tmp_p
 def test_tools_without_self_and_arguments_that_the_class_does_not_take_are_refused():
     key = "agents.environment"
     with refused(key, Cause.MALFORMED, "NoSelf.peek(key)", "peek(self, key)"):
-        describe(own.NoSelf)
+        describe_environment(own.NoSelf)
     with refused(key, Cause.MALFORMED, "NoArguments.peek()", "peek(self)"):
-        describe(own.NoArguments)
+        describe_environment(own.NoArguments)
     with refused("agents.parameters.hop", Cause.UNKNOWN, "Mistaken", "'hops'"):
-        check_parameters(NAME, describe(own.Mistaken), {"hop": 3})
+        check_parameters(NAME, describe_environment(own.Mistaken), {"hop": 3})
     with refused("agents.parameters.table", Cause.MISSING, "Misspelt"):
-        check_parameters("x:Misspelt", describe(own.Misspelt), {})
-    check_parameters(NAME, describe(own.Mistaken), {"hops": 3})
+        check_parameters("x:Misspelt", describe_environment(own.Misspelt), {})
+    check_parameters(NAME, describe_environment(own.Mistaken), {"hops": 3})
 
 
 def test_a_class_without_get_reward_is_what_a_missing_truth_names(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        environment_prompts, "describe_in_subprocess", lambda name: describe(own.Misspelt)
+        environment_prompts,
+        "describe_in_subprocess",
+        lambda name: describe_environment(own.Misspelt),
     )
     path = tmp_path / "kv.jsonl"
     path.write_text(json.dumps({"question": "kv 3", "seed": 1}))
@@ -110,7 +116,9 @@ def test_a_module_that_cannot_be_imported_is_named_with_file_and_line(
 def test_a_run_prints_its_tools_and_warns_of_a_template_that_shows_none(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(of_run, "describe_in_subprocess", lambda name: describe(own.Misspelt))
+    monkeypatch.setattr(
+        of_run, "describe_in_subprocess", lambda name: describe_environment(own.Misspelt)
+    )
     silent = CHATML[CHATML.index("{% for m in messages %}") :]
     for number, template in enumerate((CHATML, silent)):
         config = Config.model_validate(

@@ -16,7 +16,7 @@ from transformers.utils import get_json_schema
 from waiting import until
 
 from megatron_r1.agents import environment, environment_pool, environment_server
-from megatron_r1.agents.environment import EnvironmentDescription, describe
+from megatron_r1.agents.environment import EnvironmentDescription, describe_environment
 from megatron_r1.agents.environment_pool import (
     EnvironmentFailed,
     EnvironmentPool,
@@ -87,7 +87,7 @@ def test_schemas_are_those_of_transformers_where_arguments_are_documented():
             reason: of the error.
         """
 
-    schemas = {tool["function"]["name"]: tool for tool in describe(own.Counter).tools}
+    schemas = {tool["function"]["name"]: tool for tool in describe_environment(own.Counter).tools}
     expected = get_json_schema(fail)["function"]
     del expected["return"]  # not in OpenAI's form
     assert schemas["fail"]["function"] == expected
@@ -101,9 +101,12 @@ def test_schemas_are_those_of_transformers_where_arguments_are_documented():
         },
     }
     assert set(schemas) == {"add", "fail", "shout", "sleep", "wait", "stuck", "crash"}
-    [calculate] = describe(Calculator).tools
+    [calculate] = describe_environment(Calculator).tools
     assert calculate["function"]["parameters"]["required"] == ["expression"]
-    assert [describe(c).has_reward for c in (own.Counter, own.Ungrading)] == [True, False]
+    assert [describe_environment(c).has_reward for c in (own.Counter, own.Ungrading)] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -121,11 +124,11 @@ def test_an_unknown_environment_is_named(name, cause, shown):
 
 def test_a_class_that_is_no_environment_is_refused():
     with refused("agents.environment", Cause.EMPTY, "NoTools", "reset, get_reward"):
-        describe(own.NoTools)
+        describe_environment(own.NoTools)
     with refused("agents.environment", Cause.MISSING, "NoReset", "reset"):
-        describe(own.NoReset)
+        describe_environment(own.NoReset)
     with refused("agents.environment", Cause.CONFLICT, "DoneMethod.done"):
-        describe(own.DoneMethod)
+        describe_environment(own.DoneMethod)
 
 
 def test_an_episode_with_coroutines_options_errors_and_an_end():
@@ -230,7 +233,7 @@ def test_a_killed_server_costs_the_episodes_that_were_being_played():
 def test_schemas_of_decorated_methods_have_the_attributes_name_and_no_self():
     parameters = {
         tool["function"]["name"]: list(tool["function"]["parameters"]["properties"])
-        for tool in describe(own.Unusual).tools
+        for tool in describe_environment(own.Unusual).tools
     }
     expected = {
         name: list(inspect.signature(getattr(own.Unusual(), name)).parameters)
@@ -267,7 +270,7 @@ def test_results_that_are_no_json_and_long_ones():
 def test_arguments_have_the_types_of_the_signature():
     schemas = {
         tool["function"]["name"]: tool["function"]["parameters"]
-        for tool in describe(own.Typed).tools
+        for tool in describe_environment(own.Typed).tools
     }
     assert schemas["go"]["properties"] == {
         "direction": {"type": "string", "enum": ["north", "south"], "description": "where to."},
@@ -386,7 +389,7 @@ def test_a_server_that_cannot_fork_goes_on(monkeypatch):
     monkeypatch.setattr(environment_server.os, "fork", fork)
     monkeypatch.setattr(environment_server.os, "dup2", lambda *_: None)
     with pytest.raises(StopIteration):
-        environment_server.serve(f"{MODULE}:Counter", "path", {})
+        environment_server.serve_environment(f"{MODULE}:Counter", "path", {})
     assert all(connection.is_closed for connection in connections)
 
 
@@ -415,7 +418,11 @@ def test_an_error_without_words_and_a_reward_that_is_no_number():
 
 
 def test_arguments_without_a_name_are_no_part_of_a_schema():
-    [add] = [t["function"] for t in describe(own.Rude).tools if t["function"]["name"] == "add"]
+    [add] = [
+        t["function"]
+        for t in describe_environment(own.Rude).tools
+        if t["function"]["name"] == "add"
+    ]
     assert add["parameters"] == {
         "type": "object",
         "properties": {"number": {"type": "integer", "description": "the first."}},

@@ -9,7 +9,11 @@ import msgspec
 import pytest
 from r1_grading import Grade
 
-from megatron_r1.agents.environment import describe, environment_target, find_environment
+from megatron_r1.agents.environment import (
+    describe_environment,
+    environment_target,
+    find_environment,
+)
 from megatron_r1.agents.environment_pool import EnvironmentPool
 from megatron_r1.agents.environment_prompts import load_environment_prompts
 from megatron_r1.agents.player import EpisodePlayer
@@ -70,7 +74,7 @@ def play(
         )
 
     async def run():
-        description = describe(find_environment(environment_target(environment)))
+        description = describe_environment(find_environment(environment_target(environment)))
         settings = config.model_copy(update={"environment": environment, "call_seconds": 10_000.0})
         environments = EnvironmentPool(settings, description)
         try:

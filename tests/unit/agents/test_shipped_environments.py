@@ -10,7 +10,7 @@ from r1_grading.sandbox.requirements import SandboxUnavailable
 
 from megatron_r1.agents.environment import (
     SHIPPED_ENVIRONMENTS,
-    describe,
+    describe_environment,
     find_environment,
     row_arguments,
 )
@@ -23,7 +23,7 @@ LONG = 10_000.0
 
 def test_all_have_documented_tools():
     for path in SHIPPED_ENVIRONMENTS.values():
-        for tool in describe(find_environment(path)).tools:
+        for tool in describe_environment(find_environment(path)).tools:
             function = tool["function"]
             assert function["description"], path
             assert all(p["description"] for p in function["parameters"]["properties"].values())

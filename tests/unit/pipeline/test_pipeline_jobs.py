@@ -12,7 +12,7 @@ from refusals import refused
 from waiting import wait_until
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.processes.process_table import descendants
+from megatron_r1.base.processes.process_table import descendant_pids
 from megatron_r1.pipeline.executor import Executor, run_all
 
 PAIR = recipe("pair")
@@ -91,7 +91,7 @@ def test_whatever_ends_it_ends_all_that_runs(world, capsys, number):
     process = world.start(TWO)
     wait_until(lambda: all((world.out / name / "here").exists() for name in "ab"))
     assert world.states(capsys) == {"a": "running", "b": "running"}
-    started = descendants(process.pid)
+    started = descendant_pids(process.pid)
     process.send_signal(number)
     output, _ = process.communicate()
     wait_until(lambda: not any(is_alive(pid) for pid in started))

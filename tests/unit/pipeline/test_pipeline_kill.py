@@ -12,7 +12,7 @@ from refusals import refused
 from waiting import wait_until
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.base.processes.process_table import descendants
+from megatron_r1.base.processes.process_table import descendant_pids
 from megatron_r1.pipeline import executor, manifest
 
 SLOW = recipe("slow")
@@ -27,7 +27,7 @@ def world(tmp_path, monkeypatch):
 
 def end(process):
     """Kill it as the kernel would, and wait until nothing that it started is left."""
-    started = descendants(process.pid)
+    started = descendant_pids(process.pid)
     process.kill()
     process.wait()
     process.stdout.close()
@@ -121,7 +121,7 @@ def test_a_grandchild_that_hides_from_its_parent_goes_too(world, tmp_path):
 def test_ctrl_c_stops_and_says_that_the_same_command_continues(world):
     process = world.start()
     wait_until((world.out / "work/first.txt").exists)
-    children = descendants(process.pid)
+    children = descendant_pids(process.pid)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
     assert process.returncode == 130 and "Traceback" not in output

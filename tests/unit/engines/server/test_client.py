@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 from fakes.loopback import serving
 
-from megatron_r1.base.processes.exit_diagnosis import excerpt
+from megatron_r1.base.processes.exit_diagnosis import excerpt_log
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineTimeout
@@ -160,7 +160,7 @@ def test_the_root_cause_comes_before_its_echoes():
 (APIServer pid=1)           ^^^^^^^^^^^^^
 (APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.
 """
-    shown = excerpt(log).splitlines()
+    shown = excerpt_log(log).splitlines()
     assert shown[0] == "  ValueError: Model architectures ['Foo'] failed"
     assert shown[-1] == "  RuntimeError: Engine core initialization failed. See root cause above."
 
