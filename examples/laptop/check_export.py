@@ -104,7 +104,7 @@ def main() -> None:
         print("\n" + json.dumps(answers))
         return
     run = Path(sys.argv[1])
-    config = configuration.load(run / "config.yaml")
+    config = configuration.load_recipe(run / "config.yaml")
     questions = load_prompts(**prompt_options(config.data)).heldout[:QUESTIONS]
     tokenizer = PromptTokenizer(str(run / "hf"), config.data.template)
     prompts = [tokenizer.encode(q.question) for q in questions]

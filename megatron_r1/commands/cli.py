@@ -174,7 +174,7 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
         recipe, implied = module.from_run(recipe)
     extra_options = [DRY_RUN.removeprefix("--")] if module.dry_run is not None else []
     overrides = {**implied, **_parse_settings(options, extra_options)}
-    config = configuration.load(recipe, overrides, required=module.required_keys)
+    config = configuration.load_recipe(recipe, overrides, required=module.required_keys)
     access.allow_readers(config.run.readable_by)  # before anything is written, or a process started
     module.check(config)
     if is_dry and module.dry_run is not None:

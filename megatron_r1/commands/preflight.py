@@ -35,7 +35,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         RunError: on rank 0, for nodes that are not fit for the run.
         SystemExit: with the status of the ranks that it started, if they failed."""
     settings, recipe_overrides = take_section(overrides, PreflightRecipe)
-    config = configuration.load(path, recipe_overrides, required=REQUIRED_KEYS)
+    config = configuration.load_recipe(path, recipe_overrides, required=REQUIRED_KEYS)
     access.allow_readers(config.run.readable_by)
     world_size = torchrun.world_size(config)
     if not torchrun.is_rank():

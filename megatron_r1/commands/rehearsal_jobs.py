@@ -53,7 +53,7 @@ def rehearsal_jobs(
         UserError: a recipe without anything to rehearse or without what its verb requires, a stage
             that a pipeline would refuse, or a model that no stage has."""
     if "stages" not in pipeline_recipe.read_tree(Path(path)):
-        config = configuration.load(path, dict(overrides))
+        config = configuration.load_recipe(path, dict(overrides))
         verb = infer_verb(config)
         if config.eval.benchmarks and not (config.data.path or config.data.task):
             raise UserError(
@@ -62,7 +62,7 @@ def rehearsal_jobs(
                 cause=Cause.UNSUPPORTED,
             )
         added, required = implied.get(verb, {}), importlib.import_module(verbs[verb]).REQUIRED_KEYS
-        config = configuration.load(path, {**added, **overrides}, required)
+        config = configuration.load_recipe(path, {**added, **overrides}, required)
         return [RehearsalJob(Path(path).stem, verb, config)]
     recipe = pipeline_recipe.load(path, dict(overrides))
     added = {verb: nest_keys(settings) for verb, settings in implied.items()}

@@ -79,7 +79,7 @@ def from_run(folder: str) -> tuple[str, dict[str, Any]]:
         "parallel.offload_between_phases": "none",
         "parallel.offload_folder": None,
     }
-    trained = configuration.load(recipe)
+    trained = configuration.load_recipe(recipe)
     template = TEMPLATES.get(trained.data.template, trained.data.template)
     if "format" not in trained.rewards.weights and THINK not in template:
         settings["sample.filters.format"] = False  # the run's responses have no thoughts

@@ -55,7 +55,7 @@ async def export_checkpoint(
             key="checkpoint",
             cause=Cause.NOT_FOUND,
         )
-    trained_config: Config = configuration.load(recipe)
+    trained_config: Config = configuration.load_recipe(recipe)
     trainer = TrainerClient(trained_config.model_copy(update={"parallel": parallel}), log_folder)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

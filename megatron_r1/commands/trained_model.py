@@ -82,7 +82,7 @@ def find_exported(path: str, name: str) -> Path:
 def trained_recipe(model: Path) -> Config | None:
     """Return the settings of the run whose `hf/` a model folder is, or None for any other."""
     recipe = model.parent / "config.yaml"
-    return configuration.load(recipe) if model.name == "hf" and recipe.is_file() else None
+    return configuration.load_recipe(recipe) if model.name == "hf" and recipe.is_file() else None
 
 
 def template_of_model(model: Path, name: str) -> tuple[str, str]:

@@ -17,13 +17,13 @@ from megatron_r1.config.recipe import (
     RESUMABLE,
     Config,
     Verb,
-    dump,
+    dump_recipe,
     from_overrides,
     from_tree,
     infer_verb,
     known_keys,
-    load,
-    parse,
+    load_recipe,
+    parse_recipe,
 )
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rewards import RewardsConfig

@@ -251,7 +251,7 @@ MISSING_KEY_REMEDIES = {
 """What to give for a key that is missing."""
 
 
-def load(
+def load_recipe(
     path: str | Path, overrides: dict[str, Any] | None = None, required: tuple[str, ...] = ()
 ) -> Config:
     """Read a recipe and apply `{"section.key": value}`.
@@ -296,7 +296,7 @@ def from_tree(
 
     Raises:
         UserError: the tree has mistakes; every one is named."""
-    config = parse(tree, origin, overrides)
+    config = parse_recipe(tree, origin, overrides)
     missing_keys = [key for key in required if not attrgetter(key)(config)]
     if missing_keys:
         remedy = "".join(MISSING_KEY_REMEDIES.get(key, "") for key in missing_keys)
@@ -316,10 +316,12 @@ def from_overrides(overrides: dict[str, Any]) -> Config:
     Raises:
         UserError: an unknown key, or an invalid value.
     """
-    return parse(_with_overrides({}, overrides), "command line")
+    return parse_recipe(_with_overrides({}, overrides), "command line")
 
 
-def parse(tree: dict[str, Any], origin: str = "config", overrides: Collection[str] = ()) -> Config:
+def parse_recipe(
+    tree: dict[str, Any], origin: str = "config", overrides: Collection[str] = ()
+) -> Config:
     """Build the typed configuration from nested sections.
 
     Args:
@@ -339,7 +341,7 @@ def parse(tree: dict[str, Any], origin: str = "config", overrides: Collection[st
         raise recipe_error(failure, Config, known_keys(), origin) from None
 
 
-def dump(config: Config) -> str:
+def dump_recipe(config: Config) -> str:
     """Return the resolved configuration as YAML with every key."""
     return dump_yaml(config.model_dump())
 

@@ -83,12 +83,12 @@ def marked_keys(model: type[BaseModel], mark_type: type[Mark], prefix: str = "")
 _ABSENT = object()
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_sections(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested sections as one mapping of dotted keys, in order; lists stay values."""
     flat_settings: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            flat_settings.update(flatten(value, f"{prefix}{key}."))
+            flat_settings.update(flatten_sections(value, f"{prefix}{key}."))
         else:
             flat_settings[f"{prefix}{key}"] = value
     return flat_settings

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_r1.base.files.file_blocks import sample_blocks
 from megatron_r1.base.user_code import module_syntax
 from megatron_r1.config import RESUMABLE, Config
-from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
+from megatron_r1.config.section import changed_keys, flatten_sections, is_within, value_text
 from megatron_r1.pipeline.references import iter_references, iter_texts, substitute
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 
@@ -56,13 +56,13 @@ def deciding_settings(plan: PipelinePlan, stage: PipelineStage, finished: bool) 
             steps."""
     if stage.is_function:
         arguments = substitute(stage.settings, plan.unresolved)
-        settings = flatten({"function": stage.config.function, "arguments": arguments})
+        settings = flatten_sections({"function": stage.config.function, "arguments": arguments})
     else:
         free_keys = [name for name in RESUMABLE if not (finished and name in FINAL_SETTINGS)]
         for verb, sections in SECTIONS_OF_VERB.items():
             if verb != stage.config.verb:
                 free_keys += sections
-        flat_config = flatten(plan.config(stage).model_dump())
+        flat_config = flatten_sections(plan.config(stage).model_dump())
         settings = {
             key: value for key, value in flat_config.items() if not is_within(key, free_keys)
         }
@@ -70,13 +70,13 @@ def deciding_settings(plan: PipelinePlan, stage: PipelineStage, finished: bool) 
         server_settings = {
             key: getattr(server, key) for key in ("model", "task", "arguments", "command")
         }
-        settings |= flatten({f"serve.{name}": server_settings})
+        settings |= flatten_sections({f"serve.{name}": server_settings})
     return json.loads(json.dumps(settings, default=str))
 
 
 def default_settings() -> dict[str, Any]:
     """Return the default of every setting, for stages run before a setting was introduced."""
-    return json.loads(json.dumps(flatten(Config().model_dump()), default=str))
+    return json.loads(json.dumps(flatten_sections(Config().model_dump()), default=str))
 
 
 def input_digests(

@@ -192,7 +192,7 @@ def load_recipe(recipe: Path, overrides: dict[str, Any]) -> configuration.Config
             key="recipe",
             cause=Cause.UNSUPPORTED,
         )
-    config = configuration.load(recipe, overrides, required=("model.path",))
+    config = configuration.load_recipe(recipe, overrides, required=("model.path",))
     if config.eval.benchmarks and not (config.data.path or config.data.task):
         raise UserError(
             f"{recipe} is for eval (eval.benchmarks, and neither data.path nor data.task), which "

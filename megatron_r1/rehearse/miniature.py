@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_r1.base.transports import TRANSPORTS
-from megatron_r1.config import Config, dump, parse
+from megatron_r1.config import Config, dump_recipe, parse_recipe
 from megatron_r1.engines.server.recipe_checks import num_experts
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.rehearse import layout, model, synthetic_data
@@ -126,7 +126,7 @@ def make_miniature(
     tree = config.model_dump()
     for section, values in changed_settings.items():
         tree[section] |= values
-    small_config = parse(tree, "the recipe's miniature")
+    small_config = parse_recipe(tree, "the recipe's miniature")
     return Miniature(
         small_config,
         small_hf_config,
@@ -152,7 +152,7 @@ def write(miniature: Miniature, verb: str) -> Path:
         kind = config.reward_model.kind
         synthetic_data.write_preferences(folder / "preferences.jsonl", 4 * NUM_QUESTIONS, kind)
     recipe = folder / "recipe.yaml"
-    recipe.write_text(dump(config))
+    recipe.write_text(dump_recipe(config))
     return recipe
 
 

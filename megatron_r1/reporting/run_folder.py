@@ -18,7 +18,7 @@ from megatron_r1.base.files import access, atomic_write
 from megatron_r1.base.files.access import READ_ONLY
 from megatron_r1.base.files.json_lines import append_lines, filter_lines, read_lines
 from megatron_r1.config.recipe import SCHEDULED
-from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
+from megatron_r1.config.section import changed_keys, flatten_sections, is_within, value_text
 from megatron_r1.config.validation_errors import REMOVED_KEYS
 from megatron_r1.config.yaml_text import dump_yaml, format_value, parse_value
 
@@ -136,11 +136,13 @@ class RunFolder:
         """
         new = to_jsonable_python(config)
         if self.config_path.exists() and self.has_begun:
-            after = flatten(new)
+            after = flatten_sections(new)
             unknown_then = {
-                k: v for k, v in flatten(to_jsonable_python(defaults or {})).items() if k in after
+                k: v
+                for k, v in flatten_sections(to_jsonable_python(defaults or {})).items()
+                if k in after
             }
-            before = unknown_then | flatten(self.read_config())
+            before = unknown_then | flatten_sections(self.read_config())
             changed = sorted(changed_keys(before, after))
             # None of the removed keys changed what a run learns.
             may_change = {*may_change, *REMOVED_KEYS}

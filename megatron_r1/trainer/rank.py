@@ -39,11 +39,11 @@ def main() -> None:
     children.end_without_parent()
     timeline.mark("trainer/process begins")
     with without_garbage_collection():
-        from megatron_r1.config import parse
+        from megatron_r1.config import parse_recipe
         from megatron_r1.trainer import distributed, rank_server
     address, config_json = sys.argv[1:]
     timeline.mark("trainer/imports made")
-    rank_server.serve(parse(msgspec.json.decode(config_json)), address)
+    rank_server.serve(parse_recipe(msgspec.json.decode(config_json)), address)
     distributed.leave_process_groups()
 
 

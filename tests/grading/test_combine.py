@@ -59,8 +59,8 @@ def test_an_ungraded_term_takes_the_reward_with_it_only_where_it_counts(weight, 
 def test_a_schedule_survives_the_resolved_configuration(tmp_path):
     config = configuration.Config(rewards={"weights": PREFERENCE_IN_THE_LAST_400})
     path = tmp_path / "config.yaml"
-    path.write_text(configuration.dump(config))
-    assert configuration.load(path) == config
+    path.write_text(configuration.dump_recipe(config))
+    assert configuration.load_recipe(path) == config
     assert config.rewards.weights["language"] == ScheduledWeight(0.1, 1301)
 
 
@@ -99,7 +99,7 @@ def test_a_schedule_survives_the_resolved_configuration(tmp_path):
 )  # fmt: skip
 def test_a_mistake_in_the_recipe_names_itself(rewards, key, cause, values):
     with refused(f"rewards.{key}", cause, *values):
-        configuration.parse({"rewards": rewards})
+        configuration.parse_recipe({"rewards": rewards})
 
 
 def test_a_prompts_field_wins_over_options_and_facts_over_both():

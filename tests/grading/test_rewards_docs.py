@@ -82,7 +82,7 @@ def test_the_reward_that_is_shown_works_as_it_stands(example):
 def test_the_recipe_that_is_shown_loads(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(blocks("yaml")[0])
-    assert "my_rewards:steps" in configuration.load(path).rewards.weights
+    assert "my_rewards:steps" in configuration.load_recipe(path).rewards.weights
 
 
 def test_the_reward_of_readme_grades_and_its_line_is_a_section_of_a_recipe(tmp_path, monkeypatch):
@@ -92,7 +92,7 @@ def test_the_reward_of_readme_grades_and_its_line_is_a_section_of_a_recipe(tmp_p
     (tmp_path / "my_rewards.py").write_text(code, encoding="utf-8")
     (tmp_path / "recipe.yaml").write_text(line)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert "my_rewards:brief" in configuration.load(tmp_path / "recipe.yaml").rewards.weights
+    assert "my_rewards:brief" in configuration.load_recipe(tmp_path / "recipe.yaml").rewards.weights
     graded = tmp_path / "graded.jsonl"
     row = {"kind": "my_rewards:brief", "response": "so it is 11"}
     (tmp_path / "in.jsonl").write_text(

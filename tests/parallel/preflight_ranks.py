@@ -8,7 +8,7 @@ import socket
 import sys
 
 from megatron_r1.base.errors import RunError
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.rehearse.preflight import findings, folder, node_probes, rank
 from megatron_r1.rehearse.settings import PreflightConfig
 
@@ -22,7 +22,7 @@ def main() -> None:
     folder.APPEAR_SECONDS, folder.NUM_BYTES = 1.0, 1 << 20
     parallel = {"tensor": 2, "expert": 2, "threads": 1}
     run, push = {"folder": f"{out}/run{own}"}, {"transport": "gloo"}
-    config = parse({"run": run, "parallel": parallel, "push": push})
+    config = parse_recipe({"run": run, "parallel": parallel, "push": push})
     # Ranks that share two cores are slow at random.
     settings = PreflightConfig(
         slowest=0.01, output=f"{out}/found.json", calibration=f"{out}/rates.yaml"

@@ -73,7 +73,7 @@ def build(*pipeline_ranks: int) -> str:
         "from megatron_r1.plan.build import build_ranks\n"
         "from megatron_r1.config.hardware import HARDWARE\n"
         "from megatron_r1.plan.job import PlannedJob\n"
-        "settings = config.load('examples/deepseek_r1/r1_zero.yaml')\n"
+        "settings = config.load_recipe('examples/deepseek_r1/r1_zero.yaml')\n"
         "hf_config = read_hf_config(settings.model.path)\n"
         f"print(build_ranks(PlannedJob(hf_config, settings, 2048, HARDWARE['H800']), {chosen}))"
     )

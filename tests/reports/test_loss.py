@@ -9,7 +9,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.user_code import find_function
-from megatron_r1.config import Config, parse
+from megatron_r1.config import Config, parse_recipe
 from megatron_r1.config.algorithms import ALGORITHM_NAMES, TokenSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import split_into_minibatches
@@ -310,11 +310,13 @@ def test_b14_the_distillation_loss_does_not_depend_on_micro_batches():
 def test_b11_k1_in_the_loss_is_refused(name):
     rl = {"algorithm": name, "kl_estimator": "k1", "group_size": 4}
     with refused("rl.kl_estimator", Cause.CONFLICT, "k1", "0.1", "k2"):
-        parse({"rl": {**rl, "kl_beta": 0.1}})
+        parse_recipe({"rl": {**rl, "kl_beta": 0.1}})
     with refused("rl.schedule", Cause.CONFLICT, "k1"):
-        parse({"rl": {**rl, "kl_beta": 0.0, "schedule": [{"from_step": 3, "rl.kl_beta": 0.1}]}})
-    assert parse({"rl": {**rl, "kl_beta": 0.0}}).rl.kl_estimator == "k1"  # a metric
-    assert parse({"rl": {**rl, "algorithm": "rloo"}}).rl.kl_beta > 0  # k1 in the reward
+        parse_recipe(
+            {"rl": {**rl, "kl_beta": 0.0, "schedule": [{"from_step": 3, "rl.kl_beta": 0.1}]}}
+        )
+    assert parse_recipe({"rl": {**rl, "kl_beta": 0.0}}).rl.kl_estimator == "k1"  # a metric
+    assert parse_recipe({"rl": {**rl, "algorithm": "rloo"}}).rl.kl_beta > 0  # k1 in the reward
 
 
 @pytest.mark.parametrize(("estimator", "target"), [("k2", "reverse"), ("k3", "forward")])

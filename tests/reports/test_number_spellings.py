@@ -8,7 +8,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import algorithms
 from megatron_r1.config.algorithms import AlgorithmRules
 from megatron_r1.config.overrides import parse_overrides
-from megatron_r1.config.recipe import load
+from megatron_r1.config.recipe import load_recipe
 from megatron_r1.config.yaml_text import dump_yaml, format_value, parse_value
 
 RULES = AlgorithmRules(options={"rate": 0.5, "count": 3, "switch": False, "word": "a"})
@@ -82,7 +82,9 @@ def value_of(key, text, tmp_path):
             options.append("--rl.algorithm=own")
         path.write_text(recipe(key, text) if is_file else "{}\n")
         try:
-            found.append(PLACES[key](load(path, {} if is_file else parse_overrides(options))))
+            found.append(
+                PLACES[key](load_recipe(path, {} if is_file else parse_overrides(options)))
+            )
         except UserError as error:
             assert key.split(".")[-1] in str(error), error
             found.append((error.cause, str(error)))
@@ -184,7 +186,7 @@ def test_entries_of_a_schedule_are_read_alike(tmp_path, text):
         "rl:\n  schedule:\n"
         f'  - {{from_step: "3", optimizer.learning_rate: {text}, rl.group_size: "1e1"}}\n'
     )
-    ((_, first), (step, changed)) = load(path).schedule_parts()
+    ((_, first), (step, changed)) = load_recipe(path).schedule_parts()
     assert (step, changed.optimizer.learning_rate, changed.rl.group_size) == (3, 1e-6, 10)
     assert first.optimizer.learning_rate != 1e-6
 
@@ -203,9 +205,9 @@ def test_what_is_written_is_read_back(text):
 def test_a_run_s_config_means_the_same_when_it_is_read_again(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text('data: {columns: {truth: "1e3", id: "010"}}\nrl: {clip_low: 1e-7}\n')
-    first = load(path)
-    path.write_text(configuration.dump(first))
-    assert load(path) == first
+    first = load_recipe(path)
+    path.write_text(configuration.dump_recipe(first))
+    assert load_recipe(path) == first
 
 
 def test_a_refusal_has_a_cause_that_programs_read(tmp_path):

@@ -7,7 +7,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.rl_checks import check_sampling
-from megatron_r1.config import Config, parse
+from megatron_r1.config import Config, parse_recipe
 
 
 @pytest.mark.parametrize("rl", [{}, {"importance_cap": 2.0}, {"algorithm": "rloo"}])
@@ -37,10 +37,10 @@ def test_b15_min_p_needs_a_top_k_too_and_no_drafts():
 @pytest.mark.parametrize("cut", ["typical_p", "top_a"])
 def test_b15_other_cuts_are_no_settings(cut):
     with refused(f"rollout.{cut}", Cause.UNKNOWN):
-        parse({"rollout": {cut: 0.1}})
+        parse_recipe({"rollout": {cut: 0.1}})
 
 
 @pytest.mark.parametrize("temperature", [0, 0.0, -1, math.inf, math.nan])
 def test_b16_temperature_0_is_refused_where_log_probabilities_are_needed(temperature):
     with refused("rollout.temperature", Cause.OUT_OF_RANGE):
-        parse({"rollout": {"temperature": temperature}})
+        parse_recipe({"rollout": {"temperature": temperature}})

@@ -18,7 +18,7 @@ def by_trainer(config_path: str, checkpoint: str) -> list[list[int]]:
     from megatron_r1 import config, models
     from megatron_r1.trainer import distributed
 
-    settings = config.load(config_path)
+    settings = config.load_recipe(config_path)
     place = distributed.initialize(settings.parallel, 0)
     import torch
 

@@ -168,7 +168,7 @@ def _collect_figures(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
             if stage["state"] != "done":
                 continue
             place = folder / f"seed_{seed}" / name
-            rl = configuration.load(place / "config.yaml").rl
+            rl = configuration.load_recipe(place / "config.yaml").rl
             metrics, evaluations = (
                 list(read_lines(place / file)) for file in ("metrics.jsonl", "evaluations.jsonl")
             )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file, save_file
 
 from megatron_r1.base.processes.children import free_port, rank_variables
-from megatron_r1.config import Config, dump
+from megatron_r1.config import Config, dump_recipe
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.rehearse import model
 from tools.gpu_check import verdict
@@ -199,8 +199,8 @@ def check(case: str, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
     ranks_config, cpu_config = settings(case, folder)
     cpu_recipe, ranks_recipe = folder / "on_cpu.yaml", folder / "here.yaml"
-    cpu_recipe.write_text(dump(cpu_config))
-    ranks_recipe.write_text(dump(ranks_config))
+    cpu_recipe.write_text(dump_recipe(cpu_config))
+    ranks_recipe.write_text(dump_recipe(ranks_config))
     run_ranks(cpu_recipe, folder, 1, CUDA_VISIBLE_DEVICES="")
     output = run_ranks(ranks_recipe, folder, ranks, NVTE_DEBUG="1", NVTE_DEBUG_LEVEL="2")
     measured, expected = (

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_r1.base.files import atomic_write
-from megatron_r1.config import Config, load
+from megatron_r1.config import Config, load_recipe
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.plan.assumed_numbers import RELATIVE_TO
@@ -51,7 +51,7 @@ def recipe_miniature(
     overrides = {
         f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()
     }
-    config = load(RECIPE, overrides)
+    config = load_recipe(RECIPE, overrides)
     hf_config = read_hf_config(config.model.path, None)
     device = "gpu" if device_kind() == "cpu" else device_kind()
     return miniature.make_miniature(config, hf_config, folder, max_ranks, device=device)

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from megatron_r1.config import load
+from megatron_r1.config import load_recipe
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.plan.calibration import RunCalibration
 from megatron_r1.plan.job import PlannedJob
@@ -45,7 +45,7 @@ def settings(case: str, folder: Path) -> miniature.Miniature:
     recipe = ROOT / "examples" / "deepseek_r1" / f"{CASES[case][1]}.yaml"
     # The drafter has no part in these seconds.
     without_drafter = {"model.mtp": "none", "rollout.speculative.method": "none"}
-    config = load(
+    config = load_recipe(
         recipe, without_drafter | {"run.steps": STEPS, "push.transport": _push_transport()}
     )
     path = ROOT / config.model.path

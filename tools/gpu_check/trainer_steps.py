@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_r1.config import Config, load
+from megatron_r1.config import Config, load_recipe
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.trainer import distributed
@@ -166,7 +166,7 @@ def compare_steps(steps: Steps, expected: dict[str, Any]) -> dict[str, Any]:
 
 def main(recipe: Path, folder: Path) -> None:
     """Run the steps, and write what they give."""
-    steps, file = Steps(load(recipe)), folder / "expected.json"
+    steps, file = Steps(load_recipe(recipe)), folder / "expected.json"
     if not file.exists():
         file.write_text(json.dumps(reference_steps(steps)))
     else:

@@ -29,7 +29,7 @@ from megatron_r1.commands.compare.tensors import (
     compare_checkpoints,
 )
 from megatron_r1.config import RESUMABLE, Config
-from megatron_r1.config.section import changed_keys, flatten, is_within, value_text
+from megatron_r1.config.section import changed_keys, flatten_sections, is_within, value_text
 from megatron_r1.controller.rollouts.sample_log import step_log_path
 from megatron_r1.reporting.formatting import format_count
 from megatron_r1.reporting.run_folder import RunFolder
@@ -131,7 +131,7 @@ def compare(first: Path, second: Path) -> RunComparison:
     Raises:
         UserError: a folder without a run, or two without a step in common."""
     folders = [RunFolder(path) for path in (first, second)]
-    settings = [flatten(_read_settings(folder)) for folder in folders]
+    settings = [flatten_sections(_read_settings(folder)) for folder in folders]
     lines = [{line["step"]: line for line in folder.read_metrics()} for folder in folders]
     shared_steps = sorted(lines[0].keys() & lines[1].keys())
     if not shared_steps:

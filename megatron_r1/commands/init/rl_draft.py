@@ -115,7 +115,7 @@ def check_recipe(path: Path, columns: Columns) -> None:
     Raises:
         UserError: `rl` would refuse the recipe.
     """
-    recipe = configuration.load(path, required=rl.REQUIRED_KEYS)
+    recipe = configuration.load_recipe(path, required=rl.REQUIRED_KEYS)
     _, prompts = prepare(recipe)
     if MODULE_SEPARATOR in (columns.kind or ""):
         with explain_renamed_columns(recipe.data.columns):

@@ -50,7 +50,7 @@ def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
 
 def _sft_recipe(source: QuestionSource) -> RecipeDraft:
     def try_out(path: Path) -> None:
-        recipe = configuration.load(path, required=sft.REQUIRED_KEYS)
+        recipe = configuration.load_recipe(path, required=sft.REQUIRED_KEYS)
         sft.check_settings(recipe)
         *_, lines = sft.read_examples(recipe)
         print("\n".join(["", *lines]))
@@ -79,7 +79,9 @@ def _reward_model_recipe(source: QuestionSource, kind: Kind) -> RecipeDraft:
 
     def try_out(path: Path) -> None:
         required_keys, implied_settings = reward_model.REQUIRED_KEYS, reward_model.IMPLIED_SETTINGS
-        settings = configuration.load(path, implied_settings, required=required_keys).reward_model
+        settings = configuration.load_recipe(
+            path, implied_settings, required=required_keys
+        ).reward_model
         text = PreferenceTokenizer(
             str(source.folder), settings.template, settings.scored_part, settings.max_chars
         )

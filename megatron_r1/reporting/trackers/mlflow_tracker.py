@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Mapping
 
-from megatron_r1.config.section import flatten
+from megatron_r1.config.section import flatten_sections
 from megatron_r1.reporting.trackers.tracker import EVALUATION, STEP_METRIC, TrackedRun
 
 MLFLOW = "mlflow"
@@ -53,7 +53,10 @@ class MlflowTracker:
             tracked_run = self._client.create_run(experiment_id, run_name=run.folder.name)
             identity = tracked_run.info.run_id
             run.save_id(MLFLOW, identity)
-            values = [Param(k, str(v)[:MLFLOW_MAX_CHARS]) for k, v in flatten(run.settings).items()]
+            values = [
+                Param(k, str(v)[:MLFLOW_MAX_CHARS])
+                for k, v in flatten_sections(run.settings).items()
+            ]
             for start in range(0, len(values), MLFLOW_MAX_PARAMETERS):
                 self._client.log_batch(
                     identity, params=values[start : start + MLFLOW_MAX_PARAMETERS]

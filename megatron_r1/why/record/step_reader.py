@@ -60,7 +60,7 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
             key="RUN",
             cause=Cause.NOT_FOUND,
         )
-    config = configuration.load(str(folder.config_path))
+    config = configuration.load_recipe(str(folder.config_path))
     if configuration.infer_verb(config) != "rl" and not folder.sample_log.is_dir():
         raise UserError(
             f"{path}: this run has no rollouts; give the folder of an rl run",

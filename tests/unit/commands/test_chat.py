@@ -15,7 +15,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import chat, cli, sample
 from megatron_r1.commands.trained_model import find_exported, trained_recipe
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE
 
 LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"
@@ -37,13 +37,13 @@ def run_folder(tmp_path):
 def test_a_run_is_asked_as_it_sampled_on_one_engine(run_folder):
     model = find_exported(str(run_folder), "RUN")
     assert model == run_folder / "hf"
-    given = parse({"rollout": {"max_response_tokens": 7}})
+    given = parse_recipe({"rollout": {"max_response_tokens": 7}})
     settings = chat._engine_settings(given, model)
     assert settings.data.template == "Q: {question}\nA: "
     rollout = settings.rollout
     assert (rollout.engines, rollout.temperature, rollout.max_response_tokens) == (1, 0.7, 7)
     assert not rollout.colocated
-    other = chat._engine_settings(parse({"data": {"template": "plain"}}), model)
+    other = chat._engine_settings(parse_recipe({"data": {"template": "plain"}}), model)
     assert other.data.template == "plain"
 
 
@@ -53,7 +53,7 @@ def test_a_folder_is_asked_within_what_a_cache_holds(tmp_path):
     settings = json.loads(config.read_text())
     for positions, lengths in ((131_072, (4096, 512)), (256, (256, 128))):
         config.write_text(json.dumps(settings | {"max_position_embeddings": positions}))
-        rollout = chat._engine_settings(parse({}), tmp_path / "model").rollout
+        rollout = chat._engine_settings(parse_recipe({}), tmp_path / "model").rollout
         assert (rollout.max_model_len, rollout.max_response_tokens) == lengths
 
 
@@ -112,7 +112,7 @@ def test_several_questions_are_asked_at_once(run_folder, monkeypatch, options, q
 
 def test_sample_takes_a_run_s_folder(run_folder, tmp_path):
     recipe, settings = sample.from_run(str(run_folder))
-    config = configuration.load(recipe, settings)
+    config = configuration.load_recipe(recipe, settings)
     assert config.model.path == str(run_folder) and config.model.checkpoint is None
     assert config.run.folder == str(run_folder / "sampled")
     assert config.data.template == "Q: {question}\nA: "

@@ -333,5 +333,5 @@ def test_a_reference_that_is_killed_is_no_mistake_of_the_user(monkeypatch, tmp_p
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: killed)
     with pytest.raises(RunError, match="m: .*SIGKILL"):
         check_model._run_reference(
-            configuration.parse({"model": {"path": "m"}}), tmp_path, tmp_path
+            configuration.parse_recipe({"model": {"path": "m"}}), tmp_path, tmp_path
         )

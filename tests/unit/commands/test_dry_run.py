@@ -11,7 +11,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands import cpu_memory, dry_run
-from megatron_r1.config import Config, load
+from megatron_r1.config import Config, load_recipe
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.controller.rollouts.sample_log import encode, to_record
 from megatron_r1.data.prompt import Prompt
@@ -72,10 +72,10 @@ def test_on_gpus_the_receive_buffer_of_an_engine_is_shown(monkeypatch):
     """As `megatron-r1 plan` has it for the recipe for 2,048 GPUs."""
     monkeypatch.chdir(RECIPE.parents[2])
     monkeypatch.setattr(dry_run.gpu, "is_usable", lambda: True)
-    shown = dry_run._describe_memory(load(RECIPE))
+    shown = dry_run._describe_memory(load_recipe(RECIPE))
     assert "24.69 GiB" in shown
     # 671,026,419,200 parameters in bf16: 2 B, gradient 4, master copy 4 and moments 4 or 8.
-    moments = load(RECIPE).optimizer.moments
+    moments = load_recipe(RECIPE).optimizer.moments
     each = {"bfloat16": 14, "float32": 18}[moments]
     assert f"{671_026_419_200 * each / 2**30:,.2f} GiB for weights" in shown
 

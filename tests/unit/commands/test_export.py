@@ -6,7 +6,7 @@ import os
 import pytest
 
 from megatron_r1.commands import sampling_run
-from megatron_r1.config import Config, ParallelConfig, dump
+from megatron_r1.config import Config, ParallelConfig, dump_recipe
 from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 from megatron_r1.trainer.operations import CheckpointOperations
@@ -63,7 +63,7 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sampling_run, "TrainerClient", Trainer)
     for name in "ab":
         checkpoint(tmp_path / name, 100, name)
-        (tmp_path / name / "config.yaml").write_text(dump(Config()))
+        (tmp_path / name / "config.yaml").write_text(dump_recipe(Config()))
     return tmp_path
 
 

@@ -114,7 +114,7 @@ def test_a_run_that_is_not_there_is_no_model_of_the_hub(tmp_path, monkeypatch):
 def test_own_questions_are_a_benchmark(tmp_path):
     def loaded(entry, **data):
         tree = {"eval": {"benchmarks": [entry], "samples": 2}, "data": data}
-        return load_prompt_sets(configuration.parse(tree))[0]
+        return load_prompt_sets(configuration.parse_recipe(tree))[0]
 
     path = write(tmp_path / "q.jsonl", QUESTIONS)
     held_out = loaded("questions", path=path, heldout_fraction=0.3).prompts

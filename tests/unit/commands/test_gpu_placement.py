@@ -64,15 +64,15 @@ def value_of(recipe, key):
 def test_a_recipe_by_hand_gets_the_placement_that_init_writes(recipe, capsys):
     # What init writes for the same model passes the check ...
     assert cli.main(["init", "model", "sums.csv", "--truth", "truth", "--out", "written.yaml"]) == 0
-    written = configuration.load("written.yaml")
+    written = configuration.load_recipe("written.yaml")
     values = {key: value_of(written, key) for key in PLACEMENT}
     assert values["rollout.colocated"] and values["rollout.engines"] == 8
     assert values["push.transport"] == "cuda_ipc"
     # ... and is what the refusal of the other names.
     shown = [f"{key}: {value_text(value)}" for key, value in values.items()]
     with refused("rollout.colocated", Cause.CONFLICT, "rollout.gpu_memory", "0.92", *shown):
-        rl_checks.check_settings(configuration.load(recipe))
-    by_hand = configuration.load(recipe, values)
+        rl_checks.check_settings(configuration.load_recipe(recipe))
+    by_hand = configuration.load_recipe(recipe, values)
     rl_checks.check_settings(by_hand)
     assert {key: value_of(by_hand, key) for key in PLACEMENT} == values
 
@@ -86,7 +86,7 @@ def test_the_dry_run_is_refused_before_anything_starts(recipe, capsys):
 def test_each_share_that_is_missing_is_named(recipe):
     def check(**settings):
         keys = {key.replace("__", "."): value for key, value in settings.items()}
-        check_gpu_memory(configuration.load(recipe, keys), HF)
+        check_gpu_memory(configuration.load_recipe(recipe, keys), HF)
 
     with refused("rollout.gpu_memory", Cause.MISSING, 0.92):
         check(rollout__colocated=True)
@@ -110,12 +110,12 @@ def test_each_share_that_is_missing_is_named(recipe):
 def test_where_the_gpus_are_unknown_the_keys_are_named(recipe, monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
     with refused("rollout.colocated", Cause.CONFLICT, "rollout.gpu_memory"):
-        check_gpu_memory(configuration.load(recipe), HF)
+        check_gpu_memory(configuration.load_recipe(recipe), HF)
 
 
 def test_on_a_cpu_no_share_is_needed(recipe, monkeypatch):
     monkeypatch.setattr(gpu, "is_usable", lambda: False)
-    check_gpu_memory(configuration.load(recipe), HF)
+    check_gpu_memory(configuration.load_recipe(recipe), HF)
 
 
 @pytest.mark.parametrize("has_gpus", [True, False])
@@ -145,6 +145,6 @@ def test_engines_on_the_trainers_gpus_start_after_it(recipe, monkeypatch, has_gp
 
     settings = {"rollout.colocated": colocated, "rollout.gpu_memory": 0.3}
     collector = SimpleNamespace(fleet=Fleet(), teachers=None)
-    asyncio.run(rl._start_roles(configuration.load(recipe, settings), Trainer(), collector))
+    asyncio.run(rl._start_roles(configuration.load_recipe(recipe, settings), Trainer(), collector))
     in_turn = ["trainer", "free_memory", "engines"] if colocated else ["trainer", "engines"]
     assert done == (in_turn if has_gpus or colocated else ["engines", "trainer"])

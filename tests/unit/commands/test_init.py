@@ -55,7 +55,7 @@ def here(tmp_path, monkeypatch):
 def test_the_recipe_loads_and_says_why(here, capsys):
     assert cli.main(["init", "model", "my sums.csv"]) == 0
     text = Path("my sums.yaml").read_text()
-    recipe = configuration.load("my sums.yaml")
+    recipe = configuration.load_recipe("my sums.yaml")
     assert recipe.data.columns == {"question": "Math task", "truth": "The result"}
     assert (recipe.data.kind, recipe.data.template) == ("math", "plain")
     assert (recipe.model.dtype, recipe.rollout.dtype) == ("float32", "float32")
@@ -90,7 +90,7 @@ JUDGED = {
 def test_judged_responses_get_a_recipe_for_a_reward_model(here, capsys, kind):
     Path("judged.jsonl").write_text("\n".join(map(json.dumps, JUDGED[kind])))
     assert cli.main(["init", "model", "judged.jsonl"]) == 0
-    recipe = configuration.load("judged.yaml", reward_model.IMPLIED_SETTINGS)
+    recipe = configuration.load_recipe("judged.yaml", reward_model.IMPLIED_SETTINGS)
     settings = recipe.reward_model
     assert (settings.data, settings.kind) == ("judged.jsonl", kind)
     text = PreferenceTokenizer("model", settings.template, settings.scored_part, settings.max_chars)
@@ -154,9 +154,9 @@ def test_the_reward_of_the_run_that_made_the_model_is_taken_over(here):
     data = {"kind": "mine:unit", "template": "Q: {question}"}
     Path("run/config.yaml").write_text(json.dumps({"data": data}))
     assert cli.main(["init", "run", "my sums.csv", "--out", "again.yaml"]) == 0
-    assert configuration.load("again.yaml").data.kind == "mine:unit"
+    assert configuration.load_recipe("again.yaml").data.kind == "mine:unit"
     assert cli.main(["init", "run", "my sums.csv", "--out", "other.yaml", "--kind", "math"]) == 0
-    assert configuration.load("other.yaml").data.kind == "math"
+    assert configuration.load_recipe("other.yaml").data.kind == "math"
 
 
 @pytest.mark.parametrize("case", COLUMNS, ids=lambda case: " ".join(case["row"]))

@@ -39,21 +39,21 @@ def test_defaults_are_the_papers_r1_zero():
 
 def test_a_preset_fills_what_the_recipe_leaves_out(tmp_path):
     path = recipe(tmp_path, {"rl": {"preset": "grpo_v1", "kl_beta": 0.02}})
-    c = configuration.load(path)
+    c = configuration.load_recipe(path)
     assert (c.rl.group_size, c.rl.clip_low, c.rl.kl_beta) == (64, 0.2, 0.02)
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: yaml.safe_dump(case["recipe"])[:60])
 def test_a_wrong_key_or_value_names_itself_and_the_remedy(case):
     with refused(case["key"], Cause(case["cause"]), *case.get("shows", ())):
-        configuration.parse(case["recipe"])
+        configuration.parse_recipe(case["recipe"])
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
     c = configuration.Config(rl={"group_size": 8})
     path = tmp_path / "c.yaml"
-    path.write_text(configuration.dump(c))
-    assert configuration.load(path) == c
+    path.write_text(configuration.dump_recipe(c))
+    assert configuration.load_recipe(path) == c
 
 
 def test_overrides_are_yaml_values_of_dotted_keys():
@@ -75,12 +75,12 @@ def test_overrides_are_yaml_values_of_dotted_keys():
     [("Et|t|m*1L", "Et|t|L"), ("Et|tm*2L", "Et|tL"), ("E(tm)*2L", "E(t)*2L")],
 )
 def test_a_critic_has_no_mtp_layers_in_its_layout(layout, critic_recipe):
-    critic = configuration.parse({"parallel": {"pipeline_layout": layout}}).critic_recipe()
+    critic = configuration.parse_recipe({"parallel": {"pipeline_layout": layout}}).critic_recipe()
     assert critic.parallel.pipeline_layout == critic_recipe
 
 
 def test_a_critic_is_trained_whole():
-    config = configuration.parse({"model": {"lora": {"rank": 8}}})
+    config = configuration.parse_recipe({"model": {"lora": {"rank": 8}}})
     assert config.critic_recipe().model.lora is None
     assert config.model.lora.scale == 4.0
 
@@ -90,7 +90,7 @@ def test_every_recipe_in_the_repository_is_valid():
         if path.name == "published.yaml":  # figures of the paper
             continue
         is_pipeline = "\nstages:" in path.read_text(encoding="utf-8")
-        (load_pipeline if is_pipeline else configuration.load)(path)
+        (load_pipeline if is_pipeline else configuration.load_recipe)(path)
 
 
 def test_a_template_is_text_and_a_switch_needs_no_value():
@@ -127,7 +127,7 @@ def test_all_keys_with_their_defaults_are_a_recipe_that_changes_nothing(key_line
         for section in sections:
             at = at.setdefault(section, {})
         at[leaf] = yaml.safe_load(default)
-    assert configuration.parse(tree) == configuration.Config()
+    assert configuration.parse_recipe(tree) == configuration.Config()
     assert set(configuration.Config.model_fields) == tree.keys()
 
 
@@ -162,11 +162,11 @@ def test_a_wrong_command_is_one_line_and_exit_status_two(capsys, arguments, name
 
 def test_a_recipe_that_is_no_file_and_a_missing_setting_are_named(tmp_path):
     with refused("recipe", Cause.NOT_FOUND, "nowhere.yaml"):
-        configuration.load("nowhere.yaml")
+        configuration.load_recipe("nowhere.yaml")
     with refused("recipe", Cause.MALFORMED, tmp_path):
-        configuration.load(tmp_path)
+        configuration.load_recipe(tmp_path)
     with refused("run.folder", Cause.MISSING, "model.path"):
-        configuration.load(recipe(tmp_path, {}), required=("run.folder", "model.path"))
+        configuration.load_recipe(recipe(tmp_path, {}), required=("run.folder", "model.path"))
 
 
 def test_learning_rate_warms_up_and_decays_to_the_minimum():
@@ -191,7 +191,7 @@ def test_learning_rate_warms_up_and_decays_to_the_minimum():
 def test_no_line_of_a_recipe_is_ignored(tmp_path, text, key, cause, lines):
     path = tmp_path / "twice.yaml"
     path.write_text(text)
-    for load, role in ((configuration.load, "recipe"), (load_pipeline, "pipeline recipe")):
+    for load, role in ((configuration.load_recipe, "recipe"), (load_pipeline, "pipeline recipe")):
         with refused(key or role, cause, *lines):
             load(path)
 
@@ -200,7 +200,7 @@ def test_no_line_of_a_recipe_is_ignored(tmp_path, text, key, cause, lines):
 def test_what_is_no_yaml_is_named_by_its_file(tmp_path, text):
     (tmp_path / "mine.yaml").write_text(text)
     with refused("recipe", Cause.MALFORMED, 'in "mine.yaml"'):
-        configuration.load(tmp_path / "mine.yaml")
+        configuration.load_recipe(tmp_path / "mine.yaml")
 
 
 def test_a_merge_may_bring_a_key_that_is_set_beside_it(tmp_path):
@@ -208,7 +208,7 @@ def test_a_merge_may_bring_a_key_that_is_set_beside_it(tmp_path):
     path.write_text(
         "run:\n  <<: &one {steps: 3, seed: 1}\n  steps: 5\noptimizer: {warmup_updates: 2}\n"
     )
-    loaded = configuration.load(path)
+    loaded = configuration.load_recipe(path)
     assert (loaded.run.steps, loaded.run.seed) == (5, 1)
 
 
@@ -254,7 +254,7 @@ def test_settings_of_each_teacher_may_change_as_those_of_one(key, may_change):
 def test_a_runs_config_of_an_earlier_version_loads_without_keys_that_were_removed(tmp_path):
     stored = configuration.Config().model_dump(mode="json")
     stored["push"] |= {"delta": False, "full_every": 50, "memory_gib": None, "probes": 5}
-    c = configuration.load(recipe(tmp_path, stored))
+    c = configuration.load_recipe(recipe(tmp_path, stored))
     assert c == configuration.Config().with_changes(push={"probes": 5})
 
 
@@ -268,12 +268,12 @@ def test_settings_of_losses_are_read_as_mappings_too():
 def test_an_option_below_a_key_that_is_null_makes_it_a_section(tmp_path):
     """A run's config.yaml has every key, also those that are null."""
     path = tmp_path / "config.yaml"
-    path.write_text(configuration.dump(configuration.Config()))
+    path.write_text(configuration.dump_recipe(configuration.Config()))
     server = {"eval.server.url": "http://x", "eval.server.model": "m"}
-    c = configuration.load(path, {"model.lora.rank": 8, **server})
+    c = configuration.load_recipe(path, {"model.lora.rank": 8, **server})
     assert (c.model.lora.rank, c.eval.server.url) == (8, "http://x")
     with refused("--run.steps.x", Cause.CONFLICT, "steps"):
-        configuration.load(path, {"run.steps.x": 1})
+        configuration.load_recipe(path, {"run.steps.x": 1})
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_an_option_below_a_key_that_is_null_makes_it_a_section(tmp_path):
 def test_a_pipeline_is_named_as_one_whatever_its_references(tmp_path, text, key, cause):
     (tmp_path / "recipe.yaml").write_text(text)
     with refused(key, cause):
-        configuration.load(tmp_path / "recipe.yaml")
+        configuration.load_recipe(tmp_path / "recipe.yaml")
 
 
 def test_a_section_s_settings_are_the_file_of_its_name():

@@ -6,7 +6,7 @@ from r1_grading.terms import weights_at
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import RESUMABLE, dump, known_keys, load, parse
+from megatron_r1.config import RESUMABLE, dump_recipe, known_keys, load_recipe, parse_recipe
 from megatron_r1.config.recipe import SCHEDULED
 from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.engines.server.model_config import max_model_len
@@ -15,7 +15,7 @@ R1_ZERO = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 
 
 def scheduled(*entries, **sections):
-    return parse({**sections, "rl": {"schedule": list(entries)}})
+    return parse_recipe({**sections, "rl": {"schedule": list(entries)}})
 
 
 def test_a_step_has_all_changes_up_to_it():
@@ -54,7 +54,7 @@ def test_updates_are_counted_with_the_minibatches_of_each_step():
     config = scheduled({"from_step": 3, "rl.minibatches": 4}, {"from_step": 4, "rl.minibatches": 8})
     by_hand = [0, 16, 32, 36, 44, 52]
     assert [config.updates_before(step) for step in (1, 2, 3, 4, 5, 6)] == by_hand
-    assert parse({}).updates_before(651) == 10_400
+    assert parse_recipe({}).updates_before(651) == 10_400
 
 
 def test_the_learning_rate_falls_over_the_updates_of_all_parts():
@@ -69,20 +69,20 @@ def test_the_learning_rate_falls_over_the_updates_of_all_parts():
 
 def test_it_survives_the_recipe_that_a_run_writes(tmp_path):
     config = scheduled({"from_step": 3, "rollout.temperature": 0.7})
-    (tmp_path / "config.yaml").write_text(dump(config))
-    assert load(tmp_path / "config.yaml") == config
+    (tmp_path / "config.yaml").write_text(dump_recipe(config))
+    assert load_recipe(tmp_path / "config.yaml") == config
     assert "rl.schedule" in RESUMABLE
 
 
 def test_engines_have_room_for_the_longest_responses_of_the_run(monkeypatch):
     monkeypatch.chdir(R1_ZERO.parents[2])  # model.path is relative
-    assert max_model_len(load(R1_ZERO)) == 67584
+    assert max_model_len(load_recipe(R1_ZERO)) == 67584
     with refused("rollout.max_response_tokens", Cause.TOO_LARGE, 65536):
-        max_model_len(load(R1_ZERO, {"rollout.max_model_len": 34816}))
+        max_model_len(load_recipe(R1_ZERO, {"rollout.max_model_len": 34816}))
 
 
 def test_r1_zero_has_the_papers_two_phases():
-    config = load(R1_ZERO)
+    config = load_recipe(R1_ZERO)
     (_, before), (step, after) = config.schedule_parts()
     lengths = before.rollout.max_response_tokens, after.rollout.max_response_tokens
     assert lengths == (32768, 65536)

@@ -9,7 +9,7 @@ from small_qwen2 import MODEL
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import sample
-from megatron_r1.config import Config, parse
+from megatron_r1.config import Config, parse_recipe
 from megatron_r1.controller.push.pusher import create_pusher
 from megatron_r1.controller.rollouts.metrics import response_lines
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
@@ -20,7 +20,7 @@ from megatron_r1.engines.server.settings import fleet_settings
 
 @pytest.mark.parametrize("section", ["rollout", "teacher"])
 def test_request_timeout_is_an_argument_of_the_fleet(section):
-    config = parse({section: {"request_timeout_seconds": 7}})
+    config = parse_recipe({section: {"request_timeout_seconds": 7}})
     assert fleet_settings(getattr(config, section))["request_timeout_seconds"] == 7
 
 
@@ -30,7 +30,7 @@ def test_request_timeout_is_an_argument_of_the_fleet(section):
 )
 def test_probe_tolerance_replaces_that_of_the_dtype(tmp_path, dtype, tolerance, expected):
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
-    config = parse(
+    config = parse_recipe(
         {
             "model": {"path": str(tmp_path), "dtype": dtype},
             "rollout": {"dtype": dtype},
@@ -49,7 +49,10 @@ def test_log_samples_is_the_number_of_records_of_a_step():
         )
         for i in range(10)
     ]
-    for limit in (Config().run.log_samples, parse({"run": {"log_samples": 3}}).run.log_samples):
+    for limit in (
+        Config().run.log_samples,
+        parse_recipe({"run": {"log_samples": 3}}).run.log_samples,
+    ):
         assert len(response_lines(groups, 1, "train", limit)) == limit
 
 
@@ -73,7 +76,7 @@ def test_decontaminate_ngram_is_the_number_of_shared_words(tmp_path, words, is_a
     rows = [{"question": "one two three four five", "truth": "1"}]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "avoid.jsonl").write_text('{"question": "zero one two three four"}\n')
-    config = parse(
+    config = parse_recipe(
         {
             "run": {"folder": str(tmp_path / "run")},
             "data": {"path": str(tmp_path / "asked.jsonl"), "heldout_fraction": 0},

@@ -10,7 +10,7 @@ from megatron_r1.commands import cli
 from megatron_r1.config import Config
 from megatron_r1.config.key_aliases import ALIASES, find_aliases
 from megatron_r1.config.keys import dotted_keys
-from megatron_r1.config.recipe import parse
+from megatron_r1.config.recipe import parse_recipe
 
 DOCS = Path(__file__).parents[3] / "docs"
 SEARCHED = {
@@ -69,6 +69,6 @@ def test_the_page_has_the_table():
 
 def test_a_key_of_another_library_in_a_recipe_is_refused_with_ours():
     with refused("rl.num_generations", Cause.UNKNOWN, "rl.group_size"):
-        parse({"rl": {"num_generations": 8}})
+        parse_recipe({"rl": {"num_generations": 8}})
     with refused("rollout.max_new_tokens", Cause.UNKNOWN, "rollout.max_response_tokens"):
-        parse({"rollout": {"max_new_tokens": 8}})
+        parse_recipe({"rollout": {"max_new_tokens": 8}})

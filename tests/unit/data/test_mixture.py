@@ -91,8 +91,10 @@ def test_the_log_says_what_is_in_it(files):
 
 def test_a_recipe_is_written_as_it_is_read(files):
     x, y = files
-    config = configuration.parse({"sft": {"data": [x, {"path": y, "share": 0.25}], "epochs": 2}})
-    assert configuration.parse(config.model_dump()).sft == config.sft
+    config = configuration.parse_recipe(
+        {"sft": {"data": [x, {"path": y, "share": 0.25}], "epochs": 2}}
+    )
+    assert configuration.parse_recipe(config.model_dump()).sft == config.sft
     assert config.sft.data == [part(x), part(y, share=0.25)]
 
 
@@ -101,7 +103,7 @@ def test_epochs_are_steps(files):
 
     def steps(run=None, **sft):
         tree = {"sft": {"data": [x, y], **sft}, "run": run or {}}
-        config = configuration.parse(tree)
+        config = configuration.parse_recipe(tree)
         return resolve_steps(config, "sft", load_sampler(config)[0].epoch_size).run.steps
 
     # 8 examples an epoch.
@@ -115,6 +117,6 @@ def test_epochs_are_steps(files):
 
 
 def test_one_path_is_what_it_was(files):
-    config = configuration.parse({"sft": {"data": files[0]}})
+    config = configuration.parse_recipe({"sft": {"data": files[0]}})
     sampler, contents = load_sampler(config)
     assert contents[0] == "5 examples" and len(sampler.items) == 5

@@ -14,7 +14,7 @@ from refusals import raised, refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.rl_prompts import drop_long_prompts
 from megatron_r1.commands.run_facts import describe_kind_weights
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.prompt import Prompt, is_heldout, make_prompt, normalize_question
 from megatron_r1.data.prompt_tokenizer import (
@@ -296,12 +296,12 @@ def test_weights_of_kinds_that_are_not_there_or_draw_nothing_are_refused():
     schedule = [{"from_step": 7, "rl.kind_weights": {"code": 1.0}}]
     recipe = {"schedule": schedule, "kind_weights": {"helpful": 0}}
     with refused("rl.kind_weights.code", Cause.UNKNOWN, 7):
-        describe_kind_weights(parse({"rl": recipe}), prompts)
+        describe_kind_weights(parse_recipe({"rl": recipe}), prompts)
     schedule[0]["rl.kind_weights"] = {"helpful": 0.5}
-    lines = describe_kind_weights(parse({"rl": recipe}), prompts)
+    lines = describe_kind_weights(parse_recipe({"rl": recipe}), prompts)
     shares = [re.findall(r"\d+\.\d%|math|helpful", line) for line in lines]
     assert shares == [["100.0%", "math", "0.0%", "helpful"], ["66.7%", "math", "33.3%", "helpful"]]
-    assert describe_kind_weights(parse({}), prompts) == []
+    assert describe_kind_weights(parse_recipe({}), prompts) == []
 
 
 def test_templates_place_the_question_and_nothing_else():

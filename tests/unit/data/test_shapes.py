@@ -116,7 +116,7 @@ def test_init_writes_a_recipe_that_its_verb_accepts(model, tmp_path, monkeypatch
 
     monkeypatch.setattr(rl_draft, "_grade_truths", graded)
     assert cli.main(["init", str(model), str(FOLDER / name), "--out", "mine.yaml"]) == 0
-    recipe = configuration.load("mine.yaml")
+    recipe = configuration.load_recipe("mine.yaml")
     output = capsys.readouterr().out
     if name in EXAMPLES:
         assert recipe.sft.data == str(FOLDER / name)

@@ -11,7 +11,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.commands.cli import main
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 
 REFERENCE = "Paris it is."
@@ -129,7 +129,7 @@ def test_a_judge_that_would_only_verify_is_refused_at_once(evaluate):
 def test_the_instruction_is_asked_as_it_is_and_the_reference_is_the_truth(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
     entry = {"name": "alpaca_eval_2", "path": str(tmp_path / "a.json"), "limit": 2}
-    [found] = load_prompt_sets(parse({"eval": {"benchmarks": [entry]}}))
+    [found] = load_prompt_sets(parse_recipe({"eval": {"benchmarks": [entry]}}))
     assert found.is_pairwise and [p.question for p in found.prompts] == [
         row["instruction"] for row in ROWS[:2]
     ]

@@ -15,7 +15,7 @@ from r1_grading.sandbox import programs
 from refusals import refused
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.data.table_files import READER_BY_SUFFIX
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.gym import SUITES
@@ -25,7 +25,7 @@ from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 
 def load(name, path=None, **entry):
     entry = {"name": name, **({"path": str(path)} if path else {}), **entry}
-    [found] = load_prompt_sets(parse({"eval": {"benchmarks": [entry]}}))
+    [found] = load_prompt_sets(parse_recipe({"eval": {"benchmarks": [entry]}}))
     return found.prompts
 
 
@@ -327,7 +327,7 @@ def test_mistakes_in_the_recipe_name_themselves(tmp_path):
     with refused("instruction", Cause.MALFORMED, "{question}"):
         load("aime_2024", path, instruction="Solve it.")
     with refused("label", Cause.DUPLICATE, "aime_2024"):
-        load_prompt_sets(parse({"eval": {"benchmarks": ["aime_2024"] * 2}}))
+        load_prompt_sets(parse_recipe({"eval": {"benchmarks": ["aime_2024"] * 2}}))
     with refused("path", Cause.CONFLICT, path):
         load("gym/logic", path)
     with refused("path", Cause.NOT_FOUND, "nowhere/x.jsonl"):
@@ -335,7 +335,7 @@ def test_mistakes_in_the_recipe_name_themselves(tmp_path):
     with refused("files", Cause.MISSING, "someone/aime"):
         load("aime_2024", "someone/aime")
     with refused("eval.benchmarks.0.limit", Cause.OUT_OF_RANGE, 0):
-        parse({"eval": {"benchmarks": [{"name": "mmlu", "limit": 0}]}})
+        parse_recipe({"eval": {"benchmarks": [{"name": "mmlu", "limit": 0}]}})
 
 
 def test_folders_and_hub_names(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def test_every_recipe_can_be_planned_and_fits(recipe, tmp_path):
     ],
 )
 def test_a_variant_of_r1_zero_differs_where_its_comments_say(name, differ):
-    one, other = (configuration.load(R1 / f"{each}.yaml") for each in ("r1_zero", name))
+    one, other = (configuration.load_recipe(R1 / f"{each}.yaml") for each in ("r1_zero", name))
     found = {
         f"{section}.{key}"
         for section, before in one
@@ -104,7 +104,7 @@ def test_a_variant_of_r1_zero_differs_where_its_comments_say(name, differ):
 
 def test_rl_of_a_mixture_of_experts_in_bf16_replays_its_routing_and_balances_its_experts():
     """A recipe without one of them still fits; r1_zero.yaml says what they are for."""
-    recipes = {path.stem: configuration.load(path) for path in RECIPES}
+    recipes = {path.stem: configuration.load_recipe(path) for path in RECIPES}
     chosen = {
         name: config
         for name, config in recipes.items()
@@ -142,7 +142,7 @@ def test_in_fp8_half_of_the_bytes_are_pushed_and_two_copies_are_kept(tmp_path):
 
 def test_what_fp8_rounds_has_sizes_that_the_matrix_units_take():
     """On every rank of the recipe and of its rehearsal: multiples of 16 (docs/fp8.md)."""
-    recipe = configuration.load(R1 / "r1_zero_fp8.yaml")
+    recipe = configuration.load_recipe(R1 / "r1_zero_fp8.yaml")
     hf_config = read_hf_config(recipe.model.path)
     small = miniature.make_miniature(recipe, hf_config, Path("rehearsal"), 16)
     for config, model in ((recipe, hf_config), (small.config, small.hf_config)):
@@ -197,7 +197,7 @@ def test_the_teacher_of_on_policy_distillation_is_planned_beside(tmp_path):
 def test_students_have_their_published_parameters_and_learning_rates(name):
     rate, count = DISTILLED[name]
     assert ModelCounts(read_hf_config(DISTILL / "models" / name)).num_total == count
-    recipe = configuration.load(DISTILL / f"{name}.yaml")
+    recipe = configuration.load_recipe(DISTILL / f"{name}.yaml")
     assert recipe.optimizer.learning_rate == rate
     assert recipe.optimizer.min_learning_rate == pytest.approx(rate / 10)
     assert (recipe.optimizer.decay, recipe.sft.batch_size) == ("cosine", 64)
@@ -220,4 +220,4 @@ def test_the_pipeline_is_a_graph_of_these_recipes(tmp_path, monkeypatch, capsys)
     written = {path.stem: path for path in (tmp_path / "runs/deepseek_r1/recipes").glob("*.yaml")}
     assert written.keys() == {*VERBS, EVALUATION}
     for name, verb in VERBS.items():
-        assert infer_verb(configuration.load(written[name])) == verb, name
+        assert infer_verb(configuration.load_recipe(written[name])) == verb, name

@@ -23,7 +23,7 @@ def test_worked_examples_are_right_in_every_step_and_in_the_answer():
 
 
 def test_questions_are_worded_as_the_recipe_asks_them_and_none_is_held_out(tmp_path, monkeypatch):
-    recipe = configuration.load("examples/laptop/r1_zero.yaml")
+    recipe = configuration.load_recipe("examples/laptop/r1_zero.yaml")
     prompts = load_prompts(**prompt_options(recipe.data))
     monkeypatch.setattr(make_corpus, "NUM_WORKED", 3_000)
     monkeypatch.setattr(make_corpus, "NUM_MIXED", 3_000)

@@ -24,7 +24,7 @@ R1_ZERO = ("r1_zero", "r1_zero_pools", "r1_zero_fp8")
 
 
 def recipe(name: str) -> Config:
-    return configuration.load(R1 / f"{name}.yaml")
+    return configuration.load_recipe(R1 / f"{name}.yaml")
 
 
 def num_updates(config: Config) -> int:
@@ -35,7 +35,9 @@ def num_updates(config: Config) -> int:
 def test_the_recipes_have_the_numbers(case):
     for name in case["recipes"]:
         config = (
-            configuration.parse({"rl": {"preset": "grpo_v1"}}) if name == "preset" else recipe(name)
+            configuration.parse_recipe({"rl": {"preset": "grpo_v1"}})
+            if name == "preset"
+            else recipe(name)
         )
         found = {key: attrgetter(key)(config) for key in case["numbers"]}
         assert found == case["numbers"], name
@@ -123,13 +125,13 @@ def test_evaluation():
     assert all(4 <= k <= 64 for k in samples.values()) and max(samples.values()) == 64
     assert config.rewards.options["judge"]["mode"] == "compare"
     with refused("eval.temperature", Cause.OUT_OF_RANGE):  # greedy decoding is not used
-        configuration.load(R1 / "evaluation.yaml", {"eval.temperature": 0})
+        configuration.load_recipe(R1 / "evaluation.yaml", {"eval.temperature": 0})
 
 
 # Section 4 of v1: SFT alone on the same 800k answers.
 def test_students():
     for path in (EXAMPLES / "distill").glob("*.yaml"):
-        sft = configuration.load(path).sft
+        sft = configuration.load_recipe(path).sft
         assert (sft.data, sft.epochs) == ("data/r1_800k.jsonl", 2) or sft.data == "", path
         assert (sft.data == "") == (path.stem.rpartition("_")[2] in ("rl", "policy")), path
 

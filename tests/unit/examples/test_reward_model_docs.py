@@ -20,12 +20,14 @@ def blocks(language: str) -> list[str]:
 def test_the_recipe_is_one(tmp_path):
     recipe, rewards = blocks("yaml")
     (tmp_path / "helpful.yaml").write_text(recipe)
-    config = configuration.load(tmp_path / "helpful.yaml", IMPLIED_SETTINGS, required=REQUIRED_KEYS)
+    config = configuration.load_recipe(
+        tmp_path / "helpful.yaml", IMPLIED_SETTINGS, required=REQUIRED_KEYS
+    )
     assert config.reward_model.scored_part == "summary" and config.model.head == "score"
     assert "<|im_end|>" in config.reward_model.template
     settings = yaml.safe_load(rewards)["rewards"]
     settings["options"]["helpful"]["template"] = config.reward_model.template
-    options = configuration.parse({"rewards": settings}).rewards.options
+    options = configuration.parse_recipe({"rewards": settings}).rewards.options
     assert options["helpful"]["shift"] == 3.0
 
 

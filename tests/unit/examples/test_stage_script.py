@@ -95,7 +95,7 @@ def test_rl_brings_engine_hosts_which_end_with_it(stage):
         "rollout.placement": "hosts",
         "rollout.hosts_per_engine": 16,
     }
-    config = configuration.load(SCRIPT.with_name("r1_zero.yaml"), settings)
+    config = configuration.load_recipe(SCRIPT.with_name("r1_zero.yaml"), settings)
     assert config.push.transport == "nccl"
     assert config.rollout.engines * config.rollout.hosts_per_engine * 8 == 2048
 

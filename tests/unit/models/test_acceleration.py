@@ -12,7 +12,7 @@ from small_configs import DEEPSEEK, QWEN
 
 from megatron_r1 import models
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.models import megatron_config as acceleration
 from megatron_r1.models import platform
 
@@ -24,7 +24,7 @@ FUSED = (
 
 def config_of(hf_config, model=None, parallel=None):
     """Return the fields that depend on the choices, of Megatron's configuration."""
-    recipe = parse({"model": model or {}, "parallel": parallel or {}})
+    recipe = parse_recipe({"model": model or {}, "parallel": parallel or {}})
     config = models.transformer_config(hf_config, recipe)
     assert isinstance(config, TransformerConfig)
     return {

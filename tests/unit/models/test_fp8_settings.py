@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from refusals import refused
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.config import FP8Config, parse
+from megatron_r1.config import FP8Config, parse_recipe
 from megatron_r1.models.fp8 import E5M2, check_sizes, find_fp8_recipe
 from megatron_r1.models.fp8_checks import check_fp8_device, transformer_engine_fp8_fields
 
@@ -40,7 +40,7 @@ def test_defaults_of_each_recipe():
 )
 def test_a_wrong_setting_is_refused(settings, key):
     with pytest.raises(UserError, match=key):
-        parse({"fp8": settings})
+        parse_recipe({"fp8": settings})
 
 
 @pytest.mark.parametrize(

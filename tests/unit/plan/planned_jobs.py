@@ -39,7 +39,7 @@ of virtual stages, and each expert once in an engine."""
 
 def real_job(**parallel) -> PlannedJob:
     changed = {f"parallel.{key}": value for key, value in parallel.items()}
-    config = configuration.load(RECIPE, BY_HAND | changed)
+    config = configuration.load_recipe(RECIPE, BY_HAND | changed)
     return PlannedJob(V3, config, 2048, HARDWARE["H800"])
 
 
@@ -48,5 +48,9 @@ def planned(**overrides) -> PlannedJob:
     gpus = overrides.pop("rollout_gpus", 0)
     changed = {key.replace("__", "."): value for key, value in overrides.items()}
     return PlannedJob(
-        V3, configuration.load(RECIPE, BY_HAND | changed), 2048, HARDWARE["H800"], rollout_gpus=gpus
+        V3,
+        configuration.load_recipe(RECIPE, BY_HAND | changed),
+        2048,
+        HARDWARE["H800"],
+        rollout_gpus=gpus,
     )

@@ -21,7 +21,7 @@ def test_what_a_rank_sends_by_hand():
 
 def test_a_rank_sends_a_whole_head_where_there_are_fewer_than_tensor_ranks():
     recipe = ROOT / "examples/distill/qwen2.5-math-1.5b.yaml"
-    config = configuration.load(recipe, {"parallel.tensor": 4, "parallel.context": 2})
+    config = configuration.load_recipe(recipe, {"parallel.tensor": 4, "parallel.context": 2})
     hf_config = read_hf_config(config.model.path)
     assert (
         hf_config["num_key_value_heads"],
@@ -35,7 +35,7 @@ def test_a_rank_sends_a_whole_head_where_there_are_fewer_than_tensor_ranks():
 
 def test_tensor_ranks_send_what_the_others_lack():
     recipe = ROOT / "examples/distill/qwen2.5-math-1.5b.yaml"
-    config = configuration.load(recipe, {"parallel.tensor": 4})
+    config = configuration.load_recipe(recipe, {"parallel.tensor": 4})
     job = PlannedJob(read_hf_config(config.model.path), config, 4, HARDWARE["H800"], verb="sft")
     # In each of 28 layers attention and MLP gather and scatter 1,536 values a token, three quarters
     # of which go to other ranks.

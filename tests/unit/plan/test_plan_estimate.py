@@ -15,7 +15,7 @@ from megatron_r1.plan.job import PlannedJob
 def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it():
     def problems(share: str) -> list[str]:
         fewer = {"rollout.engines": 4, "rl.schedule": [], "rollout.gpu_memory": share}
-        config = configuration.load(RECIPE, BY_HAND | fewer)
+        config = configuration.load_recipe(RECIPE, BY_HAND | fewer)
         return JobEstimate(PlannedJob(V3, config, 512, HARDWARE["H800"])).problems()
 
     pattern = r"cache, which has .*: set rollout.gpu_memory to (0\.\d+), or"
@@ -27,7 +27,7 @@ def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it():
 def test_the_real_recipe_fits_and_leaves_room_for_65536_tokens():
     estimate = JobEstimate(real_job())
     assert estimate.job.data_parallel_size == 16 and estimate.problems() == []
-    config = configuration.load(RECIPE, {"rollout.max_response_tokens": 65_536})
+    config = configuration.load_recipe(RECIPE, {"rollout.max_response_tokens": 65_536})
     assert JobEstimate(PlannedJob(V3, config, 2048, HARDWARE["H800"])).problems() == []
 
 

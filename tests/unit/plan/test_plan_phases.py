@@ -6,7 +6,7 @@ from pathlib import Path
 from planned_jobs import LAPTOP, ROOT
 
 from megatron_r1.commands.plan import main
-from megatron_r1.config import load
+from megatron_r1.config import load_recipe
 from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.plan.estimate import JobEstimate
@@ -17,7 +17,7 @@ RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 
 def test_a_64k_part_without_memory_is_refused_though_the_first_fits(capsys):
     gloo = {"push.transport": "gloo"}  # engines need less of a GPU than the trainer, then
-    config = load(RECIPE, gloo)
+    config = load_recipe(RECIPE, gloo)
     hf_config = read_hf_config(config.model.path)
 
     def fits(gib: float) -> bool:

@@ -15,12 +15,12 @@ from megatron_r1.plan.push_links import traffic_of_sets
 
 
 def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models():
-    config = configuration.load(RECIPE)
+    config = configuration.load_recipe(RECIPE)
     given = planned_engine_layout(PlannedJob(V3, config, 2048, HARDWARE["H800"]))
     assert (given.tensor_parallel, given.data_parallel, given.expert_parallel) == (8, 16, True)
     changed = {"rollout.tensor_parallel": 16, "rollout.data_parallel": 8}
     wide = planned_engine_layout(
-        PlannedJob(V3, configuration.load(RECIPE, changed), 2048, HARDWARE["H800"])
+        PlannedJob(V3, configuration.load_recipe(RECIPE, changed), 2048, HARDWARE["H800"])
     )
     assert (wide.tensor_parallel, wide.data_parallel, wide.engines) == (16, 8, 16)
     silent = {
@@ -29,7 +29,7 @@ def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models(
         "rollout.expert_parallel": False,
     }
     assumed = planned_engine_layout(
-        PlannedJob(V3, configuration.load(RECIPE, silent), 2048, HARDWARE["H800"])
+        PlannedJob(V3, configuration.load_recipe(RECIPE, silent), 2048, HARDWARE["H800"])
     )
     assert assumed == given
 
@@ -61,7 +61,7 @@ def test_a_push_of_adapters_alone_is_planned_with_their_bytes():
 
     def sections(adapter_only):
         changed = settings | {"push.adapter_only": adapter_only}
-        config = configuration.load(ROOT / "examples/one_node/qwen2.5-7b.yaml", changed)
+        config = configuration.load_recipe(ROOT / "examples/one_node/qwen2.5-7b.yaml", changed)
         return JobEstimate(
             PlannedJob(hf_config, config, 4, HARDWARE["H100"], rollout_gpus=4)
         ).sections()
@@ -209,7 +209,7 @@ def test_over_gloo_each_pair_is_a_group_that_asks_the_store():
 @pytest.mark.parametrize("gpus", [1, 4, 7, 8, 12])
 def test_an_assumed_engine_uses_all_its_gpus_and_divides_the_heads(gpus):
     hf_config = read_hf_config(ROOT / "examples/laptop/model")
-    config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml")
+    config = configuration.load_recipe(ROOT / "examples/laptop/r1_zero.yaml")
     layout = planned_engine_layout(PlannedJob(hf_config, config, gpus, HARDWARE["H800"]))
     assert hf_config["num_attention_heads"] == 2 and layout.tensor_parallel in (1, 2)
     assert layout.tensor_parallel * layout.data_parallel == gpus

@@ -64,7 +64,7 @@ def test_a_pass_with_a_draft_takes_one_layer_more_and_gives_more_tokens():
 
 def test_sampling_without_a_trainer_has_no_fp8_push():
     changed = {"push.fp8": True, "push.transport": "cuda_ipc"}
-    config = configuration.load(RECIPE, BY_HAND | changed)
+    config = configuration.load_recipe(RECIPE, BY_HAND | changed)
     engines = EngineMemory(PlannedJob(V3, config, 2048, HARDWARE["H800"], verb="sample"))
     assert (
         engines.weight_bytes == EngineMemory(planned()).weight_bytes
@@ -96,7 +96,7 @@ def test_a_rollout_s_routing_is_58_layers_of_8_experts_a_token():
 
 
 def test_room_for_less_than_one_sequence_is_no_room():
-    config = configuration.load(RECIPE, {"rollout.gpu_memory": None})
+    config = configuration.load_recipe(RECIPE, {"rollout.gpu_memory": None})
     job = PlannedJob(V3, config, 128, HARDWARE["H800"], verb="sample")
     full = EngineMemory(job)
     one_sequence = full.token_bytes * (512 + 8192 / 2)

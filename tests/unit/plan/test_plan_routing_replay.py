@@ -103,7 +103,7 @@ def test_beside_a_rollout_of_other_gpus_it_is_the_trainer_s_time():
 @pytest.mark.more
 def test_models_of_more_than_256_experts_take_two_bytes():
     large = V3 | {"n_routed_experts": 384}
-    config = configuration.load(ROOT / "examples/deepseek_r1/r1_zero.yaml")
+    config = configuration.load_recipe(ROOT / "examples/deepseek_r1/r1_zero.yaml")
     estimate = JobEstimate(PlannedJob(large, config, 2048, HARDWARE["H800"]))
     rows = estimate.sections()["samples of a rollout"]
     assert rows["routed experts"].value == 2 * SAMPLES * MEAN * TOKEN
@@ -111,13 +111,13 @@ def test_models_of_more_than_256_experts_take_two_bytes():
 
 def test_a_dense_model_has_none_and_importance_weights_send_nothing_more():
     recipe = ROOT / "examples/distill/qwen2.5-32b_rl.yaml"
-    config = configuration.load(recipe, {"rl.importance_cap": 2.0})
+    config = configuration.load_recipe(recipe, {"rl.importance_cap": 2.0})
     hf_config = read_hf_config(ROOT / "examples/distill/models/qwen2.5-32b")
     job = PlannedJob(hf_config, config, config.parallel.processes, HARDWARE["H800"])
     (row,) = JobEstimate(job).sections()["samples of a rollout"].values()
     assert row.formula.endswith("rl.importance_cap reads these")
     plain = PlannedJob(
-        hf_config, configuration.load(recipe), config.parallel.processes, job.hardware
+        hf_config, configuration.load_recipe(recipe), config.parallel.processes, job.hardware
     )
     assert (
         row.value

@@ -15,7 +15,7 @@ def test_a_push_within_a_node_goes_over_the_node_s_links():
     h800, seconds = HARDWARE["H800"], {}
     for transport in ("shm", "cuda_ipc", "gloo", "nccl"):
         changed = {"push.transport": transport}
-        config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml", changed)
+        config = configuration.load_recipe(ROOT / "examples/laptop/r1_zero.yaml", changed)
         estimate = JobEstimate(PlannedJob(hf_config, config, 1, h800))
         seconds[transport] = estimate.times.push_seconds()
         assert "one host" not in estimate.sections()["push"]["receive buffer"].formula

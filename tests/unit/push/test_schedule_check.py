@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_r1.config import load
+from megatron_r1.config import load_recipe
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
@@ -72,7 +72,7 @@ def pushes(
 @pytest.mark.first_cases(2)
 @pytest.mark.parametrize("path", OVER_NCCL, ids=lambda path: path.stem)
 def test_the_rounds_of_a_shipped_recipe_are_free_of_circles_and_near_their_floor(path):
-    config = load(path)
+    config = load_recipe(path)
     hf_config = read_hf_config(config.model.path)
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
     stages = tuple(map(tuple, recipe_stages(config, hf_config)))

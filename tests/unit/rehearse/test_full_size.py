@@ -8,7 +8,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.rehearse import MAX_LINKS, check_full_size, check_links
-from megatron_r1.config import load
+from megatron_r1.config import load_recipe
 from megatron_r1.push.plan import recipe_plan
 
 RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
@@ -24,7 +24,7 @@ def test_a_trainer_rank_with_too_many_links_is_refused(monkeypatch):
     monkeypatch.chdir(RECIPE.parents[2])
     plant_all_pairs(monkeypatch)
     with refused("rollout.engines", Cause.TOO_LARGE, "at most 100"):
-        check_full_size(load(RECIPE), "rl")
+        check_full_size(load_recipe(RECIPE), "rl")
 
 
 @pytest.mark.slow
@@ -34,7 +34,7 @@ def test_links_between_nearly_all_pairs_are_refused(monkeypatch):
     plant_all_pairs(monkeypatch)
     monkeypatch.setattr(recipe_plan, "MAX_SET_ENGINES", 1)
     with refused("rollout.engines", Cause.TOO_LARGE):
-        check_full_size(load(RECIPE), "rl")
+        check_full_size(load_recipe(RECIPE), "rl")
 
 
 def test_a_store_with_millions_of_requests_is_refused():

@@ -13,7 +13,7 @@ from refusals import refused
 from tokenizers import Tokenizer
 
 from megatron_r1.base.errors import Cause, RunError
-from megatron_r1.config import Config, load
+from megatron_r1.config import Config, load_recipe
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.controller.rollouts.teacher_fleets import check_sources
 from megatron_r1.data.prompts import load_prompts
@@ -45,7 +45,7 @@ def in_the_repository(monkeypatch):
 
 
 def shrunk(path, overrides=None, max_ranks=16):
-    config = load(path, overrides)
+    config = load_recipe(path, overrides)
     hf_config = read_hf_config(config.model.path, None)
     return config, miniature.make_miniature(config, hf_config, Path("rehearsal"), max_ranks)
 
@@ -98,7 +98,9 @@ def test_its_own_stages_and_pushes_are_possible(path):
 
 
 def test_kernels_of_a_gpu_are_left_out_and_named():
-    config = load(ROOT / "examples/deepseek_r1/r1_zero.yaml", {"parallel.dispatcher": "flex"})
+    config = load_recipe(
+        ROOT / "examples/deepseek_r1/r1_zero.yaml", {"parallel.dispatcher": "flex"}
+    )
     hf_config = read_hf_config(config.model.path, None)
     small = miniature.make_miniature(config, hf_config, Path("rehearsal"), 16)
     assert small.config.parallel.dispatcher == "alltoall"
@@ -195,7 +197,7 @@ def test_more_ranks_than_allowed_are_refused():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_resumed_run_has_another_layout(path):
-    parallel = layout.shrink_layout(load(path).parallel, 16)
+    parallel = layout.shrink_layout(load_recipe(path).parallel, 16)
     other = layout.different_layout(parallel)
     assert other != parallel
     other.check_sizes(other.processes)
@@ -351,7 +353,7 @@ def test_many_teachers_all_have_questions(tmp_path, monkeypatch):
     recipe["data"]["where"] = {"level": 3}
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
-    config = load(file)
+    config = load_recipe(file)
     small = miniature.make_miniature(config, read_hf_config(config.model.path), tmp_path, 16)
     assert small.config.data.where == {}
     monkeypatch.setattr(model, "write_folder", lambda *_, **__: None)

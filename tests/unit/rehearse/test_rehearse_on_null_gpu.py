@@ -7,7 +7,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import load
+from megatron_r1.config import load_recipe
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.models.hf_config import read_hf_config
@@ -22,7 +22,7 @@ SHIPPED = ("deepseek_r1/r1_zero", "deepseek_r1/reasoning_rl", "distill/qwen2.5-3
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_recipe_keeps_transport_placement_and_share_of_the_gpu(name, max_ranks, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
-    config = load(EXAMPLES / f"{name}.yaml")
+    config = load_recipe(EXAMPLES / f"{name}.yaml")
     hf_config = read_hf_config(config.model.path, None)
     small = miniature.make_miniature(
         config, hf_config, Path("rehearsal"), max_ranks, device="null-gpu"
@@ -48,7 +48,7 @@ def test_a_recipe_keeps_transport_placement_and_share_of_the_gpu(name, max_ranks
 @pytest.mark.parametrize(("max_ranks", "ranks"), [(8, 4), (2, 2), (1, 1)])
 def test_experts_are_balanced_with_copies_that_both_runs_can_share(max_ranks, ranks, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
-    config = load(EXAMPLES / "deepseek_r1/r1_zero.yaml")
+    config = load_recipe(EXAMPLES / "deepseek_r1/r1_zero.yaml")
     assert config.rollout.redundant_experts == 128
     hf_config = read_hf_config(config.model.path, None)
     small = miniature.make_miniature(
@@ -73,7 +73,7 @@ def test_arguments_of_vllm_stay_where_a_null_gpu_imitates_their_kernels(monkeypa
     monkeypatch.chdir(EXAMPLES.parent)
     given = {"all2all_backend": "deepep_low_latency", "kv_cache_dtype": "fp8"}
     for values, kept in ((given, set()), ({}, {"all2all_backend", "kv_cache_dtype"})):
-        config = load(EXAMPLES / "deepseek_r1/r1_zero.yaml")
+        config = load_recipe(EXAMPLES / "deepseek_r1/r1_zero.yaml")
         config = config.with_changes(rollout={"vllm": {**config.rollout.vllm, **values}})
         hf_config = read_hf_config(config.model.path, None)
         small = miniature.make_miniature(
@@ -95,7 +95,7 @@ def test_arguments_of_vllm_stay_where_a_null_gpu_imitates_their_kernels(monkeypa
 )
 def test_attention_is_the_recipes_on_gpus(device, backend, monkeypatch):
     monkeypatch.chdir(EXAMPLES.parent)
-    config = load(EXAMPLES / "deepseek_r1/r1_zero.yaml")
+    config = load_recipe(EXAMPLES / "deepseek_r1/r1_zero.yaml")
     hf_config = read_hf_config(config.model.path, None)
     # Axes are left out for few ranks on GPUs alone.
     small = miniature.make_miniature(config, hf_config, Path("rehearsal"), 8, device=device)
@@ -107,7 +107,7 @@ def test_engine_hosts_have_gpus_of_their_own_or_the_trainers(colocated, monkeypa
     monkeypatch.chdir(EXAMPLES.parent)
     name = "r1_zero" if colocated else "r1_zero_pools"
     spread = {"rollout.placement": "hosts", "rollout.hosts_per_engine": 16} if colocated else {}
-    config = load(EXAMPLES / f"deepseek_r1/{name}.yaml", spread)
+    config = load_recipe(EXAMPLES / f"deepseek_r1/{name}.yaml", spread)
     hf_config = read_hf_config(config.model.path, None)
     small = miniature.make_miniature(
         config, hf_config, Path("rehearsal"), 2, device="null-gpu"

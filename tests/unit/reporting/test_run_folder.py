@@ -20,7 +20,7 @@ from waiting import wait_until
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.files import atomic_write
-from megatron_r1.config.section import flatten
+from megatron_r1.config.section import flatten_sections
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.trackers.tensorboard_log import TensorBoardLog
 
@@ -243,7 +243,7 @@ def test_a_run_that_failed_before_its_first_line_may_start_with_other_settings(t
     folder.write_config(CONFIG)
     folder.metrics_path.touch()
     folder.write_config(changed(rl={"group_size": 64}))
-    assert flatten(folder.read_config())["rl.group_size"] == 64
+    assert flatten_sections(folder.read_config())["rl.group_size"] == 64
     (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / made).write_text("{}")
     with refused("rl.group_size", Cause.CHANGED, 64, 16):
@@ -256,7 +256,7 @@ def test_the_same_settings_are_accepted_again(tmp_path):
     folder.write_config(CONFIG)
     assert folder.config_path.read_bytes() == before
     assert folder.read_config()["rl"]["betas"] == [0.9, 0.95]
-    assert flatten(folder.read_config())["rl.learning_rate"] == 3e-6
+    assert flatten_sections(folder.read_config())["rl.learning_rate"] == 3e-6
 
 
 def test_other_settings_are_refused_with_both_values_and_the_remedy(tmp_path):
@@ -299,7 +299,7 @@ def test_settings_that_may_change_are_updated(tmp_path):
     folder = begun(tmp_path)
     new = changed(rl={"num_steps": 200}, eval={"num_samples": 8})
     folder.write_config(new, may_change=["rl.num_steps", "eval"])
-    assert flatten(folder.read_config())["rl.num_steps"] == 200
+    assert flatten_sections(folder.read_config())["rl.num_steps"] == 200
     with refused("rl.num_steps", Cause.CHANGED, 200, 300):
         folder.write_config(changed(rl={"num_steps": 300}), may_change=["eval", "rl.num"])
 

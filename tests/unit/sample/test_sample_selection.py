@@ -10,7 +10,7 @@ import yaml
 from r1_grading import Grade
 from sample_answers import PROMPT, answer, run_decide, selection
 
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.evaluation.response import TextResponseGrader
@@ -176,4 +176,4 @@ def test_the_recipes_in_the_documentation_are_valid():
     assert [name for name, _ in recipes] == ["collect", "rejection", "sft", "pairs", "labels"]
     for name, text in recipes:
         tree = yaml.safe_load(text)
-        assert parse(tree, name).run.folder
+        assert parse_recipe(tree, name).run.folder

@@ -115,7 +115,7 @@ def test_every_algorithm_runs_from_one_base_model_on_as_many_answers_and_updates
     assert set(CHANGED_SETTINGS) <= set(CHOICES) == set(ALGORITHM_NAMES)
     graph = StageGraph(plan.stages)
     assert graph.upstream["on_policy_distillation"] == ("base", "grpo")
-    demo = configuration.load(ROOT / "examples/laptop/r1_zero.yaml")
+    demo = configuration.load_recipe(ROOT / "examples/laptop/r1_zero.yaml")
     for name, choice in CHOICES.items():
         assert "base" in graph.upstream[name]
         config = plan.config(plan.stages[name])
@@ -132,8 +132,8 @@ def test_every_algorithm_runs_from_one_base_model_on_as_many_answers_and_updates
 def test_runs_that_are_not_done_are_left_out(tmp_path):
     place = tmp_path / "seed_3" / "grpo"
     place.mkdir(parents=True)
-    config = configuration.load(ROOT / "examples/laptop/r1_zero.yaml")
-    (place / "config.yaml").write_text(configuration.dump(config))
+    config = configuration.load_recipe(ROOT / "examples/laptop/r1_zero.yaml")
+    (place / "config.yaml").write_text(configuration.dump_recipe(config))
     lines = {"metrics": metrics([0.9] * 4), "evaluations": [evaluation(0, 0.2), evaluation(4, 0.9)]}
     for name, written in lines.items():
         text = "".join(json.dumps(line) + "\n" for line in written)

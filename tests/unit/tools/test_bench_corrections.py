@@ -97,7 +97,7 @@ def test_a_cell_is_a_recipe_that_differs_from_its_parts_first_in_corrections_alo
     for name in (next(iter(PARTS[part].cells)), cell):
         file = tmp_path / "recipe.yaml"
         file.write_text(yaml.safe_dump(runs.cell_settings(part, name)["recipe"]))
-        found.append(configuration.load(file))
+        found.append(configuration.load_recipe(file))
     first, config = found
     changes = {"rl": {key: getattr(first.rl, key) for key in (*OURS, "routing_replay")}}
     assert config.with_changes(**changes) == first

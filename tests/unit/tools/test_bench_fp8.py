@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from tools.bench.fp8.losses import (
     ENTROPY,
     LENGTH,
@@ -49,6 +49,6 @@ def test_curves_are_smoothed_before_they_are_compared():
 
 def test_every_variant_is_a_recipe():
     for name in VARIANTS:
-        config = parse(variant_settings(name, "somewhere", seed=0, threads=1))
+        config = parse_recipe(variant_settings(name, "somewhere", seed=0, threads=1))
         assert config.model.dtype == ("float32" if name == "fp32" else "bfloat16")
         assert (config.fp8.recipe == "none") == (name in ("fp32", "bf16"))

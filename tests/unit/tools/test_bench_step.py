@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_r1.config import load, parse
+from megatron_r1.config import load_recipe, parse_recipe
 from tools.bench.step import cases, figures, page, pretrained, runs, systems, work
 from tools.bench.step.cases import SETTINGS, WORKS
 from tools.bench.step.work import Tail, write_model
@@ -123,7 +123,7 @@ def test_a_comparison_that_was_stopped_continues_with_the_runs_that_are_missing(
 def test_every_recipe_of_ours_is_one_the_command_takes(tmp_path):
     for name, more in SETTINGS.items():
         made = systems.recipe(WORKS["short"], tmp_path, tmp_path / "q", tmp_path / "run", 3, more)
-        config = parse(made, name)
+        config = parse_recipe(made, name)
         assert config.rollout.max_response_tokens == 32
         assert config.rl.staleness == (1 if name == "overlapped" else 0)
         assert config.rl.prompts_per_rollout * config.rl.group_size == WORKS["short"].num_responses
@@ -142,7 +142,7 @@ def test_rewards_differ_and_questions_are_the_same_every_time(tmp_path):
 
 
 def test_both_systems_get_the_pretrained_models_prompts_as_its_recipe_writes_them(tmp_path):
-    recipe = load(pretrained.PRETRAINED_RECIPE)
+    recipe = load_recipe(pretrained.PRETRAINED_RECIPE)
     first = json.loads(
         pretrained.write_prompts(tmp_path, recipe.data.template).read_text().splitlines()[0]
     )
@@ -152,7 +152,7 @@ def test_both_systems_get_the_pretrained_models_prompts_as_its_recipe_writes_the
         recipe.rl.prompts_per_rollout * recipe.rl.group_size
     )
     more = pretrained.speed_settings_of(recipe)
-    made = parse(
+    made = parse_recipe(
         systems.recipe(pretrained.pretrained_work(recipe), tmp_path, tmp_path, tmp_path, 3, more),
         "",
     )

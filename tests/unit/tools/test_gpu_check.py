@@ -41,7 +41,7 @@ def planned():
     """The recipe on its GPUs."""
     recipe = ROOT / "examples" / "deepseek_r1" / "r1_zero.yaml"
     hf_config = read_hf_config(str(ROOT / "examples" / "deepseek_r1" / "model"))
-    return PlannedJob(hf_config, configuration.load(recipe), 2048, HARDWARE["H800"])
+    return PlannedJob(hf_config, configuration.load_recipe(recipe), 2048, HARDWARE["H800"])
 
 
 def outcomes(tmp_path, *checks, minutes=PATIENT / 60, num_gpus=1):

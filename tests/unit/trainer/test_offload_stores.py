@@ -8,7 +8,7 @@ import torch
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.trainer import offload
 from megatron_r1.trainer.offload import DiskStore, HostMemoryStore, Offload, make_offload
 
@@ -99,6 +99,6 @@ def test_memory_that_is_used_while_it_is_away_is_not_overwritten_in_silence():
 
 def test_a_folder_that_cannot_be_written_to_is_refused_at_the_start(tmp_path):
     parallel = {"offload_between_phases": "disk", "offload_folder": str(tmp_path / "none")}
-    config = parse({"rollout": {"colocated": True}, "parallel": parallel})
+    config = parse_recipe({"rollout": {"colocated": True}, "parallel": parallel})
     with refused("parallel.offload_folder", Cause.UNREADABLE, tmp_path / "none"):
         make_offload(config, list)

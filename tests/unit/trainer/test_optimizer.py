@@ -6,11 +6,11 @@ import torch
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.models import platform
 from megatron_r1.trainer.construction import moment_fields, offload_fields, round_moments
 
-BF16 = parse({"optimizer": {"moments": "bfloat16"}})
+BF16 = parse_recipe({"optimizer": {"moments": "bfloat16"}})
 
 
 def adam(weight, gradients, keep):
@@ -52,16 +52,16 @@ def test_moment_fields_on_a_gpu(monkeypatch):
     assert fields["store_param_remainders"] is False
     both = {"optimizer": {"moments": "bfloat16"}, "parallel": {"optimizer_offload": 0.5}}
     with refused("optimizer.moments", Cause.CONFLICT, "parallel.optimizer_offload"):
-        moment_fields(parse(both))
-    assert moment_fields(parse({})) == {}
+        moment_fields(parse_recipe(both))
+    assert moment_fields(parse_recipe({})) == {}
 
 
 def test_an_offload_in_fp32_is_refused_on_a_gpu(monkeypatch):
-    in_fp32 = parse({"model": {"dtype": "float32"}, "parallel": {"optimizer_offload": 0.5}})
+    in_fp32 = parse_recipe({"model": {"dtype": "float32"}, "parallel": {"optimizer_offload": 0.5}})
     assert offload_fields(in_fp32) == {}
     monkeypatch.setattr(platform, "has_gpu", lambda: True)
     with refused("parallel.optimizer_offload", Cause.CONFLICT, "model.dtype=float32"):
         offload_fields(in_fp32)
-    in_bf16 = parse({"parallel": {"optimizer_offload": 0.5}})
+    in_bf16 = parse_recipe({"parallel": {"optimizer_offload": 0.5}})
     assert offload_fields(in_bf16)["optimizer_offload_fraction"] == 0.5
-    assert offload_fields(parse({})) == {}
+    assert offload_fields(parse_recipe({})) == {}

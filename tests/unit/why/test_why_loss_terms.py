@@ -12,7 +12,7 @@ import torch
 from test_why import marked_ungraded, planted  # noqa: F401
 from test_why_updates import ADAM, RULES, Model, apart, rows, step_of
 
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.why.checks.departing_terms import GRADIENT_REMEDY, check_terms
 from megatron_r1.why.comparison import ROUNDING_BY_DTYPE, CannotRecompute
 from megatron_r1.why.policy.token_logprobs import logprobs
@@ -238,7 +238,7 @@ def test_responses_that_are_left_out_have_the_advantages_that_they_would_have(pl
 def compared(coefficients: dict[str, float], trains_mtp_layers: bool = False):
     """What the check says of a run with some coefficients."""
     run, order = Run(clip=1e9), ORDERS[1]
-    config = parse({"model": {"dtype": "float32"}})
+    config = parse_recipe({"model": {"dtype": "float32"}})
     fit = run.fit(order, run.step(order, coefficients))
     step = SimpleNamespace(
         config=config,
@@ -264,7 +264,7 @@ def test_the_check_names_the_term_and_its_setting():
 
 
 def test_what_is_not_known_is_said():
-    config = parse({})
+    config = parse_recipe({})
 
     class Missing:
         @property

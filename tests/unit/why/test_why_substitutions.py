@@ -10,7 +10,7 @@ import torch
 from test_why import planted  # noqa: F401
 from test_why_updates import ADAM, RULES, Model, rows
 
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.why.checks.checkpoints import _missing_updates
 from megatron_r1.why.policy import checkpoint_model
 from megatron_r1.why.policy.token_logprobs import logprobs
@@ -169,7 +169,7 @@ def test_other_bias_corrections_by_hand(count, factor):
 
 def test_each_kind_of_loss_and_update_is_tried():
     rl = {"kl_beta": 0.1, "importance_cap": 2.0, "minibatches": 4}
-    config = parse({"rl": rl})
+    config = parse_recipe({"rl": rl})
     step = SimpleNamespace(config=config, run_config=config, folder=None, step=1)
     fields = {
         pair

@@ -9,7 +9,7 @@ import torch
 from r1_kernels.policy_terms import PolicySettings, TokenTensors
 from r1_kernels.primitives.policy_torch import policy_terms
 
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.trainer.token_advantages import (
     discounted_sums,
@@ -276,7 +276,7 @@ def test_a_known_norm_takes_the_place_of_the_gradients():
 
 
 def step_of(rl: dict, **sections: dict) -> SimpleNamespace:
-    config = parse({"rl": rl, **sections})
+    config = parse_recipe({"rl": rl, **sections})
     return SimpleNamespace(
         config=config,
         run_config=config,

@@ -25,7 +25,7 @@ from typing import Any, Self
 import psutil
 from r1_grading import RewardPool
 
-from megatron_r1.config import Config, parse
+from megatron_r1.config import Config, parse_recipe
 from megatron_r1.controller.loop import train
 from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.rollouts.collector import RolloutCollector
@@ -314,7 +314,7 @@ async def _call_all(trainer: TrainerClient) -> list[float]:
 
 
 def _rollout_config(model: Path, groups: int, tokens: int, world_size: int, routed: bool) -> Config:
-    return parse(
+    return parse_recipe(
         {
             "model": {"path": str(model)},
             "data": {"task": "chain_sum", "template": "r1_zero"},

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_r1.base.processes.children import rank_variables
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.controller.trainer_calls.packing import pack
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
@@ -25,7 +25,9 @@ LOSS = "megatron_r1.trainer.losses:supervised"
 def main() -> None:
     task = json.loads(sys.argv[1])
     os.environ |= rank_variables(0, 1, port=0)
-    grid_position = distributed.initialize(parse(_task_settings(task)).parallel, seed=task["seed"])
+    grid_position = distributed.initialize(
+        parse_recipe(_task_settings(task)).parallel, seed=task["seed"]
+    )
     print("\n" + json.dumps(_train_variant(task, grid_position)))
 
 
@@ -41,7 +43,7 @@ def _train_variant(task: dict[str, Any], grid_position: Any) -> dict[str, Any]:
     from megatron_r1.trainer.trainer import Trainer
 
     language = Language(MODEL["vocab_size"], task["seed"])
-    config = parse(_task_settings(task))
+    config = parse_recipe(_task_settings(task))
     trainer = Trainer(config, grid_position)
     losses, start = [], time.perf_counter()
     for step in range(task["steps"]):
@@ -66,7 +68,7 @@ def _train_variant(task: dict[str, Any], grid_position: Any) -> dict[str, Any]:
     # An engine computes in bf16 with the pushed weights; the gap is the trainer's distance from it.
     engine_settings = _task_settings({**task, "variant": BASELINE}, init="load", path=str(folder))
     gap = (
-        _token_logprobs(Trainer(parse(engine_settings), grid_position), heldout) - logprobs
+        _token_logprobs(Trainer(parse_recipe(engine_settings), grid_position), heldout) - logprobs
     ).abs()
     return report | {"logprob_diff": {"mean": gap.mean().item(), "max": gap.max().item()}}
 

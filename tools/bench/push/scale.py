@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from megatron_r1.base.transports import RELAY_BUCKET_BYTES
-from megatron_r1.config import hardware, load
+from megatron_r1.config import hardware, load_recipe
 from megatron_r1.config.hardware import ByteRate, Count
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages, stage_shards
@@ -221,7 +221,7 @@ def _scale_cases() -> Iterator[ScaleCase]:
 
 def _planner_of_recipe(recipe: str) -> MatchedRegions:
     """Return the planner of a shipped recipe."""
-    config = load(ROOT / recipe)
+    config = load_recipe(ROOT / recipe)
     hf_config, layout = read_hf_config(config.model.path), engine_layout(config)
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
     needs = PredictedSharding(hf_config, layout, drafts=config.rollout.drafts_by_mtp)

@@ -72,7 +72,7 @@ def pretrained_settings(
     args: argparse.Namespace, folder: Path
 ) -> tuple[StepWork, Path, dict[str, dict[str, Any]]]:
     """Return the work, the file of its questions, below `folder`, and our settings."""
-    recipe = configuration.load(PRETRAINED_RECIPE)
+    recipe = configuration.load_recipe(PRETRAINED_RECIPE)
     options = {"limit": args.limit, "questions": args.questions}
     work = replace(
         pretrained_work(recipe),

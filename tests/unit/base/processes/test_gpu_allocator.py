@@ -8,7 +8,7 @@ import pytest
 from megatron_r1.base.processes import process_memory
 from megatron_r1.base.processes.process_memory import ALLOCATOR_VARIABLES
 from megatron_r1.commands import cli, torchrun
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.controller.trainer_calls import rank_processes
 from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
 from megatron_r1.engines.server import gpu
@@ -37,7 +37,7 @@ def test_ranks_on_gpus_let_segments_grow(has_gpu, tmp_path, monkeypatch):
     monkeypatch.setattr(
         rank_processes, "_start_rank", lambda command, log, own: started.append(own)
     )
-    config = parse({"run": {"folder": "x"}, "parallel": {"processes": 2}})
+    config = parse_recipe({"run": {"folder": "x"}, "parallel": {"processes": 2}})
     RankProcesses(tmp_path).start(config, "tcp://127.0.0.1:1", "secret")
     expected = TRAINERS if has_gpu else {}
     assert [allocator_of(own) for own in started] == [expected, expected]
@@ -78,7 +78,7 @@ def test_ranks_under_torchrun_do_and_their_controller_does_not(has_gpu, monkeypa
         monkeypatch.delenv(name)
     monkeypatch.setattr(torchrun.subprocess, "Popen", popen)
     monkeypatch.setattr(rank_server, "serve_under_torchrun", serve)
-    assert cli._serve_as_rank(parse({"run": {"folder": "x"}}), ["rl", "x.yaml"]) == 0
+    assert cli._serve_as_rank(parse_recipe({"run": {"folder": "x"}}), ["rl", "x.yaml"]) == 0
     assert allocator_of(seen["rank"]) == (TRAINERS if has_gpu else {})
     assert allocator_of(seen["controller"]) == {}
     secret = seen["rank"][torchrun.RANKS_TOKEN_VARIABLE]

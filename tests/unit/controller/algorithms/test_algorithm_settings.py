@@ -12,7 +12,7 @@ from unittest.mock import AsyncMock
 import pytest
 import yaml
 
-from megatron_r1.config import Config, RLConfig, dump, load, parse
+from megatron_r1.config import Config, RLConfig, dump_recipe, load_recipe, parse_recipe
 from megatron_r1.config.algorithms import ALGORITHM_NAMES
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
@@ -32,7 +32,7 @@ def test_the_recipe_comes_before_the_preset_before_the_algorithm_before_the_fiel
 
     def settings(**rl):
         path.write_text(yaml.safe_dump({"rl": rl}))
-        return load(path).rl
+        return load_recipe(path).rl
 
     plain = settings()
     assert (plain.algorithm, plain.clip_high, plain.kl_beta) == ("grpo", 10.0, 0.001)
@@ -49,8 +49,8 @@ def test_what_is_written_down_is_what_is_read_again(tmp_path):
     path = tmp_path / "config.yaml"
     for name in ALGORITHM_NAMES:
         config = Config(rl={"algorithm": name})
-        path.write_text(dump(config))
-        assert load(path) == config == parse(config.model_dump())
+        path.write_text(dump_recipe(config))
+        assert load_recipe(path) == config == parse_recipe(config.model_dump())
 
 
 @pytest.mark.parametrize("name", ALGORITHM_NAMES)
@@ -197,4 +197,4 @@ def passes(config):
 def test_the_policy_s_rate_decays_over_its_own_updates(algorithm, updates):
     """PPO's critic alone learns in the first 40 of 100 steps; other algorithms have none."""
     tree = {"rl": {"algorithm": algorithm}, "run": {"steps": 100}, "critic": {"warmup_steps": 40}}
-    assert passes(parse(tree)).num_policy_updates == updates
+    assert passes(parse_recipe(tree)).num_policy_updates == updates

@@ -7,7 +7,7 @@ import torch
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import response_rewards_or_advantages
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
@@ -41,7 +41,7 @@ def groups_of(rollout):
 
 
 def recipe(**rl):
-    return parse(
+    return parse_recipe(
         {
             "rl": {"group_size": 4, "prompts_per_rollout": 4, "minibatches": 2, **rl},
             "rewards": {"weights": WEIGHTS},
@@ -102,7 +102,7 @@ def test_the_penalty_of_long_responses_is_a_reward_of_its_own():
 
 
 def test_a_weight_counts_in_its_steps_only():
-    config = parse(
+    config = parse_recipe(
         {
             "rl": {"group_size": 4, "reward_normalization": "each"},
             "rewards": {"weights": {"accuracy": 1.0, "format": {"weight": 0.5, "from_step": 3}}},
@@ -135,14 +135,16 @@ def test_the_default_changes_no_bit():
     ],
 )
 def test_where_it_has_no_meaning_it_is_refused(rl):
-    parse({"rl": {"algorithm": "dapo", "dynamic_sampling": False, "reward_normalization": "each"}})
+    parse_recipe(
+        {"rl": {"algorithm": "dapo", "dynamic_sampling": False, "reward_normalization": "each"}}
+    )
     with refused("rl.reward_normalization", Cause.CONFLICT):
-        parse({"rl": {**rl, "reward_normalization": "each"}})
+        parse_recipe({"rl": {**rl, "reward_normalization": "each"}})
 
 
 def test_one_reward_has_no_other_to_be_normalized_apart_from():
     one = {"rewards": {"weights": {"accuracy": 1.0, "format": 0.0}}}
     rl = {"reward_normalization": "each"}
     with refused("rl.reward_normalization", Cause.CONFLICT, "accuracy"):
-        parse({"rl": rl, **one})
-    parse({"rl": {**rl, "overlong_buffer": 0.2}, **one})
+        parse_recipe({"rl": rl, **one})
+    parse_recipe({"rl": {**rl, "overlong_buffer": 0.2}, **one})

@@ -25,7 +25,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
-from megatron_r1.config import Config, parse
+from megatron_r1.config import Config, parse_recipe
 from megatron_r1.config.algorithms import ALGORITHM_NAMES, LossSettings
 from megatron_r1.config.engine_mask import EngineMask
 from megatron_r1.controller import algorithms
@@ -187,7 +187,7 @@ def test_a_micro_batch_without_responses_has_nothing_to_mask(method):
     empty = pack_batch([], TokenSplit(tensor_size=2), torch.device("cpu"))
     empty.logprobs |= {"old": torch.zeros(2), "ref": torch.zeros(2)}
     rl = {"engine_mask": method, "kl_estimator": "unbiased", "kl_beta": 0.1}
-    settings = parse({"rl": rl}).rl
+    settings = parse_recipe({"rl": rl}).rl
     if method in MASK_FUNCTIONS:
         rollout = RolloutBatches([empty])
         bounds = settings.engine_mask_settings
@@ -204,7 +204,7 @@ def test_a_micro_batch_without_responses_has_nothing_to_mask(method):
 
 
 def test_settings_reach_a_rank_as_they_are():
-    settings = parse({"rl": {"engine_mask": "divergence"}}).rl.loss_settings(8)
+    settings = parse_recipe({"rl": {"engine_mask": "divergence"}}).rl.loss_settings(8)
     name, settings = wrap_loss("a:loss", settings)
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode(settings), type=LossSettings)
     assert carried == settings and carried.inner == ("a:loss",)
@@ -223,7 +223,7 @@ def test_settings_reach_a_rank_as_they_are():
     ],
 )
 def test_a_mask_needs_old_logprobs_of_every_mini_batch(rl, is_asked, computes_all):
-    config, trainer = parse({"rl": rl}), SimpleNamespace(call=AsyncMock(return_value={}))
+    config, trainer = parse_recipe({"rl": rl}), SimpleNamespace(call=AsyncMock(return_value={}))
     policy_trainer = PolicyTrainer(config, trainer, RunState())
     asyncio.run(policy_trainer.compute_logprobs(config))
     assert trainer.call.await_args.kwargs["with_first_minibatch"] is computes_all
@@ -262,10 +262,10 @@ def test_a_mask_needs_old_logprobs_of_every_mini_batch(rl, is_asked, computes_al
 )
 def test_bounds_and_methods_without_a_meaning_are_refused(rl, key, cause):
     with refused(f"rl.{key}", cause):
-        parse({"rl": rl})
+        parse_recipe({"rl": rl})
 
 
 def test_a_schedule_may_begin_a_mask():
     schedule = [{"from_step": 5, "rl.engine_mask": "token", "rl.engine_mask_high": 3.0}]
-    parts = dict(parse({"rl": {"schedule": schedule}}).schedule_parts())
+    parts = dict(parse_recipe({"rl": {"schedule": schedule}}).schedule_parts())
     assert parts[5].rl.engine_mask_settings == EngineMask("token", 0.5, 3.0)

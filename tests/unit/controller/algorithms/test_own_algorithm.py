@@ -12,7 +12,7 @@ from algorithm_problem import check
 from refusals import refused
 
 from megatron_r1.base.errors import Cause, RunError
-from megatron_r1.config import RLConfig, dump, load, parse
+from megatron_r1.config import RLConfig, dump_recipe, load_recipe, parse_recipe
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller import algorithms
 
@@ -40,18 +40,18 @@ def folder(tmp_path, monkeypatch):
 def raft(folder):
     (folder / "raft.py").write_text(blocks("python")[0], encoding="utf-8")
     (folder / "mine.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
-    return load("mine.yaml").rl
+    return load_recipe("mine.yaml").rl
 
 
 def test_the_recipe_of_the_page_has_the_defaults_of_the_file(raft):
     assert (raft.algorithm, raft.group_size) == ("raft:RULES", 8)
     assert (raft.advantage_std, raft.minibatches, raft.kl_beta) == ("none", 1, 0.0)
     assert raft.loss_settings(8).kl_beta == 0.0
-    config = load("mine.yaml", {"rl.kl_beta": 0.1})
-    Path("config.yaml").write_text(dump(config), encoding="utf-8")
-    assert load("config.yaml") == config and config.rl.kl_beta == 0.1
+    config = load_recipe("mine.yaml", {"rl.kl_beta": 0.1})
+    Path("config.yaml").write_text(dump_recipe(config), encoding="utf-8")
+    assert load_recipe("config.yaml") == config and config.rl.kl_beta == 0.1
     with refused("rl.advantage_std", Cause.CONFLICT, "raft:RULES"):
-        load("mine.yaml", {"rl.advantage_std": "group"})
+        load_recipe("mine.yaml", {"rl.advantage_std": "group"})
 
 
 def test_the_test_of_the_page_passes(raft):
@@ -112,7 +112,7 @@ def test_options_of_its_own_have_defaults_and_reach_its_functions(folder):
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode(rl.loss_settings(8)), type=LossSettings)
     assert carried.options == rl.token_settings.options == rl.options
     schedule = [{"from_step": 3, "rl.options": {"keep": 1}}]
-    parts = dict(parse({"rl": {**given, "schedule": schedule}}).schedule_parts())
+    parts = dict(parse_recipe({"rl": {**given, "schedule": schedule}}).schedule_parts())
     assert [part.rl.options["keep"] for part in parts.values()] == [0.5, 1]
 
 
@@ -130,7 +130,7 @@ def test_wrong_options_are_named(folder, option, value, cause, shown):
         "RULES = AlgorithmRules(options={'keep': 0.25, 'ties': False})\n"
     )
     with refused(f"rl.options.{option}", cause, shown):
-        parse({"rl": {"algorithm": "own:RULES", "options": {option: value}}})
+        parse_recipe({"rl": {"algorithm": "own:RULES", "options": {option: value}}})
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_mistakes_are_named(folder, source, name, cause, shown):
     head = "from megatron_r1.config.algorithms import AlgorithmRules\n"
     (folder / "own.py").write_text(f"{head}{source}\ndef advantages(groups, rl): ...\n")
     with refused("rl.algorithm", cause, name, shown):
-        parse({"rl": {"algorithm": name}})
+        parse_recipe({"rl": {"algorithm": name}})
 
 
 @pytest.mark.parametrize("rule", ["critic", "teacher", "kl_in_reward"])

@@ -8,7 +8,7 @@ from algorithm_problem import check, plain, weighted_by_the_ratio, with_kl
 from refusals import refused
 
 from megatron_r1.base.errors import Cause, RunError
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections.truncation_mask import mask_truncated
 from megatron_r1.controller.loop import response_rewards_or_advantages, split_into_minibatches
@@ -66,13 +66,13 @@ def test_the_setting_leaves_them_out_of_what_the_trainer_gets():
     rows = [[(1.0, False), (0.0, True), (0.0, False), (1.0, True, False)]]
     rl = {"algorithm": "dr_grpo", "group_size": 4, "prompts_per_rollout": 1, "minibatches": 2}
     groups, algorithm = groups_of(rows), algorithms.find("dr_grpo")
-    config, third = parse({"rl": rl}), 1 / 3
+    config, third = parse_recipe({"rl": rl}), 1 / 3
     trained = response_rewards_or_advantages(groups, algorithm, config, 1)
     assert trained[0] == pytest.approx([1 - third, -third, -third, math.nan], nan_ok=True)
     plain_ones = algorithm.response_rewards_or_advantages([[1.0, 0.0, 0.0, None]], config.rl)
     assert repr(trained) == repr(plain_ones), "the default changes no bit"
     masked = response_rewards_or_advantages(
-        groups, algorithm, parse({"rl": {**rl, "truncated": "mask"}}), 1
+        groups, algorithm, parse_recipe({"rl": {**rl, "truncated": "mask"}}), 1
     )
     assert masked[0] == pytest.approx([1 - third, math.nan, -third, math.nan], nan_ok=True)
     samples = training_samples(groups, masked)
@@ -84,7 +84,7 @@ def test_the_setting_leaves_them_out_of_what_the_trainer_gets():
 
 def test_too_few_responses_that_are_not_cut_off_stop_the_run():
     groups = groups_of([[(1.0, False), (0.0, True), (0.0, True), (0.0, True)]])
-    config = parse({"rl": {"truncated": "mask", "algorithm": "dr_grpo"}})
+    config = parse_recipe({"rl": {"truncated": "mask", "algorithm": "dr_grpo"}})
     advantages = response_rewards_or_advantages(groups, algorithms.find("dr_grpo"), config, 1)
     samples = training_samples(groups, advantages)
     with pytest.raises(RunError, match=r"1 of 4 .*rl.minibatches: 2.*rl.truncated"):
@@ -93,7 +93,7 @@ def test_too_few_responses_that_are_not_cut_off_stop_the_run():
 
 def test_a_schedule_may_change_it():
     schedule = [{"from_step": 9, "rl.truncated": "mask"}]
-    parts = dict(parse({"rl": {"schedule": schedule}}).schedule_parts())
+    parts = dict(parse_recipe({"rl": {"schedule": schedule}}).schedule_parts())
     assert [part.rl.truncated for part in parts.values()] == ["train", "mask"]
     with refused("rl.truncated", Cause.UNKNOWN, "drop", "mask"):
-        parse({"rl": {"truncated": "drop"}})
+        parse_recipe({"rl": {"truncated": "drop"}})

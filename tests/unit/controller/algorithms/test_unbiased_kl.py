@@ -13,7 +13,7 @@ from test_branches import NEAR, Episodes
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import wrap_loss
 from megatron_r1.trainer.loss_head import LossHead
@@ -82,7 +82,7 @@ def test_its_expected_gradient_is_that_of_the_divergence_after_updates_too():
     )
     batch.logprobs["ref"] = reference[batch.targets]
     head = LossHead(batch, state.expand(2 * VOCABULARY, -1), weight, TEMPERATURE, None, VOCABULARY)
-    settings = parse({"rl": SETTINGS | {"kl_beta": 1.0}}).rl.loss_settings(LIMIT)
+    settings = parse_recipe({"rl": SETTINGS | {"kl_beta": 1.0}}).rl.loss_settings(LIMIT)
     name, settings = wrap_loss(algorithms.find("grpo").loss, settings)
     terms = find_function(name)(batch, head, settings)
     (terms.loss / terms.denominator).backward()
@@ -93,15 +93,17 @@ def test_its_expected_gradient_is_that_of_the_divergence_after_updates_too():
 
 
 def test_without_a_weight_of_kl_the_loss_is_the_algorithm_s():
-    settings = parse({"rl": SETTINGS | {"kl_beta": 0.0}}).rl.loss_settings(LIMIT)
-    plain = parse({"rl": {"kl_beta": 0.0}}).rl.loss_settings(LIMIT)
+    settings = parse_recipe({"rl": SETTINGS | {"kl_beta": 0.0}}).rl.loss_settings(LIMIT)
+    plain = parse_recipe({"rl": {"kl_beta": 0.0}}).rl.loss_settings(LIMIT)
     assert wrap_loss("a:loss", settings) == ("a:loss", plain)
     made, same = (next(ours(Problem(), "grpo", {**own, "kl_beta": 0.0})) for own in (SETTINGS, {}))
     assert torch.equal(made[0], same[0]) and torch.equal(made[1], same[1])
 
 
 def test_it_goes_together_with_a_mask_in_the_loss():
-    settings = parse({"rl": SETTINGS | {"engine_mask": "divergence"}}).rl.loss_settings(LIMIT)
+    settings = parse_recipe({"rl": SETTINGS | {"engine_mask": "divergence"}}).rl.loss_settings(
+        LIMIT
+    )
     name, settings = wrap_loss("a:loss", settings)
     assert [name.split(":")[0].split(".")[-1], *settings.inner] == [
         "engine_mask",
@@ -113,4 +115,4 @@ def test_it_goes_together_with_a_mask_in_the_loss():
 @pytest.mark.parametrize("name", ["rloo", "reinforce_pp", "ppo"])
 def test_where_kl_is_in_the_reward_it_is_refused(name):
     with refused("rl.kl_estimator", Cause.CONFLICT, name):
-        parse({"rl": {"algorithm": name, "kl_estimator": "unbiased"}})
+        parse_recipe({"rl": {"algorithm": name, "kl_estimator": "unbiased"}})

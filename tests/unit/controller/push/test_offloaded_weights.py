@@ -9,7 +9,7 @@ from refusals import refused
 from small_fleet import SmallFleet, push_result
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.config.push import PushConfig
 from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.push.engine_links import EngineLinks
@@ -206,7 +206,7 @@ def test_a_checkpoint_has_the_memory_and_engines_their_weights_before_the_next_r
 
 class Sampler:
     def __init__(self, done, fleet):
-        self.config = parse({"rollout": {"colocated": True}})
+        self.config = parse_recipe({"rollout": {"colocated": True}})
         self.collector, self.done = SimpleNamespace(fleet=fleet), done
 
     def ensure_started(self, step):
@@ -231,4 +231,4 @@ def test_settings_that_do_not_go_with_it_are_refused(key, recipe):
     tree = {"rollout": {"colocated": True}} | recipe
     tree["parallel"] = {"offload_between_phases": "host"} | recipe.get("parallel", {})
     with refused(key, Cause.CONFLICT):
-        parse(tree)
+        parse_recipe(tree)

@@ -4,7 +4,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.controller.rollouts.step_sampler import RolloutStream, collect_informative
@@ -153,5 +153,5 @@ def test_metrics_are_of_everything_that_was_sampled():
 
 def test_stale_samples_need_an_importance_weight():
     with refused("rl.importance_cap", Cause.MISSING):
-        parse({"rl": {"staleness": 1}})
-    assert parse({"rl": {"staleness": 1, "importance_cap": 2.0}}).rl.staleness == 1
+        parse_recipe({"rl": {"staleness": 1}})
+    assert parse_recipe({"rl": {"staleness": 1, "importance_cap": 2.0}}).rl.staleness == 1

@@ -20,7 +20,7 @@ from small_qwen2 import MODEL
 from waiting import until
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import RewardsConfig, parse
+from megatron_r1.config import RewardsConfig, parse_recipe
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.rollouts.teacher_fleets import TeacherFleets
@@ -72,7 +72,7 @@ class Run:
         model.mkdir(exist_ok=True)
         (model / "config.json").write_text(json.dumps(MODEL))
         tree = {"run": {"folder": str(folder / "run"), "steps": 5, **settings}}
-        self.config = parse(tree | {"model": {"path": str(model)}})
+        self.config = parse_recipe(tree | {"model": {"path": str(model)}})
         self.folder = Path(self.config.run.folder)
 
     @contextlib.asynccontextmanager

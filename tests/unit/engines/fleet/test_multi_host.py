@@ -199,4 +199,4 @@ def test_gloo_is_told_the_interface_that_others_reach(monkeypatch):
 )
 def test_what_cannot_be_spread_is_refused(rollout, cause):
     with refused("rollout.hosts_per_engine", cause, rollout["hosts_per_engine"]):
-        config.parse({"rollout": rollout})
+        config.parse_recipe({"rollout": rollout})

@@ -8,7 +8,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import load, parse
+from megatron_r1.config import load_recipe, parse_recipe
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, with_gpu_share
 from megatron_r1.engines.server import recipe_checks
 from megatron_r1.engines.server.model_config import vocab_size
@@ -35,7 +35,7 @@ LATENT = DENSE | {"num_attention_heads": 6, "num_key_value_heads": 1, "kv_lora_r
 
 
 def config(rl=None, **rollout):
-    return parse({"rollout": rollout, "rl": rl or {}})
+    return parse_recipe({"rollout": rollout, "rl": rl or {}})
 
 
 @pytest.mark.parametrize(
@@ -242,15 +242,15 @@ def test_the_vocabulary_is_the_language_models(tmp_path):
 
 @pytest.mark.parametrize("name", ["r1_zero", "reasoning_rl", "all_scenarios_rl"])
 def test_the_large_recipes_push_from_stages_with_mtp_layers(name):
-    recipe = load(ROOT / f"examples/deepseek_r1/{name}.yaml")
+    recipe = load_recipe(ROOT / f"examples/deepseek_r1/{name}.yaml")
     assert "m" in recipe.parallel.pipeline_layout
     hf_config = read_hf_config(ROOT / recipe.model.path)
     check_pushes(recipe, hf_config, recipe.parallel.processes)
     changed = {"model.mtp": "none"}
-    without = load(ROOT / f"examples/deepseek_r1/{name}.yaml", changed)
+    without = load_recipe(ROOT / f"examples/deepseek_r1/{name}.yaml", changed)
     with refused("rollout.speculative.method", Cause.CONFLICT):
         check_pushes(without, hf_config, world_size=2048)
     changed["rollout.speculative.method"] = "none"
-    without = load(ROOT / f"examples/deepseek_r1/{name}.yaml", changed)
+    without = load_recipe(ROOT / f"examples/deepseek_r1/{name}.yaml", changed)
     with refused("parallel.pipeline_layout", Cause.CONFLICT):
         check_pushes(without, hf_config, world_size=2048)

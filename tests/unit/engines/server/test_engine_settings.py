@@ -7,13 +7,13 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.engines.server import environment
 from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 
 
 def arguments(**rollout) -> list[str]:
-    config = parse({"rollout": rollout})
+    config = parse_recipe({"rollout": rollout})
     return EngineSettings(**engine_settings(config.rollout)).arguments(Path("model"))
 
 

@@ -7,7 +7,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.engines.server import recipe_checks
 from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 from megatron_r1.push.plan.recipe_plan import check_drafter
@@ -16,7 +16,9 @@ MTP = {"num_attention_heads": 4, "num_hidden_layers": 2, "num_nextn_predict_laye
 
 
 def config(method, tokens=1, **sections):
-    return parse({"rollout": {"speculative": {"method": method, "tokens": tokens}}, **sections})
+    return parse_recipe(
+        {"rollout": {"speculative": {"method": method, "tokens": tokens}}, **sections}
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_what_can_draft_is_not(method, tokens, layers):
 
 
 def test_a_drafter_behind_stages_is_refused():
-    staged = parse({"rollout": {"speculative": {"method": "mtp"}, "pipeline_parallel": 2}})
+    staged = parse_recipe({"rollout": {"speculative": {"method": "mtp"}, "pipeline_parallel": 2}})
     with refused(
         "rollout.speculative.method", Cause.UNSUPPORTED, "rollout.pipeline_parallel=2", "ngram"
     ):
@@ -56,7 +58,7 @@ def test_suffix_is_taken_with_its_package_and_where_engines_are_elsewhere(monkey
     monkeypatch.setattr(recipe_checks, "find_spec", lambda name: name)
     recipe_checks.check_engines(config("suffix"), MTP)
     monkeypatch.setattr(recipe_checks, "find_spec", lambda name: None)
-    hosts = parse({"rollout": {"speculative": {"method": "suffix"}, "placement": "hosts"}})
+    hosts = parse_recipe({"rollout": {"speculative": {"method": "suffix"}, "placement": "hosts"}})
     recipe_checks.check_engines(hosts, MTP)
 
 

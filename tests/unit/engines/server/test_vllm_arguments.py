@@ -8,7 +8,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.engines.server import vllm_arguments
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.engines.server.settings import EngineSettings, engine_settings
@@ -29,7 +29,7 @@ HF = {"architectures": ["Qwen2ForCausalLM"], "num_attention_heads": 2, "vocab_si
 
 
 def rollout(**vllm):
-    return parse({"rollout": {"vllm": vllm}}).rollout
+    return parse_recipe({"rollout": {"vllm": vllm}}).rollout
 
 
 def test_values_are_written_as_the_command_line_has_them():
@@ -58,7 +58,7 @@ def test_an_engine_of_the_recipe_gets_them_after_its_own():
 
 def test_copies_of_experts_come_with_vllms_balancer():
     given = {"rollout": {"redundant_experts": 32, "vllm": {"eplb_config": {"step_interval": 9}}}}
-    words = EngineSettings(**engine_settings(parse(given).rollout)).arguments(Path("model"))
+    words = EngineSettings(**engine_settings(parse_recipe(given).rollout)).arguments(Path("model"))
     at = words.index("--eplb-config") + 1
     assert json.loads(words[at]) == {"step_interval": 9, "num_redundant_experts": 32}
     assert "--enable-eplb" in words
@@ -68,7 +68,7 @@ def test_copies_of_experts_come_with_vllms_balancer():
 
 
 def test_one_key_is_set_on_the_command_line_too():
-    config = parse({"rollout": {"vllm": {"kv_cache_dtype": "fp8", "max_logprobs": 3}}})
+    config = parse_recipe({"rollout": {"vllm": {"kv_cache_dtype": "fp8", "max_logprobs": 3}}})
     assert config.rollout.vllm == {"kv_cache_dtype": "fp8", "max_logprobs": 3}
 
 
@@ -85,11 +85,11 @@ def test_one_key_is_set_on_the_command_line_too():
 )
 def test_what_the_recipe_or_the_fleet_sets_is_refused(name, setting):
     with refused(f"rollout.vllm.{name}", Cause.CONFLICT, setting):
-        check_engines(parse({"rollout": {"vllm": {name: 1}}}), HF)
+        check_engines(parse_recipe({"rollout": {"vllm": {name: 1}}}), HF)
 
 
 def test_a_teacher_has_a_setting_of_its_own():
-    teacher = parse({"teacher": {"vllm": {"max_num_batched_tokens": 4}}}).teacher
+    teacher = parse_recipe({"teacher": {"vllm": {"max_num_batched_tokens": 4}}}).teacher
     with refused(
         "teacher.vllm.max_num_batched_tokens", Cause.CONFLICT, "teacher.max_num_batched_tokens"
     ):
@@ -98,7 +98,7 @@ def test_a_teacher_has_a_setting_of_its_own():
     arguments = "vllm.max_num_batched_tokens", f"set {key}.max_num_batched_tokens,"
     with refused(f"{key}.{arguments[0]}", Cause.CONFLICT, arguments[1]):
         check_reserved(teacher, key)
-    teacher = parse({"teacher": {"vllm": {"dtype": "float16"}}}).teacher
+    teacher = parse_recipe({"teacher": {"vllm": {"dtype": "float16"}}}).teacher
     with refused(f"{key}.vllm.dtype", Cause.CONFLICT, f"set {key}.dtype,"):
         check_reserved(teacher, key)
     check_reserved(rollout(max_num_batched_tokens=4), "rollout")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_r1.config import load, parse
+from megatron_r1.config import load_recipe, parse_recipe
 from megatron_r1.rehearse.preflight import folder, node_probes, rank
 from megatron_r1.rehearse.preflight.facts import RankPlacement
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
@@ -42,7 +42,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_its_cause(progress):
 def test_a_port_of_the_recipe_that_is_taken_is_named():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
-        config = parse({"run": {"health_port": port}, "rollout": {"hosts_port": 0}})
+        config = parse_recipe({"run": {"health_port": port}, "rollout": {"hosts_port": 0}})
         fault = f"port {port}: Address already in use"
         assert node_probes.unavailable_ports(config, ALONE) == {"run.health_port": fault}
 
@@ -97,5 +97,5 @@ def test_the_host_network_is_measured_where_a_step_waits_for_it(changed, is_used
     without = {"rl.routing_replay": False, "rollout.redundant_experts": 0}
     if "rollout.colocated" in changed:
         without |= {"rollout.placement": "local", "rollout.hosts_per_engine": 1}
-    config = load(ROOT / "examples/deepseek_r1/r1_zero_pools.yaml", without | changed)
+    config = load_recipe(ROOT / "examples/deepseek_r1/r1_zero_pools.yaml", without | changed)
     assert rank._uses_host_network(config) == is_used

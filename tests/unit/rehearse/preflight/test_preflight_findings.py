@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.config import parse
+from megatron_r1.config import parse_recipe
 from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions, link_rate
 from megatron_r1.config.overrides import take_section
 from megatron_r1.rehearse.preflight.facts import (
@@ -18,7 +18,7 @@ from megatron_r1.rehearse.preflight.links import neighbors
 from megatron_r1.rehearse.preflight.rate_checks import hardware_of
 from megatron_r1.rehearse.settings import PreflightConfig, PreflightRecipe
 
-CONFIG = parse({"run": {"folder": "runs/x"}, "data": {"kind": "code"}})
+CONFIG = parse_recipe({"run": {"folder": "runs/x"}, "data": {"kind": "code"}})
 SETTINGS = PreflightConfig()
 # Of 4 GPUs a node at 450 GB/s within and 50 between: 0.78 x 450; 0.78 / ((3/4) / 50) over 16 ranks.
 INSIDE, ACROSS = 351e9, 52e9
