@@ -22,7 +22,7 @@ MAX_SHOWN_IDS = 8
 """Token ids that are shown of either end of a prompt."""
 
 
-def prepare(config: Config) -> tuple[PromptTokenizer, PromptSplit]:
+def check_and_read_prompts(config: Config) -> tuple[PromptTokenizer, PromptSplit]:
     """Check all that can be checked before anything starts; return the tokenizer with its template,
     and the prompts.
 

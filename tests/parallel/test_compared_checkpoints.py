@@ -7,7 +7,7 @@ import compared_runs
 import pytest
 from ranks import run_ranks
 
-from megatron_r1.commands.compare.verb import compare
+from megatron_r1.commands.compare.verb import compare_runs
 
 pytestmark = pytest.mark.more
 HERE = Path(__file__).parent
@@ -37,10 +37,10 @@ def runs(oracle, tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("grid", LAYOUTS)
 def test_one_planted_change_is_found_at_its_step_phase_rank_and_tensor(runs, grid):
     folder = runs[grid]
-    found = compare(folder / "equal", folder / "equal_again")
+    found = compare_runs(folder / "equal", folder / "equal_again")
     assert found.checkpoints == [1, 2, 3, 4] and found.differences == []
     for name, change in compared_runs.PLANTS.items():
-        first = compare(folder / "equal", folder / name).first_difference
+        first = compare_runs(folder / "equal", folder / name).first_difference
         assert first is not None, name
         assert (first.step, first.phase) == (change.step, PHASE[change.of]), (name, first)
         if change.of == "rng":
@@ -56,11 +56,11 @@ def test_one_planted_change_is_found_at_its_step_phase_rank_and_tensor(runs, gri
 
 
 def test_two_layouts_are_equal_to_rounding(runs):
-    found = compare(runs["tp2xep2"] / "equal", runs["pp2"] / "equal")
+    found = compare_runs(runs["tp2xep2"] / "equal", runs["pp2"] / "equal")
     assert len(found.settings) == 3  # tensor, pipeline, expert
     assert found.first_difference is not None and found.first_beyond_rounding is None
     # The same, and a changed tensor: rounding of everything does not hide it.
-    planted = compare(runs["tp2xep2"] / "equal", runs["pp2"] / "gradient_tensor")
+    planted = compare_runs(runs["tp2xep2"] / "equal", runs["pp2"] / "gradient_tensor")
     apart = planted.first_beyond_rounding
     assert apart is not None and (apart.step, apart.phase) == (3, "gradient")
     assert apart.name in [state + compared_runs.PROJECTION for state in STATES["main_grad"]]

@@ -9,7 +9,7 @@ import pytest
 from r1_grading import RewardPool
 
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.commands.score.verifier_audit import audit
+from megatron_r1.commands.score.verifier_audit import audit_verifier
 from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
     AuditedResponse,
@@ -63,7 +63,7 @@ def audited(responses, known=None, **options):
         async with RewardPool(2, timeout_seconds=20.0) as pool:
             graders = pool if known is None else Remembering(pool, known)
             methods = PooledSecondMethod(graders, {}, repeats=2)
-            return await audit(responses, methods.judge, num_groups=0, **options)
+            return await audit_verifier(responses, methods.judge, num_groups=0, **options)
 
     return asyncio.run(run())
 

@@ -26,7 +26,7 @@ from typing import Any
 import yaml
 from r1_grading import RewardPool
 
-from megatron_r1.commands.score.verifier_audit import SAMPLE_SIZE, audit
+from megatron_r1.commands.score.verifier_audit import SAMPLE_SIZE, audit_verifier
 from megatron_r1.data.table_files import read_rows
 from megatron_r1.evaluation.fraction_intervals import FractionEstimate
 from megatron_r1.evaluation.verifier_errors import (
@@ -258,7 +258,7 @@ def _rows_of(
         return second[response.id]
 
     audits = [
-        asyncio.run(audit(responses, judge, size=args.size, seed=seed, num_groups=0))
+        asyncio.run(audit_verifier(responses, judge, size=args.size, seed=seed, num_groups=0))
         for seed in range(args.seeds)
     ]
     rows = []

@@ -106,7 +106,7 @@ def run(config: Config, first: str, second: str, json: str | None = None) -> Non
     Raises:
         UserError: a folder without a run, or two without a step in common.
         RunError: the runs differ by more than rounding, or a file is damaged."""
-    comparison = compare(Path(first), Path(second))
+    comparison = compare_runs(Path(first), Path(second))
     if json is not None:
         atomic_write(Path(json), _as_json(comparison))
     print("\n".join(_comparison_lines(comparison)))
@@ -121,7 +121,7 @@ def run(config: Config, first: str, second: str, json: str | None = None) -> Non
         )
 
 
-def compare(first: Path, second: Path) -> RunComparison:
+def compare_runs(first: Path, second: Path) -> RunComparison:
     """Return where two runs part.
 
     Args:

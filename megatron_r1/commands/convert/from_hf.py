@@ -15,7 +15,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.commands.convert import work_folder
 from megatron_r1.commands.convert.sources import (
     HF_FILES,
-    fingerprint,
+    fingerprint_source,
     is_hf,
     read_config,
     read_supported_config,
@@ -121,7 +121,7 @@ def run(args: Namespace) -> int:
     layout = stored_layout(hf_config, with_mtp=with_mtp, transformer_engine=engine)
     plan = {
         "source": str(args.hf.resolve()),
-        "source's files": fingerprint(args.hf),
+        "source's files": fingerprint_source(args.hf),
         "dtype": str(dtype).removeprefix("torch."),
         "names": args.names,
     }

@@ -225,7 +225,7 @@ def open_weights(path: Path, config: Path | None) -> Weights:
     return MegatronWeights(path, read_config(find_hf_files(path, config), path))
 
 
-def fingerprint(path: Path) -> dict[str, list[int]]:
+def fingerprint_source(path: Path) -> dict[str, list[int]]:
     """Return names, sizes and times of a model's files, to detect changes."""
     kinds = {".safetensors", ".distcp", ".metadata"}
     return {

@@ -25,13 +25,13 @@ from megatron_r1.commands.convert.sources import (
     check_manifest,
     find_checkpoint,
     find_hf_files,
-    fingerprint,
+    fingerprint_source,
     open_weights,
     read_config,
     read_supported_config,
     require_outside,
 )
-from megatron_r1.commands.convert.verify import ModelPair, compare
+from megatron_r1.commands.convert.verify import ModelPair, compare_tensors
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.weights import num_parameters
@@ -95,7 +95,7 @@ def check_reload(
 def _same_tensors(checkpoint: Path, hf_files: Path, folder: Path, workers: int) -> None:
     with open_weights(folder, None) as written:
         names = list(written.tensors)
-    differing = compare(ModelPair(checkpoint, folder, hf_files), names, workers)
+    differing = compare_tensors(ModelPair(checkpoint, folder, hf_files), names, workers)
     if differing:
         worst = max(differing, key=lambda d: d.max_difference)
         raise UserError(
@@ -201,7 +201,7 @@ def run(args: Namespace) -> int:
     files = split_into_files(_hf_tensors_on_disk(hf_config, dtype, with_mtp), args.max_file_bytes)
     plan = {
         "checkpoint": str(checkpoint.resolve()),
-        "checkpoint's files": fingerprint(checkpoint),
+        "checkpoint's files": fingerprint_source(checkpoint),
         "dtype": str(dtype).removeprefix("torch."),
         "max-file-bytes": args.max_file_bytes,
     }
@@ -281,7 +281,7 @@ def _write_tensor(
     if name in stacked:
         return
     scale_row = scales.shape[1] * scales.dtype.itemsize if scales else 0
-    for first, count in work_folder.stripes(
+    for first, count in work_folder.row_stripes(
         planned.shape, published_layout.FP8_BLOCK_SIZE if scales else 1
     ):
         values = weights.read(name, 0, first, count)

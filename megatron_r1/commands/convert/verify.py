@@ -58,7 +58,7 @@ def run(args: Namespace) -> int:
     with open_weights(sides.a, config) as a, open_weights(sides.b, config) as b:
         names, missing, reshaped = _sort_names(a, b)
         explained = _explain_dtypes(a, b, names)
-    differing = compare(sides, names, args.workers)
+    differing = compare_tensors(sides, names, args.workers)
     for text in (*missing, *reshaped):
         print(text)
     for difference in sorted(differing, key=lambda d: -d.max_difference)[:MAX_SHOWN]:
@@ -118,7 +118,7 @@ def _explain_dtypes(a: Weights, b: Weights, names: list[str]) -> list[str]:
     return lines
 
 
-def compare(sides: ModelPair, names: list[str], workers: int) -> list[TensorDifference]:
+def compare_tensors(sides: ModelPair, names: list[str], workers: int) -> list[TensorDifference]:
     """Return the tensors of `names` whose values differ.
 
     Args:
@@ -147,7 +147,7 @@ def _compare_tensor(sides: ModelPair, name: str) -> TensorDifference | None:
     lossy = (a == published_layout.FP8_DTYPE) != (b == published_layout.FP8_DTYPE)
     count, largest = 0, -1.0
     location: tuple[int, ...] = ()
-    for first, rows in work_folder.stripes(shape, published_layout.FP8_BLOCK_SIZE):
+    for first, rows in work_folder.row_stripes(shape, published_layout.FP8_BLOCK_SIZE):
         x, y = (side.read(name, 0, first, rows) for side in pair)
         if lossy:
             unequal = _beyond_rounding(pair, name, first, x.float(), y.float())

@@ -20,7 +20,7 @@ STRIPE_ELEMENTS = 8 << 20
 """Elements in memory at a time: 32 MiB in fp32. A step holds a few copies."""
 
 
-def stripes(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
+def row_stripes(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
     """Yield (first row, rows) that cover a tensor; first rows are multiples of `multiple`."""
     width = shape[1] if len(shape) > 1 else 1
     rows = max(multiple, STRIPE_ELEMENTS // max(1, width) // multiple * multiple)

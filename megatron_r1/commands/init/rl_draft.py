@@ -20,7 +20,7 @@ from megatron_r1.commands.cpu_memory import cpu_memory
 from megatron_r1.commands.guessed_settings import Guess
 from megatron_r1.commands.init.recipe_draft import QuestionSource, RecipeDraft
 from megatron_r1.commands.node_resources import NodeResources
-from megatron_r1.commands.rl_prompts import explain_renamed_columns, prepare
+from megatron_r1.commands.rl_prompts import check_and_read_prompts, explain_renamed_columns
 from megatron_r1.commands.trained_model import template_of_model, trained_recipe
 from megatron_r1.config import infer_verb
 from megatron_r1.data.chats import Message
@@ -116,7 +116,7 @@ def check_recipe(path: Path, columns: Columns) -> None:
         UserError: `rl` would refuse the recipe.
     """
     recipe = configuration.load_recipe(path, required=rl.REQUIRED_KEYS)
-    _, prompts = prepare(recipe)
+    _, prompts = check_and_read_prompts(recipe)
     if MODULE_SEPARATOR in (columns.kind or ""):
         with explain_renamed_columns(recipe.data.columns):
             asyncio.run(_check_user_reward(prompts.train))

@@ -17,7 +17,7 @@ from megatron_r1.commands.score.verifier_audit import (
     SAMPLE_SIZE,
     Advantages,
     Audit,
-    audit,
+    audit_verifier,
 )
 from megatron_r1.config import Config, RLConfig
 from megatron_r1.controller import algorithms
@@ -89,7 +89,7 @@ def run(
     result = asyncio.run(
         _audit_responses(config, responses, advantages, without_math_verify, **numbers)
     )
-    print("\n".join(describe(result, path)))
+    print("\n".join(describe_audit(result, path)))
     if json is not None:
         text = json_format.dumps(result.as_json(), indent=1, ensure_ascii=True)
         atomic_write(Path(json), f"{text}\n".encode())
@@ -111,7 +111,7 @@ async def _audit_responses(
         methods = PooledSecondMethod(
             pool, settings.call_options, without_math_verify=without_math_verify
         )
-        return await audit(
+        return await audit_verifier(
             responses,
             methods.judge,
             size=size,
@@ -136,7 +136,7 @@ def _parse_number(name: str, text: str, minimum: int) -> int:
     return int(text)
 
 
-def describe(result: Audit, path: str) -> list[str]:
+def describe_audit(result: Audit, path: str) -> list[str]:
     """Return the lines that are printed."""
     lines = [
         f"{path}: {result.num_responses:,} verdicts, {len(result.judged):,} read a second time"

@@ -1,7 +1,7 @@
 """The audit of a verifier: its error rates, and what its errors do to advantages.
 
-`audit` is the core of `megatron-r1 score --audit`, which reads a file, or by `logged_responses` the
-sample logs of a run."""
+`audit_verifier` is the core of `megatron-r1 score --audit`, which reads a file, or by
+`logged_responses` the sample logs of a run."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Audit:
         }
 
 
-async def audit(
+async def audit_verifier(
     responses: Sequence[AuditedResponse],
     judge: SecondMethod,
     *,

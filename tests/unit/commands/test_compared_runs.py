@@ -13,7 +13,7 @@ import torch
 from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands.compare.records import is_rounding
-from megatron_r1.commands.compare.verb import MAX_IN_ORDER, compare, run
+from megatron_r1.commands.compare.verb import MAX_IN_ORDER, compare_runs, run
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.group_records import encode, to_record
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
@@ -138,7 +138,7 @@ def test_one_planted_change_is_found_in_its_step_and_phase(tmp_path, name, step)
         tmp_path / "second",
         lambda now, made, line: change(made, line) if now == step else made,
     )
-    found = compare(first, second)
+    found = compare_runs(first, second)
     assert (found.num_steps, found.num_logs, found.settings) == (STEPS, STEPS, [])
     assert [(each.step, each.phase, each.name, each.is_rounding) for each in found.differences] == [
         (step, *expected)
@@ -208,7 +208,7 @@ def test_a_bit_of_a_saved_file_is_found_though_the_manifests_are_equal(pair, cap
     change_file(
         folder / "__1_0.distcp", struct.pack("<f", value), struct.pack("<f", flipped(value))
     )
-    found = compare(first, second)
+    found = compare_runs(first, second)
     (difference,) = found.differences
     assert (difference.step, difference.name, difference.ranks) == (2, KEY, ([1], [1]))
     assert difference.place.startswith("at [3, 0, 1], 1 of 24")
@@ -231,7 +231,7 @@ def test_a_checkpoint_that_cannot_be_read_is_refused(pair, name):
     first, second = pair
     (checkpoint_path(RunFolder(second).checkpoints, 3) / name).write_bytes(b"zz")
     with pytest.raises(UserError, match="use another checkpoint"):
-        compare(first, second)
+        compare_runs(first, second)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -239,7 +239,7 @@ def test_a_change_in_one_checkpoint_alone_is_found(tmp_path, step):
     first, second = (write_run(tmp_path / name) for name in ("first", "second"))
     write_checkpoints(first, range(1, STEPS + 1))
     write_checkpoints(second, range(1, STEPS + 1), step)
-    (difference,) = compare(first, second).differences
+    (difference,) = compare_runs(first, second).differences
     assert (difference.step, difference.name) == (step, KEY)
 
 
@@ -266,7 +266,7 @@ def test_damaged_groups_of_a_log_are_no_difference_and_not_equal(tmp_path, damag
         if damage == "emptied":
             content[-1] ^= 1
     log.write_bytes(content)
-    found = compare(first, second)
+    found = compare_runs(first, second)
     assert found.differences == [] and log.read_bytes() == content
     assert len(found.damaged_files) == 1 and f"{log}: " in found.damaged_files[0]
     with pytest.raises(RunError, match="belong to no whole record, so . groups?"):
@@ -288,18 +288,18 @@ def test_a_damaged_record_of_a_run_is_refused_by_name(tmp_path, name, old, new, 
     assert old in text
     (second / name).write_text(text.replace(old, new, 1))
     with pytest.raises(UserError, match=message):
-        compare(first, second)
+        compare_runs(first, second)
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
     first = write_run(tmp_path / "first")
     with pytest.raises(UserError, match="no config.yaml is here; give the folder of a run"):
-        compare(first, tmp_path)
+        compare_runs(first, tmp_path)
     empty = RunFolder(tmp_path / "empty")
     empty.path.mkdir()
     empty.write_config(Config().model_dump())
     with pytest.raises(UserError, match="no finished step in common"):
-        compare(first, empty.path)
+        compare_runs(first, empty.path)
 
 
 @pytest.mark.parametrize("dtype, units", [("float32", 1024), ("bfloat16", 16)])

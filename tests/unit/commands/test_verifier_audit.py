@@ -11,7 +11,7 @@ from r1_grading import Grade
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.score.verifier_audit import audit, logged_responses
+from megatron_r1.commands.score.verifier_audit import audit_verifier, logged_responses
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import decode, encode, from_record, to_record
 from megatron_r1.data.prompt import make_prompt
@@ -98,7 +98,7 @@ def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors, num_se
     }
     covered = dict.fromkeys(truths, 0)
     for seed in range(num_seeds):
-        result = asyncio.run(audit(responses, judge, size=120, seed=seed, num_groups=0))
+        result = asyncio.run(audit_verifier(responses, judge, size=120, seed=seed, num_groups=0))
         for source, rates in (*result.sources.items(), (None, result.overall)):
             for is_accepted, fraction in (
                 (False, rates.wrongly_rejected),
@@ -117,7 +117,9 @@ def test_a_planted_fault_is_told_from_none():
     """A quarter of right answers rejected: the lower end is above 0 for every seed."""
     responses, wrong = responses_with(PLANTED["all fractions rejected"])
     for seed in range(50):
-        result = asyncio.run(audit(responses, judge_with(wrong), size=100, seed=seed, num_groups=0))
+        result = asyncio.run(
+            audit_verifier(responses, judge_with(wrong), size=100, seed=seed, num_groups=0)
+        )
         assert result.overall.wrongly_rejected.low > 0, seed
         assert result.overall.wrongly_accepted.low == 0, seed
 
@@ -189,7 +191,7 @@ def test_advantages_of_a_logged_group_are_those_of_the_corrected_rewards():
     assert {response.source for response in responses} == {"halves"}
     assert responses[1].load().fields["question"] == "half?"
     wrong = {responses[1].id}
-    result = asyncio.run(audit(responses, judge_with(wrong), size=10))
+    result = asyncio.run(audit_verifier(responses, judge_with(wrong), size=10))
     # Of 2.5, 0.5, 0.5 and of 2.5, 2.5, 0.5.
     before = [sqrt(2), -1 / sqrt(2), -1 / sqrt(2), 0.0]
     after = [1 / sqrt(2), 1 / sqrt(2), -sqrt(2), 0.0]
@@ -207,7 +209,7 @@ def test_undecided_verdicts_widen_the_effect_to_both_sides():
     groups = [Group(prompt, [], [logged(1.0), logged(0.0)]) for _ in range(4)]
     responses = list(logged_responses(groups, "step 1", {"accuracy": 1.0}))
     undecided = {responses[0].id, responses[2].id}
-    result = asyncio.run(audit(responses, judge_with((), undecided), size=8))
+    result = asyncio.run(audit_verifier(responses, judge_with((), undecided), size=8))
     # Reversed, both of two groups' responses are rejected: advantages of 1 and -1 become 0.
     assert result.effect.mean_change.low == 0.0
     assert result.effect.mean_change.high >= 0.5
@@ -222,7 +224,7 @@ def test_kinds_without_a_second_method_are_counted_and_not_drawn():
     groups = [Group(prompt, [], [logged(1.0)])]
     groups += [Group(make_prompt("half?", "math", "1/2", {}), [], [logged(1.0)])]
     result = asyncio.run(
-        audit(list(logged_responses(groups, "step 1", {"accuracy": 1.0})), judge_with(()))
+        audit_verifier(list(logged_responses(groups, "step 1", {"accuracy": 1.0})), judge_with(()))
     )
     assert result.without_method == {"judge": 1}
     assert result.num_responses == 1 and len(result.judged) == 1 and result.effect is None

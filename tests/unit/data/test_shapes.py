@@ -22,7 +22,7 @@ from megatron_r1.commands import cli
 from megatron_r1.commands.init import rl_draft
 from megatron_r1.commands.init import verb as init
 from megatron_r1.commands.node_resources import NodeResources
-from megatron_r1.commands.rl_prompts import prepare
+from megatron_r1.commands.rl_prompts import check_and_read_prompts
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.rows import read_canonical_rows
 from megatron_r1.data.sft import load_examples
@@ -125,7 +125,7 @@ def test_init_writes_a_recipe_that_its_verb_accepts(model, tmp_path, monkeypatch
         assert f"«{learned[0]}" in (output := capsys.readouterr().out)
         assert learned[-1] + "<|im_end|>»" in output
         return
-    _, prompts = prepare(recipe)
+    _, prompts = check_and_read_prompts(recipe)
     found = prompts.train + prompts.heldout
     assert sorted(map(str, map(stated, found))) == sorted(
         str(math_truth(t) if isinstance(t, str) else t) for t in SHAPES[name]["truths"]

@@ -17,7 +17,7 @@ from megatron_r1.commands.convert.from_hf import FILE_BYTES, PlannedChunk, group
 )
 def test_stripes_cover_a_tensor_and_end_with_it(monkeypatch, shape, multiple, expected):
     monkeypatch.setattr(work_folder, "STRIPE_ELEMENTS", 8)
-    assert list(work_folder.stripes(shape, multiple)) == expected
+    assert list(work_folder.row_stripes(shape, multiple)) == expected
 
 
 def test_files_have_about_their_size_and_chunks_stay_in_order():
