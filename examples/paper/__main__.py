@@ -14,7 +14,7 @@ from examples.paper.page import write_page
 from examples.paper.tables import Results
 from megatron_r1.base.errors import UserError
 from megatron_r1.commands import cli
-from megatron_r1.pipeline.pipeline_recipe import load
+from megatron_r1.pipeline.pipeline_recipe import load_pipeline
 
 RECIPE = Path(__file__).with_name("paper.yaml")
 
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
 def needed_stages(table: tables.PaperTable) -> list[str]:
     """Return the stages whose figures a table shows and those that evaluate them, in the recipe's
     order."""
-    recipe = load(RECIPE)
+    recipe = load_pipeline(RECIPE)
     return [
         name
         for name, stage in recipe.stages.items()

@@ -15,7 +15,7 @@ from megatron_r1.config.yaml_text import format_value, nest_keys
 from megatron_r1.pipeline import manifest, serving
 from megatron_r1.pipeline.executor import Executor
 from megatron_r1.pipeline.graph import StageGraph, check_plan, missing_files, unknown_stage
-from megatron_r1.pipeline.pipeline_recipe import PipelineConfig, load
+from megatron_r1.pipeline.pipeline_recipe import PipelineConfig, load_pipeline
 from megatron_r1.pipeline.pipeline_report import write_report
 from megatron_r1.pipeline.stage_runner import StopSignals, write_recipe
 from megatron_r1.pipeline.stages import PipelinePlan
@@ -42,7 +42,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             key="torchrun",
             cause=Cause.CONFLICT,
         )
-    recipe = load(path, dict(overrides))
+    recipe = load_pipeline(path, dict(overrides))
     config, root = recipe.pipeline, Path(recipe.pipeline.folder)
     access.allow_readers(config.readable_by)
     seeds = config.seeds or [config.seed]
@@ -147,7 +147,7 @@ def _print_commands(plans: list[PipelinePlan], graph: StageGraph, stage_names: l
         for name in stage_names:
             stage = plan.stages[name]
             configs = {n: plan.server(server) for n, server in stage.config.serve.items()}
-            begun_stage = manifest.read(plan.folder_of(name), manifest.BEGUN_FILE) or {}
+            begun_stage = manifest.read_record(plan.folder_of(name), manifest.BEGUN_FILE) or {}
             begun_ports = begun_stage.get("ports", {})
             new_servers = {n: server for n, server in configs.items() if n not in begun_ports}
             ports = {**begun_ports, **serving.choose_ports(new_servers, {})}

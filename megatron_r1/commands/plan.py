@@ -26,7 +26,7 @@ from megatron_r1.plan.job import PlannedJob, check_trainer
 from megatron_r1.plan.published_runs import published_table
 from megatron_r1.plan.push import check_engines_and_push
 from megatron_r1.plan.quantity import Quantity, byte_quantity, sum_quantities, total_hours
-from megatron_r1.plan.recipe_job import load_recipe, parse, planned_job
+from megatron_r1.plan.recipe_job import load_recipe, parse_job_arguments, planned_job
 from megatron_r1.plan.search import FittingLayout, fastest_layouts, nearest_layouts, nearest_sizes
 from megatron_r1.reporting.formatting import format_count
 
@@ -38,7 +38,9 @@ VERDICT_TEXTS = {EXIT_FITS: "fits", EXIT_UNFIT: "does not fit", EXIT_BAD_RECIPE:
 def main(arguments: list[str] | None = None) -> int:
     """Return 0 if it fits, 1 if not, 2 if the recipe or the options are wrong."""
     try:
-        args, overrides = parse(sys.argv[1:] if arguments is None else arguments, __doc__)
+        args, overrides = parse_job_arguments(
+            sys.argv[1:] if arguments is None else arguments, __doc__
+        )
         if args.published:
             print(published_table())
             return EXIT_FITS

@@ -64,7 +64,7 @@ def rehearsal_jobs(
         added, required = implied.get(verb, {}), importlib.import_module(verbs[verb]).REQUIRED_KEYS
         config = configuration.load_recipe(path, {**added, **overrides}, required)
         return [RehearsalJob(Path(path).stem, verb, config)]
-    recipe = pipeline_recipe.load(path, dict(overrides))
+    recipe = pipeline_recipe.load_pipeline(path, dict(overrides))
     added = {verb: nest_keys(settings) for verb, settings in implied.items()}
     plan = PipelinePlan.from_recipe(
         recipe, path, Path(recipe.pipeline.folder), recipe.pipeline.seed, added

@@ -157,7 +157,7 @@ def _rehearse_job(job: RehearsalJob, settings: RehearsalConfig) -> None:
                 key="rehearsal.folder",
                 cause=Cause.EXISTS,
             )
-        written = miniature.write(small, job.verb)
+        written = miniature.write_miniature(small, job.verb)
         ranks = "no" if job.verb == "sample" else small.config.parallel.processes
         print(f"{job.name}: {job.verb} with {ranks} trainer ranks in {folder}", flush=True)
         rows = coverage.structure_rows(
@@ -168,7 +168,7 @@ def _rehearse_job(job: RehearsalJob, settings: RehearsalConfig) -> None:
         ) as addresses:
             run = (job.verb, written, small.config, addresses)
             phases = PhaseRunner(*run, settings.timeout_seconds, _announce_phase).run()
-        coverage.write(folder, job.name, rows, phases, small.changes)
+        coverage.write_coverage(folder, job.name, rows, phases, small.changes)
 
 
 def _announce_phase(phase: str) -> None:

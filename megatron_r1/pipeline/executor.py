@@ -11,7 +11,7 @@ from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.pipeline import manifest
 from megatron_r1.pipeline.graph import StageGraph
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig
-from megatron_r1.pipeline.results import headline, read_results
+from megatron_r1.pipeline.results import read_results, result_headline
 from megatron_r1.pipeline.stage_runner import Runner, StopSignals
 from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.pipeline.status import (
@@ -96,7 +96,7 @@ class Executor:
                     cause=Cause.CHANGED,
                 )
             _print_with_time(f"{title}: what it was is now in {_move_aside(plan.folder_of(name))}")
-        continues = manifest.read(plan.folder_of(name), manifest.BEGUN_FILE) is not None
+        continues = manifest.read_record(plan.folder_of(name), manifest.BEGUN_FILE) is not None
         action = "continues" if continues else "begins"
         _print_with_time(f"{title} ({stage.config.verb}) {action}; log {plan.log_of(name)}")
         prefix = f"{title}: " if self._config.jobs > 1 else ""
@@ -109,7 +109,7 @@ class Executor:
                 f"stage {title} failed: {failure}\nThe same command continues with this stage."
             ) from None
         statuses[name] = stage_status(plan, stage, upstream_statuses)
-        result = headline(read_results(plan.folder_of(name)))
+        result = result_headline(read_results(plan.folder_of(name)))
         duration = format_duration(statuses[name].seconds or 0.0)
         _print_with_time(
             f"{title} is {statuses[name].state} after {duration}{f': {result}' if result else ''}"

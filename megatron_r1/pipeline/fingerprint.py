@@ -13,7 +13,7 @@ from megatron_r1.base.files.file_blocks import sample_blocks
 from megatron_r1.base.user_code import module_syntax
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.section import changed_keys, flatten_sections, is_within, value_text
-from megatron_r1.pipeline.references import iter_references, iter_texts, substitute
+from megatron_r1.pipeline.references import iter_references, iter_texts, substitute_references
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 
 WHOLE_BYTES = 256 * 1024**2
@@ -55,7 +55,7 @@ def deciding_settings(plan: PipelinePlan, stage: PipelineStage, finished: bool) 
         finished: whether the stage is done; one that is not may continue with another number of
             steps."""
     if stage.is_function:
-        arguments = substitute(stage.settings, plan.unresolved)
+        arguments = substitute_references(stage.settings, plan.unresolved)
         settings = flatten_sections({"function": stage.config.function, "arguments": arguments})
     else:
         free_keys = [name for name in RESUMABLE if not (finished and name in FINAL_SETTINGS)]
@@ -91,7 +91,7 @@ def input_digests(
     digests: dict[str, str] = {}
     for _, text in iter_texts(stage.all_settings):
         if (file := FILE_OF_STAGE.fullmatch(text)) and file[1] in upstream:
-            digests[text] = digest(plan.folder_of(file[1]) / file[2])
+            digests[text] = digest_path(plan.folder_of(file[1]) / file[2])
             continue
         for _, reference in iter_references(text):
             head = reference.partition(".")[0]
@@ -99,12 +99,12 @@ def input_digests(
                 digests[f"${{{reference}}}"] = (
                     digest_of_outputs(output_digests(plan.folder_of(head)))
                     if reference == head
-                    else digest(Path(str(plan.reference_value(reference, {}))))
+                    else digest_path(Path(str(plan.reference_value(reference, {}))))
                 )
     for name in stage.config.after:
         digests[f"after {name}"] = digest_of_outputs(output_digests(plan.folder_of(name)))
     for place, text in plan.named_files(stage):
-        digests[f"{place} {text}"] = digest(Path(plan.resolve_here(text)))
+        digests[f"{place} {text}"] = digest_path(Path(plan.resolve_here(text)))
     for function, syntax in _function_syntax(stage).items():
         digests[f"function {function}"] = digest_of_value(syntax)
     return digests
@@ -115,7 +115,7 @@ def output_digests(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         return {}
     paths = sorted(path for path in folder.iterdir() if not _is_hidden(path))
-    return {path.name: digest(path) for path in paths if path.name not in NOT_OUTPUT}
+    return {path.name: digest_path(path) for path in paths if path.name not in NOT_OUTPUT}
 
 
 def list_changes(
@@ -136,7 +136,7 @@ def list_changes(
     ]
 
 
-def digest(path: Path) -> str:
+def digest_path(path: Path) -> str:
     """Return the digest of a file's content, or of the names and contents in a folder (hidden ones
     left out); MISSING where there is neither.
 
@@ -144,7 +144,7 @@ def digest(path: Path) -> str:
     changes nearly every weight."""
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if not _is_hidden(entry))
-        return _digest_pairs((name, digest(path / name)) for name in names)
+        return _digest_pairs((name, digest_path(path / name)) for name in names)
     if not path.exists():
         return MISSING
     size = path.stat().st_size

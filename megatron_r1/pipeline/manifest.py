@@ -27,7 +27,7 @@ from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 STAGE_FILE, BEGUN_FILE = "stage.json", "begun.json"
 
 
-def read(folder: Path, name: str) -> dict[str, Any] | None:
+def read_record(folder: Path, name: str) -> dict[str, Any] | None:
     """Read `stage.json` or `begun.json`; None if it does not exist.
 
     Raises:
@@ -46,7 +46,7 @@ def read(folder: Path, name: str) -> dict[str, Any] | None:
         ) from None
 
 
-def begin(
+def record_begin(
     plan: PipelinePlan, stage: PipelineStage, upstream: tuple[str, ...], last_output: float | None
 ) -> None:
     """Record that an attempt at `stage` begins, with its settings and inputs.
@@ -57,7 +57,7 @@ def begin(
         upstream: the names of the stages that it needs.
         last_output: when an attempt that was killed wrote its last line, in seconds since 1970."""
     folder = plan.folder_of(stage.name)
-    earlier_record = read(folder, BEGUN_FILE) or {}
+    earlier_record = read_record(folder, BEGUN_FILE) or {}
     attempts = earlier_record.get("attempts", [])
     if attempts and attempts[-1]["seconds"] is None:
         attempts[-1]["seconds"] = max(0.0, (last_output or 0.0) - attempts[-1]["began"])
@@ -73,7 +73,7 @@ def begin(
 
 def keep_ports(folder: Path, ports: dict[str, int]) -> None:
     """Record the ports of served models, which an attempt that continues uses again."""
-    _write_record(folder / BEGUN_FILE, {**(read(folder, BEGUN_FILE) or {}), "ports": ports})
+    _write_record(folder / BEGUN_FILE, {**(read_record(folder, BEGUN_FILE) or {}), "ports": ports})
 
 
 def end_attempt(folder: Path, failed: str | None) -> None:
@@ -82,13 +82,13 @@ def end_attempt(folder: Path, failed: str | None) -> None:
     Args:
         folder: the stage's folder.
         failed: why the attempt failed; None if it did not."""
-    record = read(folder, BEGUN_FILE) or {}
+    record = read_record(folder, BEGUN_FILE) or {}
     last_attempt = record["attempts"][-1]
     last_attempt["seconds"] = time.time() - last_attempt["began"]
     _write_record(folder / BEGUN_FILE, {**record, "failed": failed})
 
 
-def finish(
+def record_finish(
     plan: PipelinePlan, stage: PipelineStage, upstream: tuple[str, ...], command: list[str]
 ) -> None:
     """Write `stage.json`, which declares a stage done.
@@ -100,7 +100,7 @@ def finish(
         command: the command that ran it, in words."""
     folder = plan.folder_of(stage.name)
     end_attempt(folder, None)
-    begun_record = read(folder, BEGUN_FILE) or {}
+    begun_record = read_record(folder, BEGUN_FILE) or {}
     outputs = output_digests(folder)
     settings = deciding_settings(plan, stage, finished=True)
     attempts = begun_record["attempts"]

@@ -153,7 +153,7 @@ class PipelineRecipe(Section):
     stages: dict[str, StageConfig] = Field(min_length=1, description="{name: a stage}")
 
 
-def load(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineRecipe:
+def load_pipeline(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineRecipe:
     """Read a pipeline's recipe and apply `{"pipeline.key": …, "stages.NAME.section.key": …}`.
 
     `${…}` may stand in it without quotes, also within braces.

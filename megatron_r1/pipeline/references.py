@@ -44,13 +44,13 @@ def iter_references(value: Any) -> Iterator[tuple[str, str]]:
             yield key_path, match[1]
 
 
-def substitute(value: Any, lookup: Callable[[str], Any]) -> Any:
+def substitute_references(value: Any, lookup: Callable[[str], Any]) -> Any:
     """Return a copy with each reference replaced by `lookup(name)`, whose type is kept where the
     reference is the whole text."""
     if isinstance(value, dict):
-        return {key: substitute(item, lookup) for key, item in value.items()}
+        return {key: substitute_references(item, lookup) for key, item in value.items()}
     if isinstance(value, list):
-        return [substitute(item, lookup) for item in value]
+        return [substitute_references(item, lookup) for item in value]
     if not isinstance(value, str):
         return value
     if full_match := REFERENCE_PATTERN.fullmatch(value):

@@ -110,7 +110,7 @@ def read_results(folder: Path) -> dict[str, StageResult]:
     )
 
 
-def headline(results: Mapping[str, StageResult]) -> str:
+def result_headline(results: Mapping[str, StageResult]) -> str:
     """Return a stage's first result with its label, "" without any."""
     for name in [*LABELS, *results]:
         if name in results:

@@ -93,14 +93,14 @@ class Runner:
         self._clear_attempt(stage, folder)
         log = self.plan.log_of(stage.name)
         last_output = log.stat().st_mtime if log.is_file() else None
-        manifest.begin(self.plan, stage, upstream, last_output)
+        manifest.record_begin(self.plan, stage, upstream, last_output)
         try:
             command = self._run_command(stage, folder)
             _check_outputs(stage, folder, referenced)
         except (RunError, KeyboardInterrupt) as error:
             manifest.end_attempt(folder, str(error) or None)
             raise
-        manifest.finish(self.plan, stage, upstream, command)
+        manifest.record_finish(self.plan, stage, upstream, command)
 
     def _wait_for_folder(self, folder: Path) -> None:
         """Wait until processes of a killed pipeline are gone."""
@@ -132,7 +132,7 @@ class Runner:
     def _run_command(self, stage: PipelineStage, folder: Path) -> list[str]:
         """Serve the stage's models, run its command, and return that."""
         configs = {name: self.plan.server(server) for name, server in stage.config.serve.items()}
-        earlier_ports = (manifest.read(folder, manifest.BEGUN_FILE) or {})["ports"]
+        earlier_ports = (manifest.read_record(folder, manifest.BEGUN_FILE) or {})["ports"]
         ports = serving.choose_ports(configs, earlier_ports)
         manifest.keep_ports(folder, ports)
         logs = {name: self.plan.log_of(stage.name, name) for name in configs}

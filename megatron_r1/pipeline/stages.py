@@ -21,7 +21,7 @@ from megatron_r1.pipeline.references import (
     REFERENCE_PATTERN,
     iter_references,
     iter_texts,
-    substitute,
+    substitute_references,
 )
 
 FILE_SETTINGS = ("path", "data", "checkpoint")
@@ -144,7 +144,7 @@ class PipelinePlan:
 
         Raises:
             UserError: naming every mistake."""
-        tree = substitute(stage.settings, self.unresolved)
+        tree = substitute_references(stage.settings, self.unresolved)
         tree = {section: keys for section, keys in tree.items() if keys is not None}
         return configuration.from_tree(tree, f"{self.path}, stage {stage.name}", required)
 
@@ -205,7 +205,7 @@ class PipelinePlan:
 
     def resolve(self, value: Any, urls: Mapping[str, str] | None = None) -> Any:
         """Return `value` with every reference replaced."""
-        return substitute(value, lambda name: self.reference_value(name, urls or {}))
+        return substitute_references(value, lambda name: self.reference_value(name, urls or {}))
 
     def server(self, config: ServeConfig) -> ServeConfig:
         """Return a server's settings with references replaced."""

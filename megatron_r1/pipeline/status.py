@@ -9,7 +9,7 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.pipeline import fingerprint, manifest
 from megatron_r1.pipeline.graph import StageGraph
-from megatron_r1.pipeline.results import headline, read_results
+from megatron_r1.pipeline.results import read_results, result_headline
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 from megatron_r1.reporting.formatting import format_duration, printable
 
@@ -95,8 +95,8 @@ def stage_status(
         UserError: the stage's folder has files of something else.
     """
     folder = plan.folder_of(stage.name)
-    finished_record = manifest.read(folder, manifest.STAGE_FILE)
-    begun_record = None if finished_record else manifest.read(folder, manifest.BEGUN_FILE)
+    finished_record = manifest.read_record(folder, manifest.STAGE_FILE)
+    begun_record = None if finished_record else manifest.read_record(folder, manifest.BEGUN_FILE)
     record = finished_record or begun_record
     if record is None:
         if manifest.has_outputs(folder):
@@ -149,7 +149,7 @@ def status_lines(
         stage, status = plan.stages[name], statuses[name]
         seconds = format_duration(status.seconds) if status.seconds is not None else ""
         has_failed = status.state is StageState.FAILED
-        result = "" if has_failed else headline(read_results(plan.folder_of(name)))
+        result = "" if has_failed else result_headline(read_results(plan.folder_of(name)))
         rows.append([str(status.state), name, stage.config.verb, seconds, result])
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = []

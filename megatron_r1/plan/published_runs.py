@@ -26,7 +26,7 @@ from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.flops import forward_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.recipe_job import load_recipe, parse, planned_job
+from megatron_r1.plan.recipe_job import load_recipe, parse_job_arguments, planned_job
 from megatron_r1.plan.step_time import StepTime
 from megatron_r1.plan.timing import time_section
 
@@ -104,7 +104,7 @@ class PublishedRun:
     @cached_property
     def schedule_parts(self) -> list[SchedulePart]:
         """Return the parts of the recipe's schedule with the run's options."""
-        args, overrides = parse(shlex.split(self.options))
+        args, overrides = parse_job_arguments(shlex.split(self.options))
         parts = planned_parts(self.recipe, args, overrides, with_all_parts=self.number == "run")
         return [
             replace(part, job=replace(part.job, plain_megatron=self.plain_megatron))
@@ -180,7 +180,7 @@ def published_runs() -> list[PublishedRun]:
     ]
 
 
-def calibrate(runs: Sequence[PublishedRun]) -> dict[str, float]:
+def calibrate_guesses(runs: Sequence[PublishedRun]) -> dict[str, float]:
     """Return the values of `FIRST_GUESSES` that `runs` determine, to two digits: Gauss-Newton
     steps in the logarithms, halved until they help."""
     guesses = np.log(list(FIRST_GUESSES.values()))
@@ -250,7 +250,7 @@ def ratios_by_source(
     by_system = {}
     for system in dict.fromkeys(run.system for run in runs):
         system_runs = [run for run in runs if run.system == system]
-        calibrated_values = calibrate(
+        calibrated_values = calibrate_guesses(
             [run for run in runs if run.is_for_calibration and run.system != system]
         )
         by_system[system] = RatiosOfSource(
@@ -282,7 +282,7 @@ def published_table() -> str:
                 cause=Cause.NOT_FOUND,
             )
     calibrating_runs = [run for run in runs if run.is_for_calibration]
-    values = calibrate(calibrating_runs)
+    values = calibrate_guesses(calibrating_runs)
     width = Assumptions().time_spread
     lines = ["| number | first guess | calibrated | the plan's |", "|---|---|---|---|"]
     lines += [

@@ -19,7 +19,7 @@ from megatron_r1.plan.job import Calibration, PlannedJob, text_limit
 from megatron_r1.plan.teacher import check_teachers
 
 
-def parse(
+def parse_job_arguments(
     arguments: list[str], description: str | None = None
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Return the options and the recipe's overrides.

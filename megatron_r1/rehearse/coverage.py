@@ -240,7 +240,7 @@ def _is_used(value: object) -> bool:
     return value not in (None, False, "none") and (value is True or value != 1)
 
 
-def write(
+def write_coverage(
     folder: Path,
     title: str,
     rows: Sequence[StructureRow],

@@ -134,7 +134,7 @@ def make_miniature(
     )
 
 
-def write(miniature: Miniature, verb: str) -> Path:
+def write_miniature(miniature: Miniature, verb: str) -> Path:
     """Write the model, the data and the recipe of a miniature; return the recipe's path."""
     config, hf_config = miniature.config, miniature.hf_config
     folder = Path(config.run.folder).parent

@@ -27,11 +27,11 @@ def main() -> None:
     settings = PreflightConfig(
         slowest=0.01, output=f"{out}/found.json", calibration=f"{out}/rates.yaml"
     )
-    product_rate, versions = rank.product_rate, node_probes.versions
+    product_rate, versions = rank.product_rate, node_probes.node_versions
     if number == "2":
         rank.product_rate = lambda: product_rate() / 1e6
     if number == "3":
-        node_probes.versions = lambda: versions() | {"torch": "1.0"}
+        node_probes.node_versions = lambda: versions() | {"torch": "1.0"}
     facts = rank.run(config, settings)
     if facts:
         try:

@@ -186,7 +186,7 @@ def check(case: str, folder: Path) -> dict[str, Any]:
         check_fp8()
     small = settings(case, folder)
     shutil.rmtree(folder, ignore_errors=True)
-    used_memory = run(miniature.write(small, "rl"), small.config)
+    used_memory = run(miniature.write_miniature(small, "rl"), small.config)
     lines = list(RunFolder(small.config.run.folder).read_metrics())
     max_diff = MAX_DIFF.get(case, MAX_DIFF_BF16)
     figures = evaluate(lines, small.config.run.steps, used_memory, max_diff)

@@ -20,7 +20,7 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.plan.calibration import RunCalibration
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import planned_rank_bytes, push_link
-from megatron_r1.plan.recipe_job import parse, planned_job
+from megatron_r1.plan.recipe_job import parse_job_arguments, planned_job
 from megatron_r1.plan.timing import checkpoint_time, weight_load_time
 from megatron_r1.rehearse import miniature
 from megatron_r1.rehearse.synthetic_data import write_examples
@@ -76,7 +76,7 @@ def _push_transport() -> str:
 
 def job_of_run(folder: Path, hardware: str) -> PlannedJob:
     """Return the job that the planner sees in a run's folder."""
-    args, overrides = parse([str(folder / "config.yaml"), "--hardware", hardware])
+    args, overrides = parse_job_arguments([str(folder / "config.yaml"), "--hardware", hardware])
     return planned_job(folder / "config.yaml", args, overrides, 1)
 
 
@@ -149,7 +149,7 @@ def check(case: str, out: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     verb = CASES[case][0]
-    recipe = miniature.write(small, verb)
+    recipe = miniature.write_miniature(small, verb)
     if case == "micro-batch" and device_kind() == "gpu":
         write_examples(folder / "examples.jsonl", 2 * EXAMPLES, WORDS)
     run(recipe, small.config, verb)

@@ -65,7 +65,7 @@ def pair_rates(placement: RankPlacement) -> list[float]:
     """Return the rates between this rank and the rank of the same number on each neighboring node.
     A node whose adapter is slow is slow to both neighbors."""
     rates = []
-    for node in neighbors(placement.node, placement.num_nodes):
+    for node in ring_partners(placement.node, placement.num_nodes):
         if node is not None:
             partner = node * placement.local_world_size + placement.local_rank
             buffer = _new_buffer()
@@ -90,7 +90,7 @@ def gloo_rates(placement: RankPlacement, progress: RankProgress) -> list[float]:
         else (placement.node, placement.num_nodes)
     )
     rates = []
-    for number, neighbor in enumerate(neighbors(position, count)):
+    for number, neighbor in enumerate(ring_partners(position, count)):
         exchange = None
         if neighbor is not None:
             partner = (
@@ -124,7 +124,7 @@ def _gloo_exchange(rank: int, partner: int, store: dist.Store) -> Callable[[], N
     return exchange
 
 
-def neighbors(node: int, num_nodes: int) -> list[int | None]:
+def ring_partners(node: int, num_nodes: int) -> list[int | None]:
     """Return the node's partner in each of three rounds, or None: the links of a ring, in rounds
     of separate pairs."""
     partners: list[int | None] = [None] * 3

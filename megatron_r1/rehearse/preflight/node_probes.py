@@ -34,7 +34,7 @@ LOOKUPS = 32
 """Names that are looked up at once, about as many as a process has links of a push."""
 
 
-def versions() -> dict[str, str]:
+def node_versions() -> dict[str, str]:
     """Return what must be equal on all nodes: packages, this program's source, CUDA, NCCL, driver,
     GPU; and the kernel, which may differ."""
     version_by_name = package_versions()

@@ -54,7 +54,7 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
     # Before this process and its neighbors hold any of it.
     device_memory = node_probes.device_memory(placement.local_rank)
     versions, memory = (
-        (node_probes.versions(), node_probes.host_memory())
+        (node_probes.node_versions(), node_probes.host_memory())
         if placement.is_node_leader
         else ({}, None)
     )

@@ -15,7 +15,7 @@ from megatron_r1.config.keys import describe_keys
 from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.config.section import is_within
-from megatron_r1.pipeline.pipeline_recipe import load as load_pipeline
+from megatron_r1.pipeline.pipeline_recipe import load_pipeline
 
 ROOT = Path(__file__).parents[3]
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ from examples.paper.tables import Results
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.pipeline.graph import StageGraph
-from megatron_r1.pipeline.pipeline_recipe import MAKE, load
+from megatron_r1.pipeline.pipeline_recipe import MAKE, load_pipeline
 from megatron_r1.pipeline.stages import PipelinePlan
 
 ROOT = Path(__file__).parents[3]
@@ -132,7 +132,7 @@ def test_plots_are_whole_documents_in_colors_of_the_report(tmp_path):
 
 
 def test_every_table_has_its_stages_and_figures_that_its_stages_leave():
-    recipe = load(RECIPE)
+    recipe = load_pipeline(RECIPE)
     assert set(PUBLISHED.tables) == {
         "algorithms", "rewards", "sft_data", "small_model", "language", "preference", "votes",
     }  # fmt: skip
@@ -162,7 +162,7 @@ def test_every_table_has_its_stages_and_figures_that_its_stages_leave():
 def test_every_stages_settings_are_valid(capsys):
     assert cli.main(["pipeline", str(RECIPE), "--pipeline.status", "true"]) == 0
     assert "small_distilled" in capsys.readouterr().out
-    plan = PipelinePlan.from_recipe(load(RECIPE), RECIPE, Path("runs/paper"), 0)
+    plan = PipelinePlan.from_recipe(load_pipeline(RECIPE), RECIPE, Path("runs/paper"), 0)
     configs = {n: plan.config(s) for n, s in plan.stages.items() if s.config.verb != MAKE}
     # Rows that are compared differ in what they are about, and in nothing else.
     zero = configs["r1_zero"].model_dump()
@@ -196,7 +196,9 @@ def test_every_stages_settings_are_valid(capsys):
 def test_one_table_needs_its_stages_and_those_that_evaluate_them():
     stages = needed_stages(PUBLISHED.tables["small_model"])
     assert stages == ["small_rl", "small_distilled", "small_figures"]
-    graph = StageGraph(PipelinePlan.from_recipe(load(RECIPE), RECIPE, Path("runs/paper"), 0).stages)
+    graph = StageGraph(
+        PipelinePlan.from_recipe(load_pipeline(RECIPE), RECIPE, Path("runs/paper"), 0).stages
+    )
     above = set().union(*(graph.needs(stage) for stage in stages))
     assert {"base", "few", "small_answers"} <= above
     assert not {"ppo_095", "rlhf", "preferred", "many"} & above
@@ -298,8 +300,8 @@ def test_few_examples_are_the_first_of_the_many(tmp_path):
 
 
 def test_the_world_and_its_base_models_are_those_of_the_laptop_pipeline():
-    paper = load(RECIPE).stages
-    laptop = load(ROOT / "examples/laptop/r1.yaml").stages
+    paper = load_pipeline(RECIPE).stages
+    laptop = load_pipeline(ROOT / "examples/laptop/r1.yaml").stages
     pairs = {name: name for name in ("corpus", "questions", "model", "base")}
     text = {"small_model": "qwen_model", "small_base": "qwen_base"}
     for ours, theirs in (pairs | text).items():

@@ -6,7 +6,7 @@ import pytest
 from pipeline_world import World
 
 from megatron_r1.pipeline import manifest
-from megatron_r1.pipeline.pipeline_recipe import load
+from megatron_r1.pipeline.pipeline_recipe import load_pipeline
 from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.pipeline.status import StageState, stage_status
 
@@ -23,11 +23,11 @@ def test_a_stage_was_made_of_its_inputs_as_they_were_at_its_beginning(
 ):
     monkeypatch.chdir(tmp_path)
     World(tmp_path, RECIPE)
-    plan = PipelinePlan.from_recipe(load("p.yaml"), "p.yaml", Path("out"), 0, {})
+    plan = PipelinePlan.from_recipe(load_pipeline("p.yaml"), "p.yaml", Path("out"), 0, {})
     stage = plan.stages["only"]
     plan.folder_of("only").mkdir(parents=True)
-    manifest.begin(plan, stage, (), None)
+    manifest.record_begin(plan, stage, (), None)
     (plan.folder_of("only") / "all.txt").write_text("x")
     (tmp_path / "extra.txt").write_text(after)
-    manifest.finish(plan, stage, (), ["megatron-r1"])
+    manifest.record_finish(plan, stage, (), ["megatron-r1"])
     assert stage_status(plan, stage, {}).state is StageState[state]

@@ -13,11 +13,11 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.pipeline.graph import StageGraph
-from megatron_r1.pipeline.pipeline_recipe import load
+from megatron_r1.pipeline.pipeline_recipe import load_pipeline
 from megatron_r1.pipeline.references import (
     escape_references,
     iter_references,
-    substitute,
+    substitute_references,
     unescape_references,
 )
 from megatron_r1.pipeline.stages import PipelinePlan, merge_settings
@@ -47,7 +47,7 @@ def training(tmp_path, monkeypatch):
 
 
 def plan_of(world, **overrides):
-    recipe = load("p.yaml", overrides)
+    recipe = load_pipeline("p.yaml", overrides)
     return PipelinePlan.from_recipe(recipe, "p.yaml", world.out, recipe.pipeline.seed)
 
 
@@ -67,7 +67,7 @@ def test_references_need_no_quotes_within_braces(text, value):
 def test_a_reference_that_is_all_of_a_text_keeps_its_type():
     settings = {"a": ["${seed}", "s${seed}"], "b": {"c": "plain"}}
     assert list(iter_references(settings)) == [("a[0]", "seed"), ("a[1]", "seed")]
-    assert substitute(settings, lambda name: 7) == {"a": [7, "s7"], "b": {"c": "plain"}}
+    assert substitute_references(settings, lambda name: 7) == {"a": [7, "s7"], "b": {"c": "plain"}}
 
 
 def test_settings_of_a_stage_come_from_four_places(training):

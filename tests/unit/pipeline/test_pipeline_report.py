@@ -12,7 +12,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.pipeline import pipeline_report
 from megatron_r1.pipeline.graph_svg import BOX_HEIGHT, BOX_WIDTH, Box, graph_svg
-from megatron_r1.pipeline.results import Spread, StageResult, headline, read_results
+from megatron_r1.pipeline.results import Spread, StageResult, read_results, result_headline
 
 RECIPE = recipe("reported")
 TRAIN = """
@@ -157,7 +157,7 @@ def test_figures_of_supervised_training_are_its_loss(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     found = read_results(tmp_path)
     assert found["loss"].value == np.mean([64, 63, 62, 61])
-    assert headline(found) == "loss 62.5"
+    assert result_headline(found) == "loss 62.5"
 
 
 @pytest.mark.more

@@ -13,7 +13,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.base.files import file_blocks
 from megatron_r1.pipeline import fingerprint
 from megatron_r1.pipeline.fingerprint import deciding_settings, input_digests
-from megatron_r1.pipeline.pipeline_recipe import load
+from megatron_r1.pipeline.pipeline_recipe import load_pipeline
 from megatron_r1.pipeline.stages import PipelinePlan
 
 ALL = ["corpus", "other", "both", "last"]
@@ -276,7 +276,7 @@ def test_what_a_stage_reads_without_saying_that_it_is_a_file(tmp_path, monkeypat
     (tmp_path / "mine.py").write_text(source)
     (tmp_path / "p.yaml").write_text(NAMED)
     plan = PipelinePlan.from_recipe(
-        load(tmp_path / "p.yaml"), tmp_path / "p.yaml", tmp_path / "out", 0
+        load_pipeline(tmp_path / "p.yaml"), tmp_path / "p.yaml", tmp_path / "out", 0
     )
 
     def read():
@@ -297,7 +297,7 @@ TRAINED = recipe("trained")
 
 def matter(tmp_path, finished, **overrides):
     (tmp_path / "p.yaml").write_text(TRAINED)
-    recipe = load(tmp_path / "p.yaml", overrides)
+    recipe = load_pipeline(tmp_path / "p.yaml", overrides)
     plan = PipelinePlan.from_recipe(
         recipe, tmp_path / "p.yaml", tmp_path / "out", recipe.pipeline.seed
     )
@@ -337,12 +337,12 @@ def test_a_large_file_counts_by_blocks_and_any_change_of_size(tmp_path, monkeypa
     path = tmp_path / "weights"
     content = bytes(i % 251 for i in range(5000))
     path.write_bytes(content)
-    before = fingerprint.digest(path)
-    assert fingerprint.digest(path) == before
+    before = fingerprint.digest_path(path)
+    assert fingerprint.digest_path(path) == before
     path.write_bytes(content + b"x")
-    assert fingerprint.digest(path) != before
+    assert fingerprint.digest_path(path) != before
     path.write_bytes(content[:-1] + b"x")
-    assert fingerprint.digest(path) != before
+    assert fingerprint.digest_path(path) != before
 
 
 def test_a_folder_counts_by_names_and_contents(tmp_path):
@@ -350,10 +350,10 @@ def test_a_folder_counts_by_names_and_contents(tmp_path):
         for path, text in files.items():
             (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / path).write_text(text)
-        return fingerprint.digest(tmp_path / name)
+        return fingerprint.digest_path(tmp_path / name)
 
     first = folder("a", {"x": "1", "y/z": "2"})
     assert first == folder("b", {"y/z": "2", "x": "1", ".lock": "pid"})
     others = [folder("c", {"x": "1", "y/z": "3"}), folder("d", {"x": "1", "y/w": "2"})]
     assert len({first, *others}) == 3
-    assert fingerprint.digest(tmp_path / "none") == fingerprint.MISSING
+    assert fingerprint.digest_path(tmp_path / "none") == fingerprint.MISSING

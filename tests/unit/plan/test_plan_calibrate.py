@@ -13,7 +13,7 @@ from megatron_r1.commands.plan import main
 from megatron_r1.config.hardware import HARDWARE, Assumptions, described_fields
 from megatron_r1.plan.assumed_numbers import apply_calibration
 from megatron_r1.plan.calibration import calibrate_from
-from megatron_r1.plan.recipe_job import parse
+from megatron_r1.plan.recipe_job import parse_job_arguments
 
 ROOT = Path(__file__).parents[3]
 LAPTOP = ROOT / "examples/laptop/r1_zero.yaml"
@@ -165,7 +165,7 @@ def test_the_drafts_that_a_run_accepted_are_derived(tmp_path, drafts, length):
     (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     record = {"step": 1, "speculative/length": length}
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
-    calibrate_from(folder, file, *parse(["--calibrate-from", str(folder), str(file)]))
+    calibrate_from(folder, file, *parse_job_arguments(["--calibrate-from", str(folder), str(file)]))
     assert yaml.safe_load(file.read_text())["draft_acceptance"] == pytest.approx(0.6)
 
 
@@ -179,7 +179,7 @@ def test_seconds_that_no_value_explains_and_missing_runs_are_named(tmp_path, cap
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "1e-12" in line)
     assert "compute_efficiency" in line and "time/train" in line
     assert "compute_efficiency" not in yaml.safe_load(file.read_text())
-    run = parse(["--calibrate-from", str(folder), str(file), *MODEL])
+    run = parse_job_arguments(["--calibrate-from", str(folder), str(file), *MODEL])
     with refused("--calibrate-from", Cause.UNREADABLE, tmp_path):
         calibrate_from(folder, tmp_path, *run)
     (folder / "metrics.jsonl").unlink()
@@ -187,4 +187,4 @@ def test_seconds_that_no_value_explains_and_missing_runs_are_named(tmp_path, cap
         calibrate_from(folder, file, *run)
     for options, cause in (([], Cause.MISSING), ([str(LAPTOP), "--published"], Cause.CONFLICT)):
         with refused("recipe", cause, "--published"):
-            parse(options)
+            parse_job_arguments(options)

@@ -13,7 +13,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.plan import main
-from megatron_r1.plan.recipe_job import parse, planned_job
+from megatron_r1.plan.recipe_job import parse_job_arguments, planned_job
 
 UNREPLAYED = ["--rl.routing_replay", "false"]
 ONE_GPU = [
@@ -75,7 +75,7 @@ def test_what_does_not_work_is_named_in_the_bill(capsys, monkeypatch, options, k
 )
 def test_an_impossible_option_is_refused(options, key, cause, shows):
     with refused(key, cause, *shows):
-        chosen, overrides = parse([str(RECIPE), *options])
+        chosen, overrides = parse_job_arguments([str(RECIPE), *options])
         planned_job(RECIPE, chosen, overrides)
 
 
@@ -110,7 +110,7 @@ def test_several_recipes_have_a_bill_each_and_a_verdict_at_the_end(capsys):
     assert main([str(recipes[0])]) == 0
     assert capsys.readouterr().out.endswith(f"\nfits: {recipes[0]}\n")
     with refused("--json", Cause.CONFLICT, 3):
-        parse([*map(str, recipes), "--json", "plan.json"])
+        parse_job_arguments([*map(str, recipes), "--json", "plan.json"])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_several_recipes_have_a_bill_each_and_a_verdict_at_the_end(capsys):
 def test_what_cannot_be_planned_is_refused_by_name(recipe, options, key, cause):
     recipe = ROOT / "examples" / recipe
     with refused(key, cause or Cause.CONFLICT):
-        chosen, overrides = parse([str(recipe), *options])
+        chosen, overrides = parse_job_arguments([str(recipe), *options])
         planned_job(recipe, chosen, overrides)
 
 
@@ -140,7 +140,7 @@ def test_settings_are_those_of_the_other_commands():
     template, schedule = "Solve {question} now", "[{from_step: 2, rl.group_size: 8}]"
     words = ["--data.template", template, "a.yaml", "--rl.schedule", schedule, "b.yaml"]
     words += ["--gpus=8", "--rollout.colocated", "--hardware", "H200", "--rl.kl_beta", "-1"]
-    chosen, overrides = parse([*words, "--rl.sample_log"])
+    chosen, overrides = parse_job_arguments([*words, "--rl.sample_log"])
     assert (chosen.recipes, chosen.gpus) == ([Path("a.yaml"), Path("b.yaml")], 8)
     assert chosen.hardware == "H200"
     assert overrides == {

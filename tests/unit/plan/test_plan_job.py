@@ -6,7 +6,7 @@ import pytest
 from planned_jobs import RECIPE
 
 from megatron_r1.commands.plan import main
-from megatron_r1.plan.recipe_job import parse, planned_job
+from megatron_r1.plan.recipe_job import parse_job_arguments, planned_job
 
 
 def test_numbers_of_gpus_below_one_engine_are_not_tried(capsys):
@@ -34,7 +34,7 @@ def test_engine_hosts_that_are_not_colocated_are_gpus_of_their_own():
     apart = ["--rollout.placement", "hosts", "--rollout.colocated", "false"]
 
     def rollout_gpus(*options: str) -> int:
-        chosen, overrides = parse([str(RECIPE), *options])
+        chosen, overrides = parse_job_arguments([str(RECIPE), *options])
         return planned_job(RECIPE, chosen, overrides).rollout_gpus
 
     assert rollout_gpus(*apart, "--rollout.engines", "3") == 3 * 8 * 16

@@ -13,7 +13,7 @@ from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import Calibration
 from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.recipe_job import parse, planned_job
+from megatron_r1.plan.recipe_job import parse_job_arguments, planned_job
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS
 from megatron_r1.plan.time_ranges import (
     MEASUREMENTS,
@@ -64,7 +64,11 @@ JOBS = {
 def test_all_estimated_seconds_and_hours_have_a_range_of_at_most_four(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     changed = JOBS[name]
-    job = planned_job(DISTILL, *parse([str(DISTILL)])) if changed is None else planned(**changed)
+    job = (
+        planned_job(DISTILL, *parse_job_arguments([str(DISTILL)]))
+        if changed is None
+        else planned(**changed)
+    )
     sections = JobEstimate(job).sections()
     rows = [
         (title, row, part)

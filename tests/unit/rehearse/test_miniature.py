@@ -357,7 +357,7 @@ def test_many_teachers_all_have_questions(tmp_path, monkeypatch):
     small = miniature.make_miniature(config, read_hf_config(config.model.path), tmp_path, 16)
     assert small.config.data.where == {}
     monkeypatch.setattr(model, "write_folder", lambda *_, **__: None)
-    miniature.write(small, "rl")
+    miniature.write_miniature(small, "rl")
     prompts = load_prompts(path=small.config.data.path, num_heldout=small.config.data.num_heldout)
     counts = check_sources(small.config.teacher, prompts.train)
     assert counts.keys() == {"", *small.config.teacher.by_source}

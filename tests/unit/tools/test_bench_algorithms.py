@@ -10,7 +10,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.commands import cli
 from megatron_r1.config.algorithms import ALGORITHM_NAMES
 from megatron_r1.pipeline.graph import StageGraph
-from megatron_r1.pipeline.pipeline_recipe import load
+from megatron_r1.pipeline.pipeline_recipe import load_pipeline
 from megatron_r1.pipeline.stages import PipelinePlan
 from tools.bench import algorithms
 from tools.bench.algorithms import CHANGED_SETTINGS, CHOICES, recipe
@@ -107,7 +107,7 @@ def plan(tmp_path, monkeypatch) -> PipelinePlan:
     options = ["pipeline", str(file), "--pipeline.folder", str(tmp_path / "out")]
     assert cli.main([*options, "--pipeline.status", "true"]) == 0
     return PipelinePlan.from_recipe(
-        load(file, {"pipeline.folder": "out"}), file, tmp_path / "out", 0
+        load_pipeline(file, {"pipeline.folder": "out"}), file, tmp_path / "out", 0
     )
 
 

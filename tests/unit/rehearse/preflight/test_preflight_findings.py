@@ -14,7 +14,7 @@ from megatron_r1.rehearse.preflight.facts import (
     RankFacts,
 )
 from megatron_r1.rehearse.preflight.findings import check_facts, measured_rates
-from megatron_r1.rehearse.preflight.links import neighbors
+from megatron_r1.rehearse.preflight.links import ring_partners
 from megatron_r1.rehearse.preflight.rate_checks import hardware_of
 from megatron_r1.rehearse.settings import PreflightConfig, PreflightRecipe
 
@@ -176,7 +176,7 @@ def test_the_host_network_is_planned_with_its_slowest_node_which_is_named():
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 3, 4, 5, 8])
 def test_rounds_of_pairs_have_every_link_of_the_ring_once(num_nodes):
-    rounds = zip(*(neighbors(node, num_nodes) for node in range(num_nodes)), strict=True)
+    rounds = zip(*(ring_partners(node, num_nodes) for node in range(num_nodes)), strict=True)
     links = []
     for partners in rounds:
         for node, partner in enumerate(partners):
