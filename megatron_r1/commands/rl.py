@@ -1,8 +1,8 @@
 """Reinforcement learning: R1-Zero, R1's reasoning stage and its stage for all scenarios. See
 docs/stages/, docs/algorithms.md and docs/rewards.md.
 
-The algorithm is `controller.loop.train`. Here the roles of a run are started: engines and graders
-(`rollout_roles`) next to the trainer (`training_run`)."""
+The algorithm is `controller.loop.train_policy`. Here the roles of a run are started: engines and
+graders (`rollout_roles`) next to the trainer (`training_run`)."""
 
 import asyncio
 from pathlib import Path
@@ -19,7 +19,7 @@ from megatron_r1.commands.run_facts import describe_kind_weights, describe_teach
 from megatron_r1.commands.trained_model import next_commands
 from megatron_r1.commands.training_run import TrainingRun, show_trainer, training_run
 from megatron_r1.config import Config
-from megatron_r1.controller.loop import train
+from megatron_r1.controller.loop import train_policy
 from megatron_r1.controller.policy_engines import PolicyEngines
 from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.push.prober import PROBE_TOKENS
@@ -81,7 +81,7 @@ async def _train_with_restarts(
                 joining = accepting_hosts(rollout_roles.collector.fleet, rollout_roles.hosts)
                 try:
                     async with rl_run.open(), joining:
-                        await train(rl_run)  # the algorithm
+                        await train_policy(rl_run)  # the algorithm
                     return
                 except TrainerLost as lost:
                     await training.supervisor.restart_trainer(lost)

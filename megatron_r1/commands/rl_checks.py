@@ -105,7 +105,7 @@ def check_settings(config: Config) -> None:
             cause=Cause.CONFLICT,
         )
     config.model.require_language_head()
-    algorithms.find(config.rl.algorithm)
+    algorithms.find_algorithm(config.rl.algorithm)
     check_trainer(config, "rl")
     hf_config = read_hf_config(config.model.path)
     if config.rl.routing_replay:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
 
 
-def graded(rewards: list[float | None]) -> list[float]:
+def drop_ungraded(rewards: list[float | None]) -> list[float]:
     """Return the rewards that are not None.
 
     Raises:
@@ -57,7 +57,7 @@ def group_advantages(
         ValueError: the group is empty, a reward is not finite, or advantage_std is another."""
     if advantage_std not in ("group", "none"):
         raise ValueError(f"advantage_std {advantage_std!r}: use group or none")
-    graded_rewards = graded(rewards)
+    graded_rewards = drop_ungraded(rewards)
     if rewards_equal(graded_rewards):
         return [0.0] * len(rewards)
     mean = fmean(graded_rewards)
@@ -94,7 +94,7 @@ def response_rewards(groups: list[list[float | None]], rl: RLConfig) -> list[lis
     Raises:
         ValueError: a group is empty, or a reward is not finite."""
     for rewards in groups:
-        graded(rewards)
+        drop_ungraded(rewards)
     return [[math.nan if r is None else r for r in rewards] for rewards in groups]
 
 

@@ -1,16 +1,16 @@
 """R1-Zero's algorithm (DeepSeek-R1, arXiv 2501.12948, section 2): sample groups, reward them,
 reinforce the responses that are better than their group.
 
-One pass of `train` is one rollout: G responses to each of P prompts, their rewards and advantages,
-log-probabilities under the old policy and the reference, one epoch of mini-batch updates, and the
-new weights for the engines. `rl.algorithm` chooses how advantages and the loss are computed
-(`controller.algorithms`). Placement, resuming and reporting are in `controller.rl_run` and do not
-show here.
+One pass of `train_policy` is one rollout: G responses to each of P prompts, their rewards and
+advantages, log-probabilities under the old policy and the reference, one epoch of mini-batch
+updates, and the new weights for the engines. `rl.algorithm` chooses how advantages and the loss are
+computed (`controller.algorithms`). Placement, resuming and reporting are in `controller.rl_run` and
+do not show here.
 
     megatron-r1 rl examples/laptop/r1_zero.yaml
 
-goes through `commands/cli.py` and `commands/rl.py` to `train`. From there the mathematics is in
-these files, in the order in which `rl.algorithm: grpo` calls them:
+goes through `commands/cli.py` and `commands/rl.py` to `train_policy`. From there the mathematics is
+in these files, in the order in which `rl.algorithm: grpo` calls them:
 
  1. The reward of a response: the weighted sum of its terms, less a penalty of its length.
         r1_grading/terms.py                         combine
@@ -71,7 +71,7 @@ from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.trainer.training_sample import Sample
 
 
-async def train(run: RLRun) -> None:
+async def train_policy(run: RLRun) -> None:
     """Train on one rollout after another until `run.steps`, or until asked to stop."""
     policy_trainer, engines = run.policy_trainer, run.engines
     while (config := run.next_step()) is not None:
@@ -99,7 +99,7 @@ async def train(run: RLRun) -> None:
         async with engines.updating_weights():
             with run.phase("train"):
                 updates = [
-                    await update(policy_trainer, config, minibatch_index, run.step)
+                    await update_networks(policy_trainer, config, minibatch_index, run.step)
                     for minibatch_index in range(config.rl.minibatches)
                 ]
                 metrics |= await policy_trainer.measure_logprob_diff()  # with π_old, known only now
@@ -109,7 +109,7 @@ async def train(run: RLRun) -> None:
         await run.finish_step(rollout, metrics, updates)
 
 
-async def update(
+async def update_networks(
     policy_trainer: PolicyTrainer, config: Config, minibatch_index: int, step: int
 ) -> dict[str, float]:
     """Take one optimizer step on a mini-batch: the critic's, where there is one, and the

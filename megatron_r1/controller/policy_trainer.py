@@ -30,7 +30,7 @@ class PolicyTrainer:
 
     def __init__(self, config: Config, trainer: TrainerClient, state: RunState):
         self.run_config, self.trainer, self.state = config, trainer, state
-        self.algorithm = algorithms.find(config.rl.algorithm)
+        self.algorithm = algorithms.find_algorithm(config.rl.algorithm)
         self.uses_reference = config.uses_reference
 
     async def load(self, minibatches: list[list[Sample]]) -> dict[str, float]:

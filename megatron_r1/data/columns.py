@@ -13,7 +13,7 @@ from r1_grading.truths import guess_reward_kind, is_missing
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.chats import is_chat, read_question
-from megatron_r1.data.rows import ABSENT_VALUE, as_mapping, lookup
+from megatron_r1.data.rows import ABSENT_VALUE, as_mapping, lookup_column
 
 QUESTION_NAMES = (
     "question",
@@ -395,7 +395,7 @@ def _kinds_of_rows(rows: Sequence[Row]) -> set[str]:
 def _guess_kind(truth: str, rows: Sequence[Row]) -> tuple[str | None, str]:
     if all(isinstance(row.get("entry"), dict) and "task" in row for row in rows):
         return "logic", "the rows are items of reasoning-gym (task, entry)"
-    truths = [lookup({**row}, truth) for row in rows]
+    truths = [lookup_column({**row}, truth) for row in rows]
     kinds = {
         guess_reward_kind(value)
         for value in truths

@@ -27,7 +27,7 @@ from megatron_r1.data.rows import (
     ABSENT_VALUE,
     CanonicalRow,
     describe_missing,
-    lookup,
+    lookup_column,
     read_canonical_rows,
     rename_columns,
     require_text,
@@ -134,7 +134,7 @@ class RowReader:
     def _renamed_row(self, row: CanonicalRow, column_names: Mapping[str, str]) -> CanonicalRow:
         """Return the row with the columns that were found by their names. A reward of the user's
         own gets them under both names."""
-        values = {name: lookup(row, column) for name, column in column_names.items()}
+        values = {name: lookup_column(row, column) for name, column in column_names.items()}
         if self.kind is None or self.kind in GRADERS:
             present_columns = {
                 name: column_names[name]

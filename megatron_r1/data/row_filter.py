@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.data_report import DataReport
-from megatron_r1.data.rows import ABSENT_VALUE, CanonicalRow, lookup
+from megatron_r1.data.rows import ABSENT_VALUE, CanonicalRow, lookup_column
 
 CONDITION_KEYS = ("min", "max", "not", "or")
 TRUE_WORDS, FALSE_WORDS = ("true", "yes"), ("false", "no")
@@ -77,12 +77,14 @@ class RowFilter:
         self._report.num_read += 1
         if self._unseen:
             self._columns |= dict.fromkeys(row)
-            self._unseen = {name for name in self._unseen if lookup(row, name) is ABSENT_VALUE}
+            self._unseen = {
+                name for name in self._unseen if lookup_column(row, name) is ABSENT_VALUE
+            }
             if self._report.num_read >= MAX_UNSEEN:
                 self.finish()
         for column, condition in self._where.items():
-            value = lookup(row, column)
-            if not meets(None if value is ABSENT_VALUE else value, condition):
+            value = lookup_column(row, column)
+            if not meets_condition(None if value is ABSENT_VALUE else value, condition):
                 key = f"{self._key}.{column}"
                 self._report.skip_row(f"{key}: {condition}", location, key)
                 return False
@@ -100,7 +102,7 @@ class RowFilter:
             )
 
 
-def meets(value: Any, condition: Any) -> bool:
+def meets_condition(value: Any, condition: Any) -> bool:
     """Return whether a column's value meets a condition. Numbers may be text; what is no number,
     such as null or "n/a", is within no limits."""
     values = value if isinstance(value, list) else [value]

@@ -114,7 +114,7 @@ def rename_columns(location: str, row: CanonicalRow, columns: Mapping[str, str])
 
     Raises:
         UserError: a column that the row lacks."""
-    values = {name: lookup(row, source_column) for name, source_column in columns.items()}
+    values = {name: lookup_column(row, source_column) for name, source_column in columns.items()}
     for name, source_column in columns.items():
         if values[name] is ABSENT_VALUE:
             unused_columns = [column for column in row if column not in columns.values()]
@@ -130,7 +130,7 @@ def rename_columns(location: str, row: CanonicalRow, columns: Mapping[str, str])
     return kept_columns | values
 
 
-def lookup(row: CanonicalRow, name: str) -> Any:
+def lookup_column(row: CanonicalRow, name: str) -> Any:
     """Return row[name], or row[a][b] for a name `a.b` and {"a": row[a], "b": row[b]} for `a+b` that
     are no columns themselves; else `ABSENT_VALUE`."""
     if name in row:
@@ -142,7 +142,7 @@ def lookup(row: CanonicalRow, name: str) -> Any:
         return ABSENT_VALUE
     first, _, entry_path = name.partition(".")
     mapping = as_mapping(row.get(first))
-    return ABSENT_VALUE if mapping is None else lookup(mapping, entry_path)
+    return ABSENT_VALUE if mapping is None else lookup_column(mapping, entry_path)
 
 
 def as_mapping(value: Any) -> CanonicalRow | None:

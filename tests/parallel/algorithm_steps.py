@@ -20,7 +20,7 @@ from trainer_steps import config
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASK_FUNCTIONS, wrap_loss
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
@@ -71,7 +71,7 @@ def load(trainer, grid_position, seeds) -> list[list[list[str]]]:
     steps, names = [], []
     for seed in seeds:
         made = samples(seed)
-        plan = pack([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
+        plan = pack_samples([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
             grid_position.data_rank
         ]
         steps.append([[made[i] for i in members] for members in plan])
@@ -98,7 +98,9 @@ def advantages_of(trainer, grid_position, name: str, rl, names):
     for batch in batches:
         guess = (0.3 * batch.targets + 0.11 * batch.position_ids[0]).sin()
         batch.values = torch.where(batch.is_response, guess, 0.0)
-    trainer.compute_token_advantages(algorithms.find(name).token_advantages, rl.token_settings)
+    trainer.compute_token_advantages(
+        algorithms.find_algorithm(name).token_advantages, rl.token_settings
+    )
     metrics = {}
     if function := MASK_FUNCTIONS.get(rl.engine_mask):
         metrics = trainer.mask_advantages(function, rl.engine_mask_settings)
@@ -128,7 +130,9 @@ def main() -> None:
             names = load(trainer, grid_position, (10 * turn + 1, 10 * turn + 2))
             trainer.compute_logprobs(TEMPERATURE, with_reference=True)
             advantages, masked = advantages_of(trainer, grid_position, name, rl, names)
-            loss, settings = wrap_loss(algorithms.find(name).loss, rl.loss_settings(LIMIT))
+            loss, settings = wrap_loss(
+                algorithms.find_algorithm(name).loss, rl.loss_settings(LIMIT)
+            )
             updates = [trainer.update(i, loss, settings, RATE, TEMPERATURE) for i in (0, 1)]
             report[name] = {"advantages": advantages, "updates": [masked, *updates]}
         weights.write_hf(

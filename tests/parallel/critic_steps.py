@@ -15,7 +15,7 @@ from grids import parallel_settings
 from safetensors.torch import load_file
 
 from megatron_r1.config import Config
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models import read_hf_config, weights
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
@@ -39,7 +39,7 @@ def config(policy: Path, scored: Path, grid: str) -> Config:
 def load(trainer, grid_position) -> list[list[int]]:
     """The rollout, with returns; which samples this rank's micro-batches are of."""
     samples = [Sample.pack(p, r, reward_or_advantage=target) for p, r, target in rollout()]
-    plan = pack([len(s) for s in samples], grid_position.data_parallel_size, 60).shares[
+    plan = pack_samples([len(s) for s in samples], grid_position.data_parallel_size, 60).shares[
         grid_position.data_rank
     ]
     trainer.load([[[samples[i] for i in members] for members in plan]])

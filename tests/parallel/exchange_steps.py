@@ -16,7 +16,7 @@ from grids import parallel_settings
 
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models.experts import routing_shape
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
@@ -132,7 +132,9 @@ def updated(settings: Config, grid_position, *, switched: bool) -> tuple[dict, d
     shape = routing_shape(trainer.hf_config) if settings.rl.routing_replay else None
     made = samples(shape)
     lengths = [len(sample) for sample in made]
-    plan = pack(lengths, grid_position.data_parallel_size, 80).shares[grid_position.data_rank]
+    plan = pack_samples(lengths, grid_position.data_parallel_size, 80).shares[
+        grid_position.data_rank
+    ]
     trainer.load([[[made[i] for i in members] for members in plan]])
     if settings.model.head == "score":
         report = trainer.update(0, SUPERVISED_SCORE, None, 0.1)

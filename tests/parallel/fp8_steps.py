@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1.config import Config
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
@@ -63,7 +63,7 @@ def settings(folder: str, recipe: str, dtype: str, grid: str, smooth: bool) -> C
 
 def load(trainer, grid_position, seed: int) -> None:
     made = samples(seed)
-    plan = pack([len(s) for s in made], grid_position.data_parallel_size, 256).shares[
+    plan = pack_samples([len(s) for s in made], grid_position.data_parallel_size, 256).shares[
         grid_position.data_rank
     ]
     trainer.load([[[made[i] for i in members] for members in plan]])

@@ -14,7 +14,7 @@ from grids import parallel_settings
 
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
@@ -53,7 +53,7 @@ def update(settings: Config, grid_position, model: str):
 
     trainer = Trainer(settings, grid_position)
     made = samples(model)
-    plan = pack([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
+    plan = pack_samples([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
         grid_position.data_rank
     ]
     trainer.load([[[made[i] for i in members] for members in plan]])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_r1 import models
 from megatron_r1.config import Config
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
 
@@ -36,7 +36,7 @@ def parameters(
     minibatches = []
     for _ in range(3):
         made = [Sample.pack([1], [draw.randrange(67) for _ in range(15)]) for _ in range(4)]
-        shares = pack([16] * 4, grid_position.data_parallel_size, 32).shares
+        shares = pack_samples([16] * 4, grid_position.data_parallel_size, 32).shares
         minibatches.append([[made[i] for i in part] for part in shares[grid_position.data_rank]])
     trainer.load(minibatches)
     for index in range(3):

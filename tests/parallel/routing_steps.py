@@ -15,7 +15,7 @@ import torch.distributed as dist
 from grids import parallel_settings
 
 from megatron_r1.config import Config
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
@@ -88,7 +88,7 @@ def steps(model: str, grid: str, samples: list[Sample], out: Path) -> dict:
     from megatron_r1.trainer.trainer import Trainer
 
     trainer = Trainer(config(model, grid), POSITION)
-    plan = pack([len(s) for s in samples], POSITION.data_parallel_size, 50).shares[
+    plan = pack_samples([len(s) for s in samples], POSITION.data_parallel_size, 50).shares[
         POSITION.data_rank
     ]
     trainer.load([[[samples[i] for i in members] for members in plan]])

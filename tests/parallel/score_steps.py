@@ -24,7 +24,7 @@ from scored_models import LABELS, models_on  # noqa: E402
 
 from megatron_r1 import models  # noqa: E402
 from megatron_r1.config import ParallelConfig  # noqa: E402
-from megatron_r1.controller.trainer_calls.packing import pack  # noqa: E402
+from megatron_r1.controller.trainer_calls.packing import pack_samples  # noqa: E402
 from megatron_r1.models import weights  # noqa: E402
 from megatron_r1.trainer import distributed, reward_losses  # noqa: E402
 from megatron_r1.trainer.checkpoints.contents import without_extra_state  # noqa: E402
@@ -47,7 +47,7 @@ def own_batches(texts, grid_position, sizes):
         for ids, label in zip(texts, LABELS, strict=True)
     ]
     lengths = [len(sample) for sample in samples]
-    plan = pack(lengths, grid_position.data_parallel_size, 60, samples_per_unit=2).shares[
+    plan = pack_samples(lengths, grid_position.data_parallel_size, 60, samples_per_unit=2).shares[
         grid_position.data_rank
     ]
     plan += [[]] * (-len(plan) % sizes["pp"])

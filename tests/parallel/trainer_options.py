@@ -16,7 +16,7 @@ from grids import parallel_settings, positions
 from safetensors.torch import load_file, save_file
 
 from megatron_r1.config import Config
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models import weights
 from megatron_r1.trainer.training_sample import Sample
 
@@ -57,7 +57,7 @@ def trained(settings: Config, grid_position):
         Sample.pack([1], [draw.randrange(67) for _ in range(length - 1)])
         for length in (8, 16, 40, 24, 8, 64, 32, 16)
     ]
-    plan = pack([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
+    plan = pack_samples([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
         grid_position.data_rank
     ]
     trainer.load([[[made[i] for i in members] for members in plan]])

@@ -17,7 +17,7 @@ from grids import parallel_settings
 
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
@@ -66,7 +66,7 @@ def load(trainer, grid_position, seeds, first_old=True) -> None:
     steps = []
     for seed in seeds:
         made = samples(seed)
-        plan = pack([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
+        plan = pack_samples([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
             grid_position.data_rank
         ]
         steps.append([[made[i] for i in members] for members in plan])

@@ -31,7 +31,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.training_samples import training_samples
-from megatron_r1.controller.trainer_calls.packing import pack, pack_by_prompt
+from megatron_r1.controller.trainer_calls.packing import pack_by_prompt, pack_samples
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response
@@ -86,7 +86,7 @@ def load(trainer, grid_position, seeds) -> None:
         if shares := trainer.config.parallel.share_prompts:
             packing = pack_by_prompt(made, grid_position.data_parallel_size, 60, float)
         else:
-            packing = pack([len(s) for s in made], grid_position.data_parallel_size, 60)
+            packing = pack_samples([len(s) for s in made], grid_position.data_parallel_size, 60)
         plan = packing.shares[grid_position.data_rank]
         steps.append([[made[i] for i in members] for members in plan])
     loaded = trainer.load(steps)

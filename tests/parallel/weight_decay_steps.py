@@ -11,7 +11,7 @@ import torch
 from grids import parallel_settings, positions
 
 from megatron_r1.config import Config
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.trainer.losses:supervised"
@@ -38,7 +38,7 @@ def updated(model: str, grid: str, decay: float, grid_position) -> tuple[dict, d
     start = {name: p.detach().clone() for name, p in named.items()}
     draw = random.Random(5)
     made = [Sample.pack([1], [draw.randrange(67) for _ in range(15)]) for _ in range(8)]
-    plan = pack([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
+    plan = pack_samples([len(s) for s in made], grid_position.data_parallel_size, 80).shares[
         grid_position.data_rank
     ]
     trainer.load([[[made[i] for i in members] for members in plan]])

@@ -50,7 +50,7 @@ def terms_of(name, groups, settings, temperature=1.0, hidden=None, split=False):
         split: one micro-batch per sample."""
     rl = {"group_size": max(2, len(groups[0])), "minibatches": 1, **settings}
     config = Config(rl={"algorithm": name, **rl}, rollout={"max_response_tokens": LIMIT})
-    algorithm = algorithms.find(name)
+    algorithm = algorithms.find_algorithm(name)
     prompt = make_prompt("1 + 1?", "math", "2", {})
     made = [Group(prompt, [1, 2], [graded(*each) for each in group]) for group in groups]
     rewards = [[reward for _, reward in group] for group in groups]
@@ -132,7 +132,7 @@ def test_b02_a_micro_batch_without_a_response_token_adds_exact_zeros(average):
         head = LossHead(
             batch, torch.randn(len(batch.targets), HIDDEN), weight, 1.0, None, VOCABULARY
         )
-        grpo = find_function(algorithms.find("grpo").loss)
+        grpo = find_function(algorithms.find_algorithm("grpo").loss)
         terms = grpo(batch, head, settings.loss_settings(LIMIT))
         terms.loss.backward()
         assert int(terms.denominator) == num
@@ -155,7 +155,7 @@ def test_b03_loss_and_gradient_do_not_depend_on_micro_batches(average):
 def advantages_of(name, rewards, **settings):
     rl = {"group_size": len(rewards), "minibatches": 1, **settings}
     config = Config(rl={"algorithm": name, **rl})
-    return algorithms.find(name).response_rewards_or_advantages([rewards], config.rl)[0]
+    return algorithms.find_algorithm(name).response_rewards_or_advantages([rewards], config.rl)[0]
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 0.0])
@@ -257,7 +257,7 @@ def test_b13_entropy_is_that_of_the_logits_over_the_temperature():
     def measured(logits):
         hidden = torch.eye(1, 1, dtype=torch.float64).expand(2, 1).contiguous()
         weight = logits[:, None].clone().requires_grad_()
-        terms = find_function(algorithms.find("grpo").loss)(
+        terms = find_function(algorithms.find_algorithm("grpo").loss)(
             batch, LossHead(batch, hidden, weight, 0.5, None, 3), settings
         )
         terms.loss.backward()
@@ -276,7 +276,7 @@ def test_b13_entropy_is_that_of_the_logits_over_the_temperature():
 
 def test_b14_the_distillation_loss_does_not_depend_on_micro_batches():
     def made(split):
-        algorithm = algorithms.find("on_policy_distillation")
+        algorithm = algorithms.find_algorithm("on_policy_distillation")
         samples = [
             Sample.pack([1, 2], tokens, [-1.0] * len(tokens), teacher_logprobs=[-0.5] * len(tokens))
             for tokens in ([3], [4, 5, 6], [2, 2], [1] * 5)
@@ -337,7 +337,7 @@ def test_b11_the_other_estimators_have_the_expected_gradients_of_divergences(est
         batch.logprobs["ref"] = torch.stack([ref[token], torch.zeros(()).double()])
         head_weight = logits.detach()[:, None].clone().requires_grad_()
         head = LossHead(batch, torch.ones(2, 1).double(), head_weight, 1.0, None, 3)
-        find_function(algorithms.find("grpo").loss)(batch, head, settings).loss.backward()
+        find_function(algorithms.find_algorithm("grpo").loss)(batch, head, settings).loss.backward()
         got += weight * head_weight.grad[:, 0]
         if estimator == "k2":  # that of ρ k3, the importance-weighted estimate, at ρ = 1
             logprob = torch.log_softmax(logits, -1)[token]

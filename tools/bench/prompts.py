@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return core seconds of each, and what share of the ideal saving is reached."""
     from megatron_r1.base.processes.children import free_port, rank_variables
     from megatron_r1.config import Config
-    from megatron_r1.controller.algorithms import find
+    from megatron_r1.controller.algorithms import find_algorithm
     from megatron_r1.models import platform
     from megatron_r1.trainer import distributed
 
@@ -54,7 +54,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             }
         )
         grid_position = distributed.initialize(config.parallel, seed=0)
-        settings = find("grpo"), replace(config.rl.loss_settings(args.response), kl_beta=0.0)
+        settings = (
+            find_algorithm("grpo"),
+            replace(config.rl.loss_settings(args.response), kl_beta=0.0),
+        )
         results = [_measure_prompt(config, grid_position, *settings, args, n) for n in args.prompts]
         distributed.leave_process_groups()
     return {"model": MODEL, "results": results}

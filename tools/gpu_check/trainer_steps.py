@@ -17,7 +17,7 @@ import torch
 
 from megatron_r1.config import Config, load_recipe
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.metrics import Mean, reduce_over_data
 from megatron_r1.trainer.training_sample import Sample
@@ -79,7 +79,7 @@ class Steps:
         sample_list = samples(self.vocabulary, logprobs, earlier_logprobs)
         lengths = [len(sample) for sample in sample_list]
         max_tokens = self.config.parallel.microbatch_tokens
-        self.plan = pack(lengths, self.grid_position.data_parallel_size, max_tokens).shares[
+        self.plan = pack_samples(lengths, self.grid_position.data_parallel_size, max_tokens).shares[
             self.grid_position.data_rank
         ]
         self.trainer.load([[[sample_list[i] for i in members] for members in self.plan]])
@@ -128,7 +128,8 @@ class Steps:
     def update(self) -> dict[str, float]:
         """Make an update by the recipe's algorithm."""
         rl = self.config.rl
-        loss, settings = algorithms.find(rl.algorithm).loss, rl.loss_settings(MAX_RESPONSE)
+        loss = algorithms.find_algorithm(rl.algorithm).loss
+        settings = rl.loss_settings(MAX_RESPONSE)
         return self.trainer.update(0, loss, settings, LEARNING_RATE, 1.0)
 
     @property

@@ -16,7 +16,7 @@ from megatron_r1.data.columns import columns_by_name
 from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
 from megatron_r1.data.preferences import Kind, kind_of_rows, read_preferences
 from megatron_r1.data.prompt import is_heldout
-from megatron_r1.data.rows import ABSENT_VALUE, lookup
+from megatron_r1.data.rows import ABSENT_VALUE, lookup_column
 from megatron_r1.data.sft import ALWAYS_LEARNED, find_form
 from megatron_r1.data.tokenizer import load_tokenizer
 
@@ -43,7 +43,7 @@ def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
     if form is None or form in ALWAYS_LEARNED:
         return form is not None
     truth = columns_by_name(rows, needs_truth=True).get("truth", "truth")
-    values = [lookup({**row}, truth) for row in rows]
+    values = [lookup_column({**row}, truth) for row in rows]
     has_truth = any(value is not ABSENT_VALUE and not is_missing(value) for value in values)
     return not has_truth and not any("kind" in row for row in rows)
 

@@ -51,7 +51,7 @@ class Algorithm:
     token_advantages: str | None = None
 
 
-def find(name: str) -> Algorithm:
+def find_algorithm(name: str) -> Algorithm:
     """Return the algorithm called `name`, or the user's own at "module:RULES".
 
     Raises:

@@ -14,13 +14,13 @@ from statistics import fmean
 from r1_grading.terms import rewards_equal
 
 from megatron_r1.config import RLConfig
-from megatron_r1.controller.advantages import divide_by_batch_std, graded
+from megatron_r1.controller.advantages import divide_by_batch_std, drop_ungraded
 
 
 def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[float]]:
     """Return A_i = r_i - mean(r), over the rollout's graded responses; 0 for an ungraded
     one, and for all where the rewards are equal."""
-    graded_rewards = [reward for rewards in groups for reward in graded(rewards)]
+    graded_rewards = [reward for rewards in groups for reward in drop_ungraded(rewards)]
     if rewards_equal(graded_rewards):
         return [[0.0] * len(rewards) for rewards in groups]
     mean = fmean(graded_rewards)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from r1_grading.terms import rewards_equal
 
-from megatron_r1.controller.advantages import graded
+from megatron_r1.controller.advantages import drop_ungraded
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
@@ -41,7 +41,7 @@ def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenT
 
 
 def _leave_one_out(rewards: list[float | None]) -> list[float]:
-    graded_rewards = graded(rewards)
+    graded_rewards = drop_ungraded(rewards)
     if rewards_equal(graded_rewards):
         return [math.nan if r is None else 0.0 for r in rewards]
     total, num_others = sum(graded_rewards), len(graded_rewards) - 1

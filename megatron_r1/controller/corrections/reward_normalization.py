@@ -64,10 +64,10 @@ def advantages(
         ]
         pairs = zip(sums, algorithm_advantages(rewards, rl), strict=True)
         sums = [[s + weight * a for s, a in zip(*pair, strict=True)] for pair in pairs]
-    return normalize(sums, rl.advantage_epsilon)
+    return normalize_values(sums, rl.advantage_epsilon)
 
 
-def normalize(values: list[list[float]], epsilon: float) -> list[list[float]]:
+def normalize_values(values: list[list[float]], epsilon: float) -> list[list[float]]:
     """Return the values with mean 0 and deviation 1 over all that are not NaN; where these are all
     equal, zeros.
 

@@ -62,12 +62,14 @@ class HeldoutEvaluation:
             reward_weights=weights_at(config.rewards.weights, step_of_settings),
             stop=tuple(config.rollout.stop),
         )
-        metrics, groups = await evaluate(self._collector, self._prompts, sampling, config.rewards)
+        metrics, groups = await evaluate_heldout(
+            self._collector, self._prompts, sampling, config.rewards
+        )
         records = response_lines(groups, step, "eval", None)
         self._recorder.record_evaluation({"step": step, **metrics}, records)
 
 
-async def evaluate(
+async def evaluate_heldout(
     collector: RolloutCollector,
     prompts: list[Prompt],
     sampling: RolloutSampling,
@@ -125,7 +127,8 @@ async def evaluate(
 async def _compute_estimates(
     collector: RolloutCollector, groups: list[Group], num_samples: int, rewards: RewardsConfig
 ) -> dict[str, Estimate]:
-    """Return the estimate of each reward, of pass@1, cons@N and the win rates; see `evaluate`."""
+    """Return the estimate of each reward, of pass@1, cons@N and the win rates; see
+    `evaluate_heldout`."""
     votes, means, thought_opened = [], defaultdict(list), collector.tokenizer.opens_thought
     for group in groups:
         for term in group.responses[0].rewards:

@@ -111,7 +111,7 @@ def _describe_locations(
 
 
 def _rank_lines(trainer: TrainerClient, rank: int, status: RankStatus | None) -> list[str]:
-    name = f"rank {rank}{coordinates(trainer, rank)}"
+    name = f"rank {rank}{grid_coordinates(trainer, rank)}"
     if status is None:
         return [f"{name} {_describe_silence(trainer, rank)}"]
     lines = [f"{name}: {status.operation}, for {format_seconds(status.seconds)}"]
@@ -124,7 +124,7 @@ def _rank_lines(trainer: TrainerClient, rank: int, status: RankStatus | None) ->
     return lines
 
 
-def coordinates(trainer: TrainerClient, rank: int) -> str:
+def grid_coordinates(trainer: TrainerClient, rank: int) -> str:
     """Return where a rank is on the grid, "" before it has said it."""
     if rank >= len(trainer.ranks):
         return ""
@@ -294,7 +294,7 @@ def _shorten_question(question: str) -> str:
     return question.replace("\n", " ")[:80]
 
 
-async def diagnose(run: RunRoles) -> list[RoleDiagnosis]:
+async def diagnose_hang(run: RunRoles) -> list[RoleDiagnosis]:
     """Return a diagnosis per role; the first is what everything waits for."""
     collector = run.collector
     inspections = [inspect_trainer(run.trainer)]
@@ -310,7 +310,7 @@ async def diagnose(run: RunRoles) -> list[RoleDiagnosis]:
     return [diagnoses.pop(awaited_role), *diagnoses.values()]
 
 
-def report(run: RunRoles, diagnoses: list[RoleDiagnosis], quiet_seconds: float) -> str:
+def hang_report(run: RunRoles, diagnoses: list[RoleDiagnosis], quiet_seconds: float) -> str:
     """Return the text of a hang's report.
 
     Args:

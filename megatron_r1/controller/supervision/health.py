@@ -32,7 +32,7 @@ PHASE_LABELS: dict[Phase, str] = {
 """Phases of groups by their names in both replies, on which dashboards depend."""
 
 
-def health(watchdog: Watchdog) -> dict[str, Any]:
+def run_health(watchdog: Watchdog) -> dict[str, Any]:
     """Return the state of the run as JSON.
 
     Its `status` is one of these:
@@ -128,7 +128,7 @@ class HealthServer(Collector):
         await self._runner.cleanup()
 
     async def _health_response(self, _: web.Request) -> web.Response:
-        facts = health(self._watchdog)
+        facts = run_health(self._watchdog)
         return web.json_response(facts, status=503 if facts["status"] == "stalled" else 200)
 
     async def _metrics_response(self, _: web.Request) -> web.Response:

@@ -8,7 +8,11 @@ from collections.abc import Callable, Iterator
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.controller.supervision.hang_diagnosis import count_tokens, diagnose, report
+from megatron_r1.controller.supervision.hang_diagnosis import (
+    count_tokens,
+    diagnose_hang,
+    hang_report,
+)
 from megatron_r1.controller.supervision.run_roles import RunRoles
 from megatron_r1.reporting.formatting import format_seconds
 from megatron_r1.trainer.operations import CheckpointOperations, operation_names
@@ -100,9 +104,9 @@ class Watchdog:
         """Write a report and act by `run.on_hang`. Return whether to stay silent until there is
         progress."""
         self.num_reports += 1
-        diagnoses = await diagnose(self.run)
+        diagnoses = await diagnose_hang(self.run)
         path = self.run.folder / "logs" / f"hang-{time.strftime('%Y%m%d-%H%M%S')}.txt"
-        content = report(self.run, diagnoses, self.quiet_seconds)
+        content = hang_report(self.run, diagnoses, self.quiet_seconds)
         await asyncio.to_thread(atomic_write, path, content)
         message = (
             f"nothing has moved for {format_seconds(self.quiet_seconds)}. Everything waits for "

@@ -22,7 +22,7 @@ from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
 from megatron_r1.base.processes.open_files import allow_open_files
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import LossSettings
-from megatron_r1.controller.trainer_calls.packing import Packing, pack, pack_by_prompt
+from megatron_r1.controller.trainer_calls.packing import Packing, pack_by_prompt, pack_samples
 from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
 from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
 from megatron_r1.models import read_hf_config
@@ -194,7 +194,7 @@ class TrainerClient:
             packings = [
                 pack_by_prompt(samples, self.data_parallel_size, limit, self._cost)
                 if self.config.parallel.share_prompts and samples_per_unit == 1
-                else pack(
+                else pack_samples(
                     [len(s) for s in samples],
                     self.data_parallel_size,
                     limit,

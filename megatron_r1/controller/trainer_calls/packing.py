@@ -34,7 +34,7 @@ class Packing(NamedTuple):
     fill_fraction: float
 
 
-def pack(
+def pack_samples(
     lengths: list[int],
     data_parallel_size: int,
     max_tokens: int,
@@ -130,7 +130,7 @@ def _costliest_first(
 def pack_by_prompt(
     samples: list[Sample], data_parallel_size: int, max_tokens: int, cost: Callable[[int], float]
 ) -> Packing:
-    """Return `packing.pack` of the samples, in units of samples that begin with the same prompt,
+    """Return `pack_samples` of the samples, in units of samples that begin with the same prompt,
     whose shared tokens count once.
 
     A unit has at most `max_tokens` tokens; where there would be fewer units than ranks, every
@@ -140,7 +140,7 @@ def pack_by_prompt(
         samples: the samples of a mini-batch.
         data_parallel_size: the number of data-parallel ranks.
         max_tokens: the most tokens of a micro-batch.
-        cost: the argument of `pack`."""
+        cost: the argument of `pack_samples`."""
     units_with_lengths = [
         unit
         for group in group_by_first_prompt(samples)
@@ -150,7 +150,7 @@ def pack_by_prompt(
         units_with_lengths = [([i], len(sample)) for i, sample in enumerate(samples)]
     units = [unit for unit, _ in units_with_lengths]
     lengths = [length for _, length in units_with_lengths]
-    packing = pack(lengths, data_parallel_size, max_tokens, cost=cost)
+    packing = pack_samples(lengths, data_parallel_size, max_tokens, cost=cost)
     shares = [[[i for u in m for i in units[u]] for m in share] for share in packing.shares]
     return packing._replace(shares=shares)
 

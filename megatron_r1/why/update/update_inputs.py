@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models.compute_cost import sample_cost
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, token_logprobs
@@ -176,7 +176,7 @@ class UpdateInputs:
         batches = []
         for rows in self.minibatches():
             lengths = [len(self.models.rows[index].token_ids) for index in rows]
-            packing = pack(lengths, ranks, parallel.microbatch_tokens, cost=cost)
+            packing = pack_samples(lengths, ranks, parallel.microbatch_tokens, cost=cost)
             batches.append(
                 [[[rows[index] for index in m] for m in share] for share in packing.shares]
             )

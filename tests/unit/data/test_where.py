@@ -9,7 +9,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer, render_template
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.data.row_filter import meets
+from megatron_r1.data.row_filter import meets_condition
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 
@@ -31,7 +31,7 @@ SYSTEM = {"role": "system", "content": "Be kind."}
     ],
 )  # fmt: skip
 def test_a_value_meets_a_condition(value, condition, expected):
-    assert meets(value, condition) is expected
+    assert meets_condition(value, condition) is expected
 
 
 @pytest.mark.parametrize(

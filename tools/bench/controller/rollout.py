@@ -26,7 +26,7 @@ import psutil
 from r1_grading import RewardPool
 
 from megatron_r1.config import Config, parse_recipe
-from megatron_r1.controller.loop import train
+from megatron_r1.controller.loop import train_policy
 from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
@@ -205,7 +205,7 @@ async def _train_on_rollout(
             policy_trainer = _PolicyTrainer(config, trainer, RunState())
             session: Any = _OneStep(policy_trainer, step_sampler, watch)
             before = _cpu_seconds()
-            await train(session)
+            await train_policy(session)
         cpu = {
             process: s - before[process]
             for process, s in policy_trainer.used.items()
@@ -257,8 +257,8 @@ class _PolicyTrainer(PolicyTrainer):
 
 @dataclass
 class _OneStep:
-    """A session of one step, as `controller.loop.train` calls it. seconds: until the rollout is
-    there ("rollout"), and from there until the trainer has it ("load")."""
+    """A session of one step, as `controller.loop.train_policy` calls it. seconds: until the rollout
+    is there ("rollout"), and from there until the trainer has it ("load")."""
 
     policy_trainer: _PolicyTrainer
     step_sampler: StepSampler

@@ -14,7 +14,7 @@ import torch
 
 from megatron_r1.base.processes.children import rank_variables
 from megatron_r1.config import parse_recipe
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
 from tools.bench.fp8.losses import BASELINE, MODEL, WARMUP_STEPS, Language, variant_settings
@@ -76,7 +76,7 @@ def _train_variant(task: dict[str, Any], grid_position: Any) -> dict[str, Any]:
 def _load_sentences(trainer: Any, sentences: list[list[int]]) -> None:
     samples = [Sample.pack(tokens[:2], tokens[2:]) for tokens in sentences]
     limit = trainer.config.parallel.microbatch_tokens
-    plan = pack([len(s) for s in samples], 1, limit).shares[0]
+    plan = pack_samples([len(s) for s in samples], 1, limit).shares[0]
     trainer.load([[[samples[i] for i in members] for members in plan]])
 
 

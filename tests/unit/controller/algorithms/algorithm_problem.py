@@ -123,7 +123,7 @@ def ours(problem, name, settings, form=unchanged, corrected=unchanged, metrics=N
     those of a mask."""
     rl = {"group_size": 4, "prompts_per_rollout": 4, "minibatches": 2, **settings}
     config = Config(rl={"algorithm": name, **rl}, rollout={"max_response_tokens": LIMIT})
-    algorithm = algorithms.find(name)
+    algorithm = algorithms.find_algorithm(name)
     by_group = corrected(algorithm.response_rewards_or_advantages(REWARDS, config.rl))
     numbers = [number for group in by_group for number in group]
     mask = MASK_FUNCTIONS.get(config.rl.engine_mask)
@@ -173,7 +173,9 @@ def check(
     made = ours(problem, name, settings, corrected=corrected)
     for step, (loss, gradient, terms, _) in enumerate(made):
         members = [i for i in problem.minibatches[step] if i not in left_out]
-        if not algorithms.find(name).rules.teacher:  # else ungraded responses are left out
+        if not algorithms.find_algorithm(
+            name
+        ).rules.teacher:  # else ungraded responses are left out
             members = [i for i in members if problem.rewards[i] is not None]
         responses = [problem.responses[i] for i in members]
         own = [advantages[i].detach() for i in members]

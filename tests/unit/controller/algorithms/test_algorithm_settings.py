@@ -16,7 +16,7 @@ from megatron_r1.config import Config, RLConfig, dump_recipe, load_recipe, parse
 from megatron_r1.config.algorithms import ALGORITHM_NAMES
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections.overlong_penalty import overlong_penalty
-from megatron_r1.controller.loop import split_into_minibatches, training_reward, update
+from megatron_r1.controller.loop import split_into_minibatches, training_reward, update_networks
 from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.training_samples import training_samples
@@ -55,7 +55,7 @@ def test_what_is_written_down_is_what_is_read_again(tmp_path):
 
 @pytest.mark.parametrize("name", ALGORITHM_NAMES)
 def test_an_algorithm_s_defaults_are_settings_that_fit_it(name):
-    algorithm = algorithms.find(name)
+    algorithm = algorithms.find_algorithm(name)
     assert algorithm.name == name
     settings = RLConfig(algorithm=name)
     for key, value in algorithm.rules.defaults.items():
@@ -80,7 +80,7 @@ def test_the_controller_needs_neither_torch_nor_agents_for_single_turns():
     code = (
         "import sys; from megatron_r1.commands import dry_run, rl, rollout_roles; "
         "from megatron_r1.config import Config; from megatron_r1.controller import algorithms; "
-        f"[algorithms.find(name) for name in {ALGORITHM_NAMES!r}]; "
+        f"[algorithms.find_algorithm(name) for name in {ALGORITHM_NAMES!r}]; "
         "assert rollout_roles.open_player(Config(), None) is None; "
         "agents = [m for m in sys.modules if m.startswith('megatron_r1.agents')]; "
         "print({m for m in sys.modules} & {'torch', 'megatron', 'vllm'}, agents)"
@@ -110,7 +110,9 @@ def test_long_responses_are_penalized_before_advantages_are_computed():
     config = Config(rl=rl, rollout={"max_response_tokens": 40})
     # The last 20 of 40 tokens: 1, 1 - 2, 0 - 2 x 0.75; mean -0.5
     rewards = [training_reward(each, config) for each in responses]
-    advantages = algorithms.find("dr_grpo").response_rewards_or_advantages([rewards], config.rl)
+    advantages = algorithms.find_algorithm("dr_grpo").response_rewards_or_advantages(
+        [rewards], config.rl
+    )
     samples = training_samples([group], advantages)
     assert [sample.reward_or_advantage for [sample] in samples] == pytest.approx(
         [1.5, -0.5, -1.0, math.nan], nan_ok=True
@@ -163,13 +165,13 @@ def updated(name, index, step):
     """Return the metrics of an update of step `step`, where three warm up, and the requests."""
     config, peers = Config(rl={"algorithm": name}, critic={"warmup_steps": 3}), Peers()
     tested = PolicyTrainer(config, peers, RunState())
-    metrics = asyncio.run(update(tested, config, index, step))
+    metrics = asyncio.run(update_networks(tested, config, index, step))
     metrics.pop("learning_rate", None)
     return metrics, peers.requested
 
 
 def test_the_policy_waits_for_the_critic_to_be_warm():
-    ppo, grpo = algorithms.find("ppo"), algorithms.find("grpo")
+    ppo, grpo = algorithms.find_algorithm("ppo"), algorithms.find_algorithm("grpo")
     assert updated("ppo", 3, step=1)[1] == [(3, "critic")]
     assert updated("ppo", 3, step=3) == ({"value/loss": 2.0}, [(3, "critic")])
     both = [(3, "critic"), (3, ppo.loss)]

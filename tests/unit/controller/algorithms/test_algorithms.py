@@ -165,7 +165,7 @@ def test_rewards_that_are_all_equal_are_normalized_to_0():
     settings = TokenSettings(0.0, 1.0, 1.0, "batch", advantage_epsilon=0.0)
     rollout = RolloutBatches([batch])
     rollout.store_targets(
-        find_function(algorithms.find("reinforce_pp").token_advantages)(rollout, settings)
+        find_function(algorithms.find_algorithm("reinforce_pp").token_advantages)(rollout, settings)
     )
     assert batch.advantages.abs().max() < 1e-6
 
@@ -173,7 +173,7 @@ def test_rewards_that_are_all_equal_are_normalized_to_0():
 def test_a_group_of_equal_rewards_has_no_leave_one_out_advantage():
     rl = Config(rl={"algorithm": "rloo"}).rl
     third = 0.1 + 0.2
-    equal, alone, mixed = algorithms.find("rloo").response_rewards_or_advantages(
+    equal, alone, mixed = algorithms.find_algorithm("rloo").response_rewards_or_advantages(
         [[third] * 7, [None, 0.4, None], [1.0, None, 0.0, 0.5]], rl
     )
     assert equal == [0.0] * 7
@@ -203,7 +203,7 @@ def test_a_micro_batch_without_samples_is_left_as_it_is():
     rollout = RolloutBatches([batch])
     settings = TokenSettings(0.1, 1.0, 1.0, "batch", advantage_epsilon=1e-6)
     rollout.store_targets(
-        find_function(algorithms.find("reinforce_pp").token_advantages)(rollout, settings)
+        find_function(algorithms.find_algorithm("reinforce_pp").token_advantages)(rollout, settings)
     )
     assert batch.advantages.tolist() == [0.0, 0.0]
 
@@ -212,9 +212,11 @@ def test_a_micro_batch_without_samples_is_left_as_it_is():
 def test_rewards_that_are_no_numbers_are_refused(name):
     rl = Config(rl={"algorithm": name}).rl
     with pytest.raises(ValueError, match="inf"):
-        algorithms.find(name).response_rewards_or_advantages([[1.0, 0.0], [math.inf, 0.0]], rl)
+        algorithms.find_algorithm(name).response_rewards_or_advantages(
+            [[1.0, 0.0], [math.inf, 0.0]], rl
+        )
     with pytest.raises(ValueError, match="reward"):
-        algorithms.find(name).response_rewards_or_advantages([[]], rl)
+        algorithms.find_algorithm(name).response_rewards_or_advantages([[]], rl)
 
 
 @pytest.mark.parametrize("name", ALGORITHM_NAMES)

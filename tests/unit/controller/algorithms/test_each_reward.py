@@ -84,7 +84,9 @@ def assert_same(made, wanted):
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_each_reward_is_normalized_alone_and_their_sum_over_the_rollout(name):
     config = recipe(algorithm=name, reward_normalization="each")
-    made = response_rewards_or_advantages(groups_of(ROLLOUT), algorithms.find(name), config, 1)
+    made = response_rewards_or_advantages(
+        groups_of(ROLLOUT), algorithms.find_algorithm(name), config, 1
+    )
     assert_same(made, by_definition([(1.0, lambda row: row[0]), (0.5, lambda row: row[1])]))
     assert made[1][1] > 0.5 > -0.5 > made[1][0] and made[2] == pytest.approx([0.0] * 4)
 
@@ -95,7 +97,7 @@ def test_the_penalty_of_long_responses_is_a_reward_of_its_own():
 
     rl = {"overlong_buffer": 0.2, "overlong_penalty": 0.3, "reward_normalization": "each"}
     made = response_rewards_or_advantages(
-        groups_of(ROLLOUT), algorithms.find("grpo"), recipe(**rl), 1
+        groups_of(ROLLOUT), algorithms.find_algorithm("grpo"), recipe(**rl), 1
     )
     columns = [(1.0, lambda row: row[0]), (0.5, lambda row: row[1]), (0.3, penalty)]
     assert_same(made, by_definition(columns))
@@ -108,14 +110,14 @@ def test_a_weight_counts_in_its_steps_only():
             "rewards": {"weights": {"accuracy": 1.0, "format": {"weight": 0.5, "from_step": 3}}},
         }
     )
-    grpo, groups = algorithms.find("grpo"), groups_of(ROLLOUT)
+    grpo, groups = algorithms.find_algorithm("grpo"), groups_of(ROLLOUT)
     early, late = (response_rewards_or_advantages(groups, grpo, config, step) for step in (2, 3))
     assert_same(early, by_definition([(1.0, lambda row: row[0])]))
     assert_same(late, by_definition([(1.0, lambda row: row[0]), (0.5, lambda row: row[1])]))
 
 
 def test_the_default_changes_no_bit():
-    config, grpo = recipe(), algorithms.find("grpo")
+    config, grpo = recipe(), algorithms.find_algorithm("grpo")
     groups = groups_of(ROLLOUT)
     sums = [[r.reward if r.is_graded else None for r in group.responses] for group in groups]
     made = response_rewards_or_advantages(groups, grpo, config, 1)

@@ -169,7 +169,7 @@ def test_shares_of_what_is_masked_are_counted(method, name):
 @pytest.mark.parametrize("name", ALGORITHM_NAMES)
 def test_without_a_mask_no_bit_changes(name):
     """The loss that a rank calls is the algorithm's own, and a mask of all is none."""
-    algorithm = algorithms.find(name)
+    algorithm = algorithms.find_algorithm(name)
     rl = Config(rl={"algorithm": name, "group_size": 4}).rl
     settings = rl.loss_settings(LIMIT)
     assert wrap_loss(algorithm.loss, settings) == (algorithm.loss, settings)
@@ -196,7 +196,9 @@ def test_a_micro_batch_without_responses_has_nothing_to_mask(method):
     hidden = torch.ones(2, HIDDEN, requires_grad=True)
     weight = torch.ones(VOCABULARY, HIDDEN, requires_grad=True)
     head = LossHead(empty, hidden, weight, 1.0, None, VOCABULARY)
-    name, settings = wrap_loss(algorithms.find("grpo").loss, settings.loss_settings(LIMIT))
+    name, settings = wrap_loss(
+        algorithms.find_algorithm("grpo").loss, settings.loss_settings(LIMIT)
+    )
     terms = find_function(name)(empty, head, settings)
     terms.loss.backward()
     assert terms.loss.item() == 0.0 and int(terms.denominator) == 0

@@ -85,12 +85,13 @@ def test_losses_and_token_advantages_reach_the_trainer_as_names(folder):
         "def loss(batch, head, settings): ...\n"
         "def token_advantages(rollout, settings): ...\n"
     )
-    plain, critic = algorithms.find("several:PLAIN"), algorithms.find("several:CRITIC")
+    plain = algorithms.find_algorithm("several:PLAIN")
+    critic = algorithms.find_algorithm("several:CRITIC")
     assert plain.loss == critic.loss == "several:loss"
     assert plain.token_advantages == "several:token_advantages"
     assert (plain.rules.critic, critic.rules.critic) == (False, True)
     rewards = [[1.0, 0.0, 0.5]]
-    assert plain.response_rewards_or_advantages(rewards, RLConfig()) == algorithms.find(
+    assert plain.response_rewards_or_advantages(rewards, RLConfig()) == algorithms.find_algorithm(
         "grpo"
     ).response_rewards_or_advantages(rewards, RLConfig())
 
@@ -106,7 +107,7 @@ def test_options_of_its_own_have_defaults_and_reach_its_functions(folder):
     given = {"algorithm": "top:RULES", "options": {"keep": 0.5}}
     rl = RLConfig(**given)
     assert rl.options == {"keep": 0.5, "ties": False}
-    assert algorithms.find("top:RULES").response_rewards_or_advantages(
+    assert algorithms.find_algorithm("top:RULES").response_rewards_or_advantages(
         [[1.0, 4.0, 3.0, 2.0]], rl
     ) == [[0, 1, 1, 0]]
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode(rl.loss_settings(8)), type=LossSettings)
@@ -155,7 +156,7 @@ def test_rules_for_token_advantages_that_are_not_there_are_refused(folder, rule)
     text = f"{head}RULES = AlgorithmRules({rule}=True)\ndef advantages(groups, rl): ...\n"
     (folder / f"half_{rule}.py").write_text(text)
     with refused("rl.algorithm", Cause.MISSING, "token_advantages"):
-        algorithms.find(f"half_{rule}:RULES")
+        algorithms.find_algorithm(f"half_{rule}:RULES")
 
 
 def test_a_module_without_an_algorithm_is_refused(folder):
@@ -163,7 +164,7 @@ def test_a_module_without_an_algorithm_is_refused(folder):
     (folder / "bare.py").write_text(text)
     assert RLConfig(algorithm="bare:RULES").group_size == 16
     with refused("rl.algorithm", Cause.EMPTY, "bare.py"):
-        algorithms.find("bare:RULES")
+        algorithms.find_algorithm("bare:RULES")
 
 
 def test_a_module_with_advantages_and_response_rewards_is_refused(folder):
@@ -175,7 +176,7 @@ def test_a_module_with_advantages_and_response_rewards_is_refused(folder):
         "def token_advantages(rollout, settings): ...\n"
     )
     with refused("rl.algorithm", Cause.CONFLICT, "both.py", "response_rewards"):
-        algorithms.find("both:RULES")
+        algorithms.find_algorithm("both:RULES")
 
 
 @pytest.mark.parametrize("value", ["float('nan')", "float('inf')"])
@@ -186,7 +187,7 @@ def test_an_advantage_that_is_not_finite_is_refused(folder, value):
         "def advantages(groups, rl):\n"
         f"    return [[{value} if r == 1.0 else 0.0 for r in g] for g in groups]\n"
     )
-    find = algorithms.find("divided:RULES").response_rewards_or_advantages
+    find = algorithms.find_algorithm("divided:RULES").response_rewards_or_advantages
     with pytest.raises(RunError, match=r"divided:RULES .* (nan|inf) .* reward 1.0, in group 1"):
         find([[0.0, None], [0.5, 1.0]], RLConfig())
     ungraded = find([[0.0, None]], RLConfig())[0][1]
@@ -200,5 +201,5 @@ def test_token_advantages_may_start_from_rewards(folder):
         "RULES = AlgorithmRules()\n"
         "def token_advantages(rollout, settings): ...\n"
     )
-    algorithm = algorithms.find("to_go:RULES")
+    algorithm = algorithms.find_algorithm("to_go:RULES")
     assert algorithm.response_rewards_or_advantages([[1.0, 0.25]], RLConfig()) == [[1.0, 0.25]]

@@ -65,7 +65,7 @@ def test_they_are_in_no_sum_and_no_denominator_and_count_in_the_baseline():
 def test_the_setting_leaves_them_out_of_what_the_trainer_gets():
     rows = [[(1.0, False), (0.0, True), (0.0, False), (1.0, True, False)]]
     rl = {"algorithm": "dr_grpo", "group_size": 4, "prompts_per_rollout": 1, "minibatches": 2}
-    groups, algorithm = groups_of(rows), algorithms.find("dr_grpo")
+    groups, algorithm = groups_of(rows), algorithms.find_algorithm("dr_grpo")
     config, third = parse_recipe({"rl": rl}), 1 / 3
     trained = response_rewards_or_advantages(groups, algorithm, config, 1)
     assert trained[0] == pytest.approx([1 - third, -third, -third, math.nan], nan_ok=True)
@@ -85,7 +85,9 @@ def test_the_setting_leaves_them_out_of_what_the_trainer_gets():
 def test_too_few_responses_that_are_not_cut_off_stop_the_run():
     groups = groups_of([[(1.0, False), (0.0, True), (0.0, True), (0.0, True)]])
     config = parse_recipe({"rl": {"truncated": "mask", "algorithm": "dr_grpo"}})
-    advantages = response_rewards_or_advantages(groups, algorithms.find("dr_grpo"), config, 1)
+    advantages = response_rewards_or_advantages(
+        groups, algorithms.find_algorithm("dr_grpo"), config, 1
+    )
     samples = training_samples(groups, advantages)
     with pytest.raises(RunError, match=r"1 of 4 .*rl.minibatches: 2.*rl.truncated"):
         split_into_minibatches(samples, 2)

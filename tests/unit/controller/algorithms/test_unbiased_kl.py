@@ -83,7 +83,7 @@ def test_its_expected_gradient_is_that_of_the_divergence_after_updates_too():
     batch.logprobs["ref"] = reference[batch.targets]
     head = LossHead(batch, state.expand(2 * VOCABULARY, -1), weight, TEMPERATURE, None, VOCABULARY)
     settings = parse_recipe({"rl": SETTINGS | {"kl_beta": 1.0}}).rl.loss_settings(LIMIT)
-    name, settings = wrap_loss(algorithms.find("grpo").loss, settings)
+    name, settings = wrap_loss(algorithms.find_algorithm("grpo").loss, settings)
     terms = find_function(name)(batch, head, settings)
     (terms.loss / terms.denominator).backward()
     logprobs = (weight @ state / TEMPERATURE).log_softmax(-1)

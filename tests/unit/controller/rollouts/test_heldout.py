@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_r1.config import RewardsConfig
-from megatron_r1.controller.rollouts.heldout import evaluate
+from megatron_r1.controller.rollouts.heldout import evaluate_heldout
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, RolloutSampling
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
@@ -39,7 +39,7 @@ def run(correct_counts, ungraded=0):
         collect=collect, pool=None, tokenizer=text, check_grades=lambda groups: None
     )
     metrics, groups = asyncio.run(
-        evaluate(collector, [], RolloutSampling(4, 1.0, 1.0, 8), RewardsConfig())
+        evaluate_heldout(collector, [], RolloutSampling(4, 1.0, 1.0, 8), RewardsConfig())
     )
     assert len(groups) == len(correct_counts)
     return metrics
@@ -95,9 +95,9 @@ def test_compared_responses_have_win_rates_beside_the_rest():
     sampling = RolloutSampling(4, 1.0, 1.0, 8)
     judge = {"judge": {"mode": "compare", "part": "summary"}}
     comparing = RewardsConfig().model_copy(update={"options": judge})
-    metrics, _ = asyncio.run(evaluate(collector, [], sampling, comparing))
+    metrics, _ = asyncio.run(evaluate_heldout(collector, [], sampling, comparing))
     assert metrics["eval/win_rate"] == 2.5 / 4
     assert metrics["eval/lc_win_rate"] == pytest.approx(0.5, abs=0.02)
     assert metrics["interval/lc_win_rate/low"] <= metrics["eval/lc_win_rate"]
-    plain, _ = asyncio.run(evaluate(collector, [], sampling, RewardsConfig()))
+    plain, _ = asyncio.run(evaluate_heldout(collector, [], sampling, RewardsConfig()))
     assert "eval/win_rate" not in plain and plain["eval/pass@1"] == metrics["eval/pass@1"]

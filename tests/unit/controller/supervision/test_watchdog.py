@@ -25,7 +25,7 @@ from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
 from megatron_r1.controller.rollouts.teacher_fleets import TeacherFleets
 from megatron_r1.controller.run_recorder import RunRecorder
-from megatron_r1.controller.supervision.hang_diagnosis import coordinates
+from megatron_r1.controller.supervision.hang_diagnosis import grid_coordinates
 from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.supervision.watchdog import HangError, Watchdog
 from megatron_r1.controller.trainer_calls.client import PendingCall, TrainerClient
@@ -472,4 +472,4 @@ def test_a_rank_is_named_with_its_place_on_the_grid():
     server.trainer = SimpleNamespace(num_parameters=5, has_new_score_head=False)
     server.implementations = {}
     trainer = SimpleNamespace(ranks=[server.describe()])
-    assert coordinates(trainer, 0) == " (tensor 1, context 1, pipeline 0, expert 3, data 2)"
+    assert grid_coordinates(trainer, 0) == " (tensor 1, context 1, pipeline 0, expert 3, data 2)"

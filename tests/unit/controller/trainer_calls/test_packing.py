@@ -4,7 +4,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.controller.trainer_calls.packing import pack
+from megatron_r1.controller.trainer_calls.packing import pack_samples
 
 
 def heavy_tailed(count: int, limit: int, seed: int = 0) -> list[int]:
@@ -20,7 +20,7 @@ def test_every_sample_lands_once_and_every_rank_runs_as_many_microbatches(ranks,
     generator = random.Random(limit + ranks)
     for count in (4, 5, 31, 256):
         lengths = [generator.randrange(1, 128) for _ in range(count)]
-        plan = pack(lengths, ranks, limit, cost=cost).shares
+        plan = pack_samples(lengths, ranks, limit, cost=cost).shares
         assert sorted(i for rank in plan for batch in rank for i in batch) == list(range(count))
         assert len({len(rank) for rank in plan}) == 1 and len(plan) == ranks
         if count == 256:
@@ -29,12 +29,12 @@ def test_every_sample_lands_once_and_every_rank_runs_as_many_microbatches(ranks,
 
 
 def test_a_sample_longer_than_the_limit_gets_a_microbatch_alone():
-    assert [0] in pack([5_000, 10, 10, 10], 1, 1_000).shares[0]
+    assert [0] in pack_samples([5_000, 10, 10, 10], 1, 1_000).shares[0]
 
 
 def test_a_sample_goes_to_another_micro_batch_where_the_cheapest_has_no_room():
     """The three short samples cost less than the long one, and leave no room for the last."""
-    packing = pack([8, 3, 3, 3, 2], 1, 10, cost=lambda length: length**2)
+    packing = pack_samples([8, 3, 3, 3, 2], 1, 10, cost=lambda length: length**2)
     assert sorted(map(sorted, packing.shares[0])) == [[0, 4], [1, 2, 3]]
 
 
@@ -46,14 +46,14 @@ def test_ranks_carry_nearly_the_same_cost_where_balancing_tokens_would_not():
         loads = [[sum(cost(lengths[i]) for i in batch) for batch in rank] for rank in plan]
         return 1 - sum(map(sum, loads)) / (ranks * sum(map(max, zip(*loads, strict=True))))
 
-    packing = pack(lengths, ranks, 65_536, cost=cost)
+    packing = pack_samples(lengths, ranks, 65_536, cost=cost)
     assert packing.waste_fraction == pytest.approx(waste(packing.shares))
-    assert packing.waste_fraction < 0.1 < waste(pack(lengths, ranks, 65_536).shares)
+    assert packing.waste_fraction < 0.1 < waste(pack_samples(lengths, ranks, 65_536).shares)
 
 
 def test_tokens_fill_the_microbatches_that_memory_allows():
     lengths = heavy_tailed(512, 65_536)
-    packing = pack(lengths, 4, 65_536)
+    packing = pack_samples(lengths, 4, 65_536)
     per_rank = len(packing.shares[0])
     assert packing.fill_fraction == pytest.approx(sum(lengths) / (4 * per_rank * 65_536))
     assert packing.fill_fraction > 0.9
@@ -61,14 +61,14 @@ def test_tokens_fill_the_microbatches_that_memory_allows():
 
 def test_fewer_samples_than_ranks_is_refused():
     with refused("parallel.processes", Cause.TOO_LARGE, 3, 4):
-        pack([1, 1, 1], 4, 100)
+        pack_samples([1, 1, 1], 4, 100)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_pairs_stay_together_in_their_order(ranks):
     generator = random.Random(ranks)
     lengths = [generator.randrange(1, 100) for _ in range(40)]
-    packing = pack(lengths, ranks, 256, cost=lambda n: n * (1 + n / 50), samples_per_unit=2)
+    packing = pack_samples(lengths, ranks, 256, cost=lambda n: n * (1 + n / 50), samples_per_unit=2)
     microbatches = [members for rank in packing.shares for members in rank]
     assert sorted(i for members in microbatches for i in members) == list(range(40))
     for members in microbatches:
@@ -79,4 +79,4 @@ def test_pairs_stay_together_in_their_order(ranks):
 
 def test_fewer_pairs_than_ranks_are_refused():
     with refused("parallel.processes", Cause.TOO_LARGE, 2, 3):
-        pack([1, 1, 1, 1], 3, 100, samples_per_unit=2)
+        pack_samples([1, 1, 1, 1], 3, 100, samples_per_unit=2)
