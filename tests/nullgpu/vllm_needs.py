@@ -113,7 +113,7 @@ def compare(hf_config: dict, is_fp8: bool, config, model) -> dict:
     before = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     memory = torch.randint(0, 60, (table.num_bytes,), dtype=torch.uint8)
     on_gpu = memory.cuda()
-    layer_reload.load(model, placed, on_gpu)
+    layer_reload.load_layers(model, placed, on_gpu)
     on_gpu.untyped_storage().resize_(0)  # as a receiver does between pushes
     layer_reload.recompute_shared_tensors(model, config.model_config)
     after = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}

@@ -164,7 +164,7 @@ def storages(tensors):
 def test_nothing_that_is_kept_lies_in_the_receive_buffer(model):
     placed, memory = received(model)
     assert storages([placed[0].value(memory)]) == storages([memory])
-    layer_reload.load(model, placed, memory)
+    layer_reload.load_layers(model, placed, memory)
     tensors = reachable_tensors(model)
     assert {id(parameter) for parameter in model.parameters()} <= {id(each) for each in tensors}
     assert storages([memory]).isdisjoint(storages(tensors))
@@ -177,7 +177,7 @@ def test_kernels_compute_with_the_new_values_at_the_old_addresses(model):
     kernel, workspace = method.moe_kernel, linear.workspace
     before = storages(reachable_tensors(model))
     placed, memory = received(model)
-    layer_reload.load(model, placed, memory)
+    layer_reload.load_layers(model, placed, memory)
     memory.fill_(77)  # the next push arrives
     assert storages(reachable_tensors(model)) == before
     assert method.moe_kernel is kernel and linear.workspace is workspace
@@ -198,7 +198,7 @@ def test_experts_that_have_computed_are_loaded_too(model):
     fresh = vars(config).keys() - {"_ocp_mx_scheme"}
     assert config.ocp_mx_scheme is None and vars(config).keys() > fresh
     placed, memory = received(model)
-    layer_reload.load(model, placed, memory)
+    layer_reload.load_layers(model, placed, memory)
     assert torch.equal(config.w1_scale, torch.ones_like(config.w1_scale))
 
 
@@ -214,7 +214,7 @@ def test_a_number_computed_from_weights_is_refused(model):
     linear.quant_method.process_weights_after_loading(linear)
     placed, memory = received(model)
     with pytest.raises(ValueError, match=r"scale: 0\.0 became 128\.0"):
-        layer_reload.load(model, placed, memory)
+        layer_reload.load_layers(model, placed, memory)
 
 
 @pytest.mark.parametrize("name", ["DEEPSEEK", "GPT_OSS"])
@@ -236,6 +236,6 @@ def test_nothing_of_a_whole_model_lies_in_the_receive_buffer(name, tmp_path, mon
         )
         memory = torch.zeros(table.num_bytes, dtype=torch.uint8)
         for _ in range(2):  # of the second the first left its traces
-            layer_reload.load(model, placed, memory)
+            layer_reload.load_layers(model, placed, memory)
             layer_reload.recompute_shared_tensors(model, config.model_config)
             assert storages([memory]).isdisjoint(storages(reachable_tensors(model)))

@@ -357,7 +357,7 @@ class EngineHost:
             self._last_message = message
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line of an engine host: where its controller is, and its GPUs."""
     parser = argparse.ArgumentParser(
         prog="python -m megatron_r1.engines.fleet.host",
@@ -386,7 +386,7 @@ def main() -> None:
     """Run an engine host until its controller or a signal ends it; exit with its status."""
     children.die_with_parent()
     try:
-        options = parse()
+        options = parse_arguments()
         if options.folder is not None:
             access.allow_readers_as(options.folder)
         sys.exit(EngineHost(options).run())

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 
-def parse(words: list[str]) -> dict[str, Any]:
+def parse_engine_arguments(words: list[str]) -> dict[str, Any]:
     """Return the names of vLLM's arguments, and its error for `words`, "" where there is none."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -48,7 +48,7 @@ def main() -> None:
     reply = os.dup(1)
     os.dup2(2, 1)
     with os.fdopen(reply, "w") as out:
-        json.dump(parse(words), out)
+        json.dump(parse_engine_arguments(words), out)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ class PushTransferEngine(WeightTransferEngine[PushInitInfo, PushUpdateInfo]):
             self._adapter.check(push_number)
             return
         self._load_check.before_load(receiver.received_chunks.pop_changed_slots())
-        layer_reload.load(
+        layer_reload.load_layers(
             self._models, self._placed, buffer, in_place=receiver.table.num_buffers > 1
         )
         self._load_check.after_load(push_number, self._placed, buffer)

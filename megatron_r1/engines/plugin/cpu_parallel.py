@@ -16,7 +16,7 @@ POLL_SECONDS = 0.0005
 """The pause between two checks for a message; a step of a small model takes 20 ms or more."""
 
 
-def apply() -> None:
+def patch_cpu_parallelism() -> None:
     """Apply all five patches. On CPU, once."""
     _poll_with_pauses()
     _keep_intermediate_tensors()

@@ -27,8 +27,8 @@ What the CPU's model runner lacks:
     13. `return_routed_experts`      the routed experts of each token
 
 test_engine.py compares with transformers; test_speculative.py also fails without the CPU's
-`--no-async-scheduling` in `engines/server/settings.py`. `apply` makes the patches that are made
-once per process, but the last: it is made after `cpu_parallel`'s, as it wraps the runner's
+`--no-async-scheduling` in `engines/server/settings.py`. `patch_cpu_engine` makes the patches that
+are made once per process, but the last: it is made after `cpu_parallel`'s, as it wraps the runner's
 `load_model` last.
 
 Routed experts. Upstream: config/vllm.py: `VllmConfig._verify_aux_output_compatibility`. Without
@@ -60,7 +60,7 @@ PLAIN_MATRICES = "plain_matrices"
 """Key of vLLM's --additional-config (`EngineSettings.plain_matrices`)."""
 
 
-def apply() -> None:
+def patch_cpu_engine() -> None:
     """Apply the patches below that need no model. On CPU, once."""
     fix_strided_rotary()
     seed_whole_prompts_only()

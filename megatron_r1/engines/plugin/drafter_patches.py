@@ -8,7 +8,7 @@ DRAFTER_KEYS = ("quantization_config", "scoring_func", "topk_method")
 """Keys of config.json that a model and its MTP layers have alike."""
 
 
-def apply() -> None:
+def patch_drafter() -> None:
     """Apply both patches, once per process."""
     _checksum_the_drafter()
     _configure_as_the_model()

@@ -172,7 +172,7 @@ def _storage_id(tensor: torch.Tensor) -> int:
 
 
 @torch.no_grad()
-def load(
+def load_layers(
     model: torch.nn.Module,
     placements: Sequence[PlacedParameter],
     memory: torch.Tensor,
@@ -227,7 +227,7 @@ def _load_layer(
         model: vLLM's model on this rank.
         layer: one of its layers.
         received: the received tensors of the layer, by name.
-        in_place: whether the engine computes in the memory of `received`, as in `load`."""
+        in_place: whether the engine computes in the memory of `received`, as in `load_layers`."""
     saved_state = SavedKernelState(layer)
     info = to_checkpoint_form(layer)
     in_use = info.kernel_tensors

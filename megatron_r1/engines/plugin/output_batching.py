@@ -121,7 +121,7 @@ def _is_plain(output: Any) -> bool:
     return all(getattr(output, name) is None for name in OTHER_FIELDS)
 
 
-def apply() -> None:
+def patch_output_batching() -> None:
     """Have engine cores keep outputs back, where vLLM's statistics, which count each step's tokens,
     are off.
 

@@ -144,7 +144,7 @@ class PushedAdapter:
 
 
 @functools.cache  # a second call would wrap each patch in itself
-def apply() -> None:
+def patch_adapter_loading() -> None:
     """Apply the three patches of a worker."""
     _load_pushed_factors()
     _keep_the_adapter()

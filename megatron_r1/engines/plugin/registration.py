@@ -39,19 +39,19 @@ def _patch_vllm() -> None:
     )
 
     deepseek_patches.correct_deepseek_classes()
-    drafter_patches.apply()
+    drafter_patches.patch_drafter()
     patches.expose_models()
     patches.keep_expert_maps_on_cpu()
     patches.keep_ranks_in_step()
     patches.stop_rebalancing_before_sleep()
-    output_batching.apply()
-    pushed_adapter.apply()
+    output_batching.patch_output_batching()
+    pushed_adapter.patch_adapter_loading()
     sampling_masks.accept_requests_without_top_k()
     if current_platform.is_cpu():
         from megatron_r1.engines.plugin import cpu_parallel, cpu_patches
 
-        cpu_patches.apply()
-        cpu_parallel.apply()
+        cpu_patches.patch_cpu_engine()
+        cpu_parallel.patch_cpu_parallelism()
         cpu_patches.return_routed_experts()
         sampling_masks.return_masks_on_cpu()
         sampling_masks.fix_top_k_without_drafts()

@@ -31,7 +31,7 @@ _generate_json = inspect.unwrap(upstream.generate)
 
 @with_cancellation
 @load_aware_call
-async def generate(request: GenerateRequest, raw_request: Request) -> Response:
+async def generate_reply(request: GenerateRequest, raw_request: Request) -> Response:
     """Answer as vLLM's endpoint does, in bytes if the client accepts these and asks for nothing
     but tokens, log-probabilities, routed experts and sampling masks."""
     handler = upstream.generate_tokens(raw_request)
@@ -112,7 +112,7 @@ def add_samples() -> None:
     checks = [Depends(validate_json_request)]
     upstream.router.add_api_route(
         "/inference/v1/generate",
-        generate,
+        generate_reply,
         methods=["POST"],
         dependencies=checks,
         response_model=None,
