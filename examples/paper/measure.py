@@ -8,7 +8,7 @@ from statistics import fmean
 
 from examples.laptop.r1.measure import Row, figure, win_rate, write_figures
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.evaluation.estimates import subsets
+from megatron_r1.evaluation.estimates import index_subsets
 from megatron_r1.evaluation.voting import can_vote, majority_index, read_vote
 
 
@@ -42,7 +42,7 @@ def majority_accuracy(answers: Sequence[Row], size: int) -> float:
     keys = [None if vote is None else vote.key for vote in votes]
     rewards = [answer["rewards"].get("accuracy", 0.0) for answer in answers]
     scores = []
-    for chosen in subsets(len(answers), size, seed=0):
+    for chosen in index_subsets(len(answers), size, seed=0):
         winner = majority_index([keys[index] for index in chosen])
         scores.append(0.0 if winner is None else rewards[chosen[winner]])
     return fmean(scores)

@@ -51,7 +51,7 @@ from megatron_r1.reporting.formatting import (
     format_count,
     format_duration,
     format_percent,
-    printable,
+    make_printable,
 )
 
 MAX_RESPONSES = 64
@@ -167,13 +167,13 @@ def _sample_text(group: Group, index: int, weights: Mapping[str, float]) -> str:
     tokens = format_count(len(graded_response.response.token_ids), "token")
     truth = group.prompt.truth
     # Quoted: spaces at its ends would make a reward of one's own call right answers wrong.
-    truth_text = "" if truth is None else f"truth {printable(_with_both_ends(repr(truth)))}; "
+    truth_text = "" if truth is None else f"truth {make_printable(_with_both_ends(repr(truth)))}; "
     return "\n".join(
         [
-            f"--- {printable(shorten(question, 200))}",
-            printable(response, keep_newlines=True),
+            f"--- {make_printable(shorten(question, 200))}",
+            make_printable(response, keep_newlines=True),
             f"    {truth_text}{tokens}{', cut off' if graded_response.is_truncated else ''}; "
-            f"{terms}; {printable(graded_response.reason)}",
+            f"{terms}; {make_printable(graded_response.reason)}",
         ]
     )
 

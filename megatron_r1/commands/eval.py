@@ -25,12 +25,12 @@ from megatron_r1.config import Config
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.evaluation_report import print_table, write_report
 from megatron_r1.evaluation.figure import write_figure
-from megatron_r1.evaluation.identity import identity_settings, versions
+from megatron_r1.evaluation.identity import identity_settings, package_versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, load_prompt_sets, prompt_digest
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse, TextResponseGrader
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import ResponseSampler
-from megatron_r1.evaluation.summary import Summary, summarize
+from megatron_r1.evaluation.summary import Summary, summarize_benchmark
 from megatron_r1.reporting.run_folder import RunFolder
 
 REQUIRED_KEYS = ("run.folder", "eval.benchmarks")
@@ -103,7 +103,7 @@ async def _evaluate_sets(config: Config, folder: RunFolder, sets: list[PromptSet
         await sampler.run()
         part = rewards.options.get("judge", {}).get("part", "summary")
         summaries = [
-            await summarize(pool, log, prompt_set, seed, part, rewards.reading)
+            await summarize_benchmark(pool, log, prompt_set, seed, part, rewards.reading)
             for prompt_set in sets
         ]
     finally:
@@ -145,7 +145,7 @@ def _write_results(
         "benchmarks": {summary.title: summary.as_json() for summary in summaries},
         "model": config.eval.server.url if config.eval.server else config.model.path,
         "settings": settings,
-        "versions": versions(),
+        "versions": package_versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(seconds, 1),
     }

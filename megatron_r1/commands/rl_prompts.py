@@ -16,7 +16,7 @@ from megatron_r1.config import Config
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit, load_prompts, prompt_options
 from megatron_r1.engines.server.model_config import max_model_len
-from megatron_r1.reporting.formatting import format_count, printable, shorten_middle
+from megatron_r1.reporting.formatting import format_count, make_printable, shorten_middle
 
 MAX_SHOWN_IDS = 8
 """Token ids that are shown of either end of a prompt."""
@@ -161,7 +161,7 @@ def _describe_rows(prompts: PromptSplit, tokenizer: PromptTokenizer) -> list[str
     lines = [line for report in prompts.reports for line in report.lines()]
     example = prompts.train[0]
     ids = tokenizer.encode(example.question, example.messages_before)
-    prompt_text = printable(
+    prompt_text = make_printable(
         shorten_middle(tokenizer.render(example.question, example.messages_before), 600), True
     )
     lines += [
@@ -169,7 +169,7 @@ def _describe_rows(prompts: PromptSplit, tokenizer: PromptTokenizer) -> list[str
         f"{num_heldout:,} held out",
         f"  the first, {example.location}, as its {len(ids):,} tokens ({_shorten_ids(ids)}):",
         *(f"  | {line}" for line in prompt_text.split("\n")),
-        f"  truth: {printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
+        f"  truth: {make_printable(shorten(repr(example.truth), 200))} (reward {example.kind})",
     ]
     if any(m["role"] == "system" for m in example.messages_before) and not tokenizer.shows_system:
         lines.append(

@@ -28,7 +28,7 @@ from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.few_shot import FewShotExamples
 from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.data.prompts import load_prompts, prompt_options
-from megatron_r1.evaluation.identity import versions
+from megatron_r1.evaluation.identity import package_versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import EvaluatedModel, SamplingSettings, TextResponseGrader
 from megatron_r1.evaluation.response_log import ResponseLog
@@ -323,7 +323,11 @@ def _write_sample_report(
     settings: dict[str, Any],
 ) -> None:
     result = counts.as_json() | facts
-    result |= {"avoided": len(inputs.avoided_prompts), "settings": settings, "versions": versions()}
+    result |= {
+        "avoided": len(inputs.avoided_prompts),
+        "settings": settings,
+        "versions": package_versions(),
+    }
     atomic_write(folder / "sample.json", json.dumps(result, indent=1) + "\n")
     (folder / "curation.json").unlink(missing_ok=True)  # its name up to 0.2
     print(counts.table(), flush=True)

@@ -18,7 +18,7 @@ from megatron_r1.data.sampler import EpochSampler
 from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
 from megatron_r1.data.sft_tokenizer import SFTTokenizer
 from megatron_r1.models import read_hf_config
-from megatron_r1.reporting.formatting import printable, shorten_middle
+from megatron_r1.reporting.formatting import make_printable, shorten_middle
 from megatron_r1.trainer.operations import SUPERVISED
 from megatron_r1.trainer.training_sample import Sample
 
@@ -129,7 +129,7 @@ def mark_loss_tokens(example: SFTExample, text: SFTTokenizer) -> list[str]:
     for learned, part in itertools.groupby(zip(is_learned, token_ids, strict=True), lambda p: p[0]):
         piece = text.decode([token for _, token in part])
         pieces.append(f"«{piece}»" if learned else piece)
-    marked = printable(shorten_middle("".join(pieces), MAX_SHOWN_CHARS), True)
+    marked = make_printable(shorten_middle("".join(pieces), MAX_SHOWN_CHARS), True)
     return [
         f"  the first, {example.location}: {len(token_ids):,} tokens, the {sum(is_learned):,} "
         "between « and » are learned:",

@@ -34,7 +34,7 @@ from megatron_r1.engines.server.recipe_checks import (
 from megatron_r1.engines.server.responses import Response, truncate_at_stop
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.evaluation.model_folder import fingerprint, require_weights
+from megatron_r1.evaluation.model_folder import fingerprint_model, require_weights
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse
 from megatron_r1.models.hf_config import describe_config_changes, load_config
 
@@ -87,7 +87,7 @@ class EngineModel:
         self._players: dict[str, EpisodePlayer] = {}
         self.concurrency = rollout.engines * rollout.data_parallel * rollout.max_num_seqs
         self.identity: dict[str, Any] = {
-            "weights": fingerprint(model),
+            "weights": fingerprint_model(model),
             "rollout.dtype": rollout.dtype,
             "rollout.max_model_len": self._max_model_len,
             "data.template": config.data.template,

@@ -56,7 +56,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return float(1.0 - np.prod(factors))
 
 
-def estimate(per_question: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
+def estimate_mean(per_question: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
     """Return the mean over questions and its percentile bootstrap interval.
 
     Args:
@@ -91,7 +91,7 @@ def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
     return np.concatenate(means)
 
 
-def subsets(num_samples: int, size: int, seed: int) -> list[tuple[int, ...]]:
+def index_subsets(num_samples: int, size: int, seed: int) -> list[tuple[int, ...]]:
     """Return sets of `size` ascending sample indices: all, or `NUM_SUBSETS` random ones of many.
     The vote of m out of n samples is the mean over these; m = n gives the whole set.
 

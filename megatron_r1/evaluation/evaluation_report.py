@@ -16,11 +16,11 @@ from megatron_r1.evaluation.summary import Summary
 from megatron_r1.reporting.formatting import (
     format_number,
     format_percent,
-    printable,
+    make_printable,
     shorten_middle,
 )
 from megatron_r1.reporting.pages import render_page
-from megatron_r1.reporting.samples import conversation
+from megatron_r1.reporting.samples import conversation_turns
 
 LOG_WIDTH = 140
 WIN_RATES = {"win_rate": "wins: ", "lc_win_rate": "at equal length: "}
@@ -99,7 +99,7 @@ def write_report(
     """
     html = render_page(
         "evaluation/templates/evaluation.html.jinja",
-        title=printable(title),
+        title=make_printable(title),
         settings=settings,
         summaries=summaries,
         worded=format_estimate,
@@ -140,14 +140,16 @@ def _shown_example(question: Mapping[str, Any], sample: SampleLine) -> dict[str,
     details = [source, f"reward {sample['reward']:.3g}"]
     if sample["length"] is not None:
         details.append(f"{sample['length']:,} tokens")
-    response = printable(shorten_middle(sample["response"], MAX_CHARACTERS), keep_newlines=True)
+    response = make_printable(
+        shorten_middle(sample["response"], MAX_CHARACTERS), keep_newlines=True
+    )
     return {
-        "question": printable(question["question"][:MAX_CHARACTERS], keep_newlines=True),
+        "question": make_printable(question["question"][:MAX_CHARACTERS], keep_newlines=True),
         "verdict": _sample_verdict(sample),
         "is_correct": sample["reward"] == 1.0,
         "details": details,
         "response": response or "(empty)",
-        "turns": conversation(sample),
+        "turns": conversation_turns(sample),
         "truth": sample["truth"],
         "reason": sample["reason"],
     }

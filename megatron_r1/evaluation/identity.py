@@ -94,7 +94,7 @@ RECORDED_PACKAGES = (
 )
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the installed packages that results can depend on."""
     installed = {"python": platform.python_version()}
     for package in RECORDED_PACKAGES:

@@ -71,7 +71,7 @@ def require_weights(folder: Path, key: str = "model.path") -> None:
     require_complete(folder)
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint_model(folder: Path) -> str:
     """Return a digest of a model folder's files: names, sizes, and 16 blocks of 64 KiB of each.
     Training changes nearly every weight, so the blocks distinguish models without reading hundreds
     of gigabytes."""

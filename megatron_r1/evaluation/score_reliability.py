@@ -7,7 +7,7 @@ from statistics import fmean
 
 import numpy as np
 
-from megatron_r1.evaluation.estimates import estimate
+from megatron_r1.evaluation.estimates import estimate_mean
 from megatron_r1.evaluation.win_rates import sigmoid
 
 NUM_BINS = 10
@@ -78,7 +78,7 @@ def _estimate_reliability(
     by_question: dict[str, list[float]] = defaultdict(list)
     for question, margin in zip(questions, margins, strict=True):
         by_question[question].append(float(margin > 0))
-    accuracy = estimate([fmean(is_correct) for is_correct in by_question.values()])
+    accuracy = estimate_mean([fmean(is_correct) for is_correct in by_question.values()])
     measures = {
         "eval/accuracy": accuracy.value,
         "eval/margin": fmean(margins),

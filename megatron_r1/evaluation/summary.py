@@ -13,10 +13,10 @@ from r1_grading.reading import Part, Reading
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.estimates import (
     Estimate,
-    estimate,
+    estimate_mean,
+    index_subsets,
     pass_at_k,
     powers_up_to,
-    subsets,
 )
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import is_thought_opened, is_ungraded
@@ -96,7 +96,7 @@ class LoggedResponse:
         )
 
 
-async def summarize(
+async def summarize_benchmark(
     pool: RewardPool,
     log: ResponseLog,
     prompt_set: PromptSet,
@@ -123,7 +123,7 @@ async def summarize(
     responses = [response for group in groups for response in group]
 
     def mean(measure: Callable[[Sequence[LoggedResponse]], float]) -> Estimate:
-        return estimate([measure(group) for group in groups], seed)
+        return estimate_mean([measure(group) for group in groups], seed)
 
     pass_curve: dict[int, Estimate] = {}
     vote_curve: dict[int, Estimate] = {}
@@ -140,7 +140,7 @@ async def summarize(
         metrics |= {f"cons@{k}": value for k, value in vote_curve.items() if k > 1}
     lengths = [[s.length for s in group if s.length is not None] for group in groups]
     if all(lengths):
-        metrics["length"] = estimate([fmean(group_lengths) for group_lengths in lengths], seed)
+        metrics["length"] = estimate_mean([fmean(group_lengths) for group_lengths in lengths], seed)
     metrics["truncated"] = mean(lambda group: fmean(s.is_truncated for s in group))
     counts = {
         "questions": len(groups),
@@ -193,13 +193,10 @@ async def _cons_at_k_curve(
     )
     curve = {}
     for size in sizes:
-        index_sets = subsets(len(groups[0]), size, seed)
-        voted_means = [
-            fmean(
-                voted_reward([answers[i] for i in s], [group_rewards[i] for i in s])
-                for s in index_sets
-            )
-            for answers, group_rewards in zip(answer_groups, rewards, strict=True)
+        index_sets = index_subsets(len(groups[0]), size, seed)
+        scores = [
+            fmean(voted_reward([answers[i] for i in s], [scored[i] for i in s]) for s in index_sets)
+            for answers, scored in zip(answer_groups, rewards, strict=True)
         ]
-        curve[size] = estimate(voted_means, seed)
+        curve[size] = estimate_mean(scores, seed)
     return curve

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from r1_grading.reading import Part, response_part
 
-from megatron_r1.evaluation.estimates import CONFIDENCE, Estimate, estimate
+from megatron_r1.evaluation.estimates import CONFIDENCE, Estimate, estimate_mean
 
 PRIOR_PRECISION = 1 / 5.0**2
 NUM_FITTED_RESAMPLES = 2_000
@@ -56,7 +56,7 @@ def win_rates(questions: Comparisons, seed: int) -> dict[str, Estimate]:
             rates.append(equal_length_win_rates(preferences, lengths, resampled))
         tail = 100 * (1 - CONFIDENCE) / 2
         low, high = map(float, np.percentile(np.concatenate(rates), [tail, 100 - tail]))
-    return {"win_rate": estimate(raw, seed), "lc_win_rate": Estimate(value, low, high)}
+    return {"win_rate": estimate_mean(raw, seed), "lc_win_rate": Estimate(value, low, high)}
 
 
 def length_difference(response: str, thought_opened: bool, reference: str, part: Part) -> int:

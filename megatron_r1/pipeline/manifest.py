@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync
-from megatron_r1.evaluation.identity import versions
+from megatron_r1.evaluation.identity import package_versions
 from megatron_r1.pipeline.fingerprint import (
     START_FILES,
     deciding_settings,
@@ -120,7 +120,7 @@ def record_finish(
         "outputs": outputs,
         "digest": digest_of_outputs(outputs),
         "seed": plan.seed,
-        "versions": versions(),
+        "versions": package_versions(),
         "git": _git_commit(),
         "host": socket.gethostname(),
         "started": _format_date(attempts[0]["began"]),

@@ -18,7 +18,7 @@ from megatron_r1.pipeline.graph_svg import Box, graph_svg
 from megatron_r1.pipeline.results import LABELS, Spread, StageResult, read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 from megatron_r1.pipeline.status import StageState, StageStatus, all_statuses
-from megatron_r1.reporting.formatting import finite_metric, format_duration, printable
+from megatron_r1.reporting.formatting import finite_metric, format_duration, make_printable
 from megatron_r1.reporting.pages import render_page
 from megatron_r1.reporting.plots import Curve, curve_plot
 from megatron_r1.reporting.run_report import Plot
@@ -80,7 +80,7 @@ def write_report(
     runs = [run for stage in report["stages"].values() for run in stage["by_seed"].values()]
     stages_done = f"{sum(run['state'] == StageState.DONE for run in runs)} of {len(runs)}"
     time_spent = format_duration(sum(run["seconds"] or 0.0 for run in runs))
-    shared_values = {"title": printable(report["title"]), "table": _result_table(report)}
+    shared_values = {"title": make_printable(report["title"]), "table": _result_table(report)}
     markdown = render_page(
         "pipeline/templates/report.md.jinja",
         **(
@@ -218,10 +218,10 @@ def _result_table(report: Mapping[str, Any]) -> dict[str, Any]:
     if len(report["seeds"]) > 1:
         spread_note = "Means over seeds ± their standard deviation."
     rows = [
-        [Cell(printable(s["title"])), *(_result_cell(s, name) for name in columns)]
+        [Cell(make_printable(s["title"])), *(_result_cell(s, name) for name in columns)]
         for s in reported_stages
     ]
-    heads = [printable(LABELS.get(name, name)) for name in columns]
+    heads = [make_printable(LABELS.get(name, name)) for name in columns]
     return {"heads": heads, "rows": rows, "spread": spread_note}
 
 

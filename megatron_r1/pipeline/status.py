@@ -11,7 +11,7 @@ from megatron_r1.pipeline import fingerprint, manifest
 from megatron_r1.pipeline.graph import StageGraph
 from megatron_r1.pipeline.results import read_results, result_headline
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
-from megatron_r1.reporting.formatting import format_duration, printable
+from megatron_r1.reporting.formatting import format_duration, make_printable
 
 
 class StageState(enum.StrEnum):
@@ -55,7 +55,7 @@ class StageStatus:
         """Why the stage is stale or has failed, line by line."""
         if self.state not in (StageState.STALE, StageState.FAILED):
             return []
-        return [printable(line) for reason in self.reasons for line in reason.splitlines()]
+        return [make_printable(line) for reason in self.reasons for line in reason.splitlines()]
 
 
 def all_statuses(

@@ -143,7 +143,7 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7_200 else f"{seconds / 3600:.1f} h"
 
 
-def printable(text: Any, keep_newlines: bool = False) -> str:
+def make_printable(text: Any, keep_newlines: bool = False) -> str:
     """Replace control and bidirectional characters, so that text is safe for terminals and logs.
 
     A model under training may write any character, escape sequences included.

@@ -19,9 +19,9 @@ from megatron_r1.reporting.formatting import (
     format_duration,
     format_number,
     is_correct,
-    printable,
+    make_printable,
 )
-from megatron_r1.reporting.live_frame import LiveState, frame
+from megatron_r1.reporting.live_frame import LiveState, render_frame
 
 REFRESHES_PER_SECOND = 2
 # Samples stay this long on the screen, however fast the steps: long enough to read one.
@@ -153,7 +153,7 @@ class LiveView:
             self._print_line(text)
             return
         with contextlib.suppress(OSError):
-            self._console.print(Text(printable(text, keep_newlines=True)))
+            self._console.print(Text(make_printable(text, keep_newlines=True)))
 
     def close(self, outcome: str = "finished") -> None:
         """End the view and keep its last picture.
@@ -188,7 +188,9 @@ class LiveView:
             console: whose width and height the picture has.
             timestamp: on the monotonic clock.
         """
-        return frame(self._state, console, time.monotonic() if timestamp is None else timestamp)
+        return render_frame(
+            self._state, console, time.monotonic() if timestamp is None else timestamp
+        )
 
     def _remember_metrics(self, metrics: Mapping[str, Any]) -> None:
         state = self._state
@@ -225,7 +227,7 @@ class LiveView:
         return "  ".join(parts)
 
     def _print_line(self, text: str) -> None:
-        line = f"{time.strftime('%H:%M:%S')}  {printable(text)}\n"
+        line = f"{time.strftime('%H:%M:%S')}  {make_printable(text)}\n"
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         # A log that cannot be written (full disk, closed pipe) must not end a training run.
         with contextlib.suppress(OSError, ValueError):

@@ -16,7 +16,7 @@ from megatron_r1.reporting.formatting import (
     format_percent,
     is_correct,
     last_line,
-    printable,
+    make_printable,
 )
 
 BAR_GLYPHS = " ▁▂▃▄▅▆▇█"
@@ -140,7 +140,7 @@ class LiveState:
         return max(0, self.total_steps - self.step) * self.seconds_per_step
 
 
-def frame(state: LiveState, console: Console, timestamp: float) -> Group:
+def render_frame(state: LiveState, console: Console, timestamp: float) -> Group:
     """Return the whole view, as wide as the terminal and at most one line less high.
 
     The height does not change while the run goes on, so every refresh covers the one before.
@@ -174,9 +174,9 @@ def frame(state: LiveState, console: Console, timestamp: float) -> Group:
 
 
 def _title_line(state: LiveState) -> Text:
-    line = Text(printable(state.title), style="bold")
+    line = Text(make_printable(state.title), style="bold")
     for fact in state.facts:
-        line.append(f" · {printable(fact)}", style="not bold bright_black")
+        line.append(f" · {make_printable(fact)}", style="not bold bright_black")
     return line
 
 
@@ -205,9 +205,9 @@ def _phase_line(state: LiveState, timestamp: float) -> Text:
             style="green" if is_finished else "yellow",
         )
     style = PHASE_STYLES.get(state.phase, "cyan")
-    line = Text.assemble(("● ", style), printable(state.phase))
+    line = Text.assemble(("● ", style), make_printable(state.phase))
     if state.detail:
-        line.append(f"  {printable(state.detail)}", style="bright_black")
+        line.append(f"  {make_printable(state.detail)}", style="bright_black")
     waiting_seconds = timestamp - state.phase_started_at
     if waiting_seconds >= 3:
         line.append(f"  {format_clock(waiting_seconds)}", style="bright_black")
@@ -326,7 +326,7 @@ def _sample_lines(
         length = finite_metric(sample, "length")
         question = Text.assemble(
             (mark, style),
-            (printable(last_line(sample.get("question", "")))[:width], "bold"),
+            (make_printable(last_line(sample.get("question", "")))[:width], "bold"),
             (f"  {length:.0f} tokens" if length else "", "bright_black"),
         )
         lines.append(question)
@@ -343,7 +343,7 @@ def _response_text(sample: dict[str, Any], style: str) -> Text:
     response = str(sample.get("response", ""))
     if len(response) > 4000:
         response = response[:3000] + " … " + response[-600:]
-    response = printable(response.strip()) or "(empty)"
+    response = make_printable(response.strip()) or "(empty)"
     start = response.rfind("<answer>")
     start = len(response) if start < 0 else start
     return Text.assemble((response[:start], "bright_black"), (response[start:], style))

@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from megatron_r1.reporting.formatting import printable
+from megatron_r1.reporting.formatting import make_printable
 
 
 def render_page(template: str, **values: Any) -> str:
@@ -26,5 +26,5 @@ def _template_environment() -> Environment:
         keep_trailing_newline=True,
         undefined=StrictUndefined,
     )
-    environment.filters["printable"] = printable
+    environment.filters["printable"] = make_printable
     return environment

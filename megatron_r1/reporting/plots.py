@@ -131,7 +131,7 @@ def stacked_plot(
         size: width and height in inches."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure_with_axes(size)
-        points = [downsample(steps, np.nan_to_num(values)) for values in parts.values()]
+        points = [downsample_curve(steps, np.nan_to_num(values)) for values in parts.values()]
         positions = points[0][0]
         heights = [values for _, values in points]
         colors = [INKS[part] for part in parts]
@@ -152,7 +152,7 @@ def stacked_plot(
         return _figure_svg(figure, name)
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
+def smooth_curve(values: np.ndarray) -> np.ndarray:
     """Return the centred moving mean over a twelfth of the run, ignoring NaN; [points] each."""
     half_width = max(1, len(values) // 24)
     padded_values = np.pad(values.astype(float), half_width, constant_values=np.nan)
@@ -163,7 +163,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def downsample(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def downsample_curve(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reduce a curve to at most MAX_POINTS means of equal shares, so that the file stays small."""
     if len(steps) <= MAX_POINTS:
         return steps, values
@@ -205,7 +205,7 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
             clip_on=False,
         )
         return
-    steps, raw_values = downsample(curve.steps, curve.values)
+    steps, raw_values = downsample_curve(curve.steps, curve.values)
     if len(steps) < 12:
         axes.plot(steps, raw_values, color=color, marker="o", markersize=3.5, label=curve.label)
         return
@@ -213,7 +213,7 @@ def _draw_curve(axes: Axes, curve: Curve) -> None:
         axes.plot(steps, raw_values, color=color, label=curve.label)
         return
     axes.plot(steps, raw_values, color=color, linewidth=0.8, alpha=0.3)
-    axes.plot(steps, smooth(raw_values), color=color, label=curve.label)
+    axes.plot(steps, smooth_curve(raw_values), color=color, label=curve.label)
 
 
 def _format_tick(value: float, _: int) -> str:

@@ -17,7 +17,7 @@ from megatron_r1.reporting.formatting import (
     format_duration,
     format_number,
     format_percent,
-    printable,
+    make_printable,
     shown_metrics,
 )
 from megatron_r1.reporting.outcome import (
@@ -107,10 +107,10 @@ def write_report(
     weights = (settings.get("rewards") or {}).get("weights")
     html = render_page(
         "reporting/templates/run.html.jinja",
-        title=printable(title or folder.path.resolve().name),
+        title=make_printable(title or folder.path.resolve().name),
         run_facts={**(facts or {}), **_measured_facts(folder, metrics)},
-        outcome=headline(folder),
-        advice=[(line["step"], printable(line["text"])) for line in folder.read_advice()],
+        outcome=run_headline(folder),
+        advice=[(line["step"], make_printable(line["text"])) for line in folder.read_advice()],
         tiles=_headline_tiles(metrics, heldout),
         curves=_two_curves(metrics, heldout) if metrics else [],
         temperatures=_differing_temperatures(settings) if heldout else None,
@@ -123,8 +123,8 @@ def write_report(
     return atomic_write(folder.report_path, html)
 
 
-def headline(folder: RunFolder) -> str:
-    """Return the result of a run as a sentence, with its verdict (`outcome.change_verdict`)."""
+def run_headline(folder: RunFolder) -> str:
+    """Return the result of a run as a sentence, with its verdict (`outcome.score_verdict`)."""
     metrics = folder.read_metrics()
     sentence = outcome_sentence(metrics, merge_evaluations([*metrics, *folder.read_evaluations()]))
     kind = str((folder.read_config().get("data") or {}).get("kind") or "")

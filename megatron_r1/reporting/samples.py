@@ -14,7 +14,7 @@ from megatron_r1.reporting.formatting import (
     format_count,
     is_correct,
     last_line,
-    printable,
+    make_printable,
     shorten_middle,
 )
 
@@ -164,22 +164,22 @@ def _sample_card(sample: SampleLine) -> Card:
     details = [
         "" if reward is None else f"reward {reward:.3g}",
         "" if length is None else f"{length:.0f} tokens",
-        printable(sample.get("status") or ""),
+        make_printable(sample.get("status") or ""),
     ]
     return Card(
-        question=printable(last_line(sample.get("question", ""))),
-        truth=None if truth is None else printable(truth_answer(truth))[:200],
+        question=make_printable(last_line(sample.get("question", ""))),
+        truth=None if truth is None else make_printable(truth_answer(truth))[:200],
         is_correct=is_correct(sample),
         details=[detail for detail in details if detail],
         response=list(_colored_segments(str(sample.get("response", "")))),
-        reason=printable(sample.get("reason") or ""),
-        turns=conversation(sample),
+        reason=make_printable(sample.get("reason") or ""),
+        turns=conversation_turns(sample),
     )
 
 
 def _colored_segments(text: str) -> Iterator[tuple[str, str]]:
     """Yield the chain of thought plain, its tags faint, the answer in the color of the verdict."""
-    text = printable(shorten_middle(text, MAX_CHARACTERS).strip(), keep_newlines=True)
+    text = make_printable(shorten_middle(text, MAX_CHARACTERS).strip(), keep_newlines=True)
     if not text:
         yield "i", "(empty)"
     tags: dict[int, str] = {}
@@ -200,7 +200,7 @@ def _colored_segments(text: str) -> Iterator[tuple[str, str]]:
         position = tag_start + len(tag.strip())
 
 
-def conversation(sample: Mapping[str, Any]) -> list[ShownTurn]:
+def conversation_turns(sample: Mapping[str, Any]) -> list[ShownTurn]:
     """Return the turns of a line of samples.jsonl; empty for a single turn."""
     turns = sample.get("turns")
     if not isinstance(turns, list):
@@ -222,7 +222,7 @@ def _shown_turn(turn: Mapping[str, Any]) -> ShownTurn:
         "" if version is None else f"policy {version:.0f}",
     ]
     return ShownTurn(
-        printable(turn.get("role", "")),
+        make_printable(turn.get("role", "")),
         is_trained,
         " · ".join(detail for detail in details if detail),
         list(_turn_segments(str(turn.get("text") or ""))),
@@ -230,7 +230,7 @@ def _shown_turn(turn: Mapping[str, Any]) -> ShownTurn:
 
 
 def _turn_segments(text: str) -> Iterator[tuple[str, str]]:
-    text = printable(shorten_middle(text, MAX_TURN_CHARACTERS).strip(), keep_newlines=True)
+    text = make_printable(shorten_middle(text, MAX_TURN_CHARACTERS).strip(), keep_newlines=True)
     if not text:
         yield "i", "(empty)"
     for part in CALL.split(text):

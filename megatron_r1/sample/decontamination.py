@@ -47,8 +47,8 @@ def find_contaminated(
         avoided_questions: the questions of benchmarks.
         n: the number of words in a row that make a question too near; 0: equality only."""
     texts = {normalize_question(question) for question in avoided_questions}
-    grams = {gram for text in texts for gram in ngrams(text, n)}
-    shared = {prompt.id: grams & ngrams(prompt.question, n) for prompt in prompts}
+    grams = {gram for text in texts for gram in word_ngrams(text, n)}
+    shared = {prompt.id: grams & word_ngrams(prompt.question, n) for prompt in prompts}
     num_prompts = Counter(itertools.chain.from_iterable(shared.values()))
     reasons = {}
     for prompt in prompts:
@@ -60,7 +60,7 @@ def find_contaminated(
     return reasons
 
 
-def ngrams(question: str, n: int) -> set[Ngram]:
+def word_ngrams(question: str, n: int) -> set[Ngram]:
     """Return the n-grams of words; no n-grams for n = 0."""
     words = NGRAM_WORD.findall(normalize_question(question))
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)} if n else set()

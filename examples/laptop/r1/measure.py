@@ -12,7 +12,7 @@ from r1_grading.reading import response_part
 from examples.laptop.r1.judge import prefer
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.evaluation.estimates import estimate
+from megatron_r1.evaluation.estimates import estimate_mean
 
 Row = Mapping[str, Any]
 
@@ -59,7 +59,7 @@ def _summary_text(row: Row) -> str:
 
 
 def figure(values: Sequence[float]) -> dict[str, float | None]:
-    return estimate(values).as_json()
+    return estimate_mean(values).as_json()
 
 
 def write_figures(folder: str, figures: Mapping[str, Any]) -> None:

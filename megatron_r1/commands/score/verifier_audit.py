@@ -19,7 +19,7 @@ from r1_grading.terms import ACCURACY
 
 from megatron_r1.controller.advantages import group_advantages
 from megatron_r1.data.prompt import data_source
-from megatron_r1.evaluation.estimates import Estimate, estimate
+from megatron_r1.evaluation.estimates import Estimate, estimate_mean
 from megatron_r1.evaluation.fraction_intervals import FractionEstimate, sampled_fraction
 from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
@@ -247,7 +247,7 @@ def _advantage_effect(
             [fmean(abs(b - a) if math.isfinite(a) else 0.0 for a, b in pair) for pair in pairs]
         )
         signs.append(sum(any(_sign_of(a) != _sign_of(b) for a, b in pair) for pair in pairs))
-    certain_change, possible_change = (estimate(by_group, seed) for by_group in changes)
+    certain_change, possible_change = (estimate_mean(by_group, seed) for by_group in changes)
     intervals = ((change.low, change.high) for change in (certain_change, possible_change))
     # A single group has no interval.
     ends = [end for interval in intervals for end in interval if end is not None]

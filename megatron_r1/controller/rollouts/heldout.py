@@ -16,7 +16,7 @@ from megatron_r1.controller.rollouts.metrics import episode_metrics, response_li
 from megatron_r1.controller.rollouts.rollout import Group, RolloutSampling, all_responses
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompt import Prompt
-from megatron_r1.evaluation.estimates import Estimate, estimate
+from megatron_r1.evaluation.estimates import Estimate, estimate_mean
 from megatron_r1.evaluation.voting import expects_number, majority_reward
 from megatron_r1.evaluation.win_rates import length_difference, win_rates
 
@@ -85,7 +85,7 @@ async def evaluate_heldout(
     (`evaluation.win_rates`);
     eval/ungraded: share of the responses whose accuracy could not be graded. Ungraded responses
     are excluded from all means; a prompt without graded responses is skipped.
-    interval/…/low, /high: their 95% intervals (`estimates.estimate`).
+    interval/…/low, /high: their 95% intervals (`estimates.estimate_mean`).
 
     Args:
         collector: samples and grades the responses.
@@ -151,11 +151,11 @@ async def _compute_estimates(
                     )
                 )
     accuracies = means.pop(ACCURACY, [])
-    estimates: dict[str, Estimate] = {term: estimate(means[term]) for term in sorted(means)}
+    estimates: dict[str, Estimate] = {term: estimate_mean(means[term]) for term in sorted(means)}
     if accuracies:
-        estimates["pass@1"] = estimate(accuracies)
+        estimates["pass@1"] = estimate_mean(accuracies)
     if votes:
-        estimates[f"cons@{num_samples}"] = estimate(await asyncio.gather(*votes))
+        estimates[f"cons@{num_samples}"] = estimate_mean(await asyncio.gather(*votes))
     part = compared_part(rewards.options.get("judge", {}))
     samples_by_group = [
         _compare_with_reference(group, thought_opened, part) for group in groups if part

@@ -9,7 +9,7 @@ import pytest
 from r1_grading import RewardPool
 from refusals import raised
 
-from megatron_r1.evaluation.estimates import estimate, pass_at_k, powers_up_to, subsets
+from megatron_r1.evaluation.estimates import estimate_mean, index_subsets, pass_at_k, powers_up_to
 from megatron_r1.evaluation.voting import (
     group_answers,
     majority_index,
@@ -48,7 +48,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     hits = 0
     for seed in range(200):
         difficulty = generator.beta(2, 3, size=100)
-        found = estimate(generator.binomial(4, difficulty) / 4, seed)
+        found = estimate_mean(generator.binomial(4, difficulty) / 4, seed)
         hits += found.low <= 0.4 <= found.high
     assert 0.89 <= hits / 200 <= 0.985
 
@@ -56,25 +56,25 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 def test_the_interval_is_that_of_questions_not_of_samples():
     # 50 questions whose 16 samples all agree hold 50 observations, not 800. The normal interval of
     # 50 coin flips is 0.5 ± 1.96 · 0.5 / sqrt(50) = ± 0.139; of 800 it would be ± 0.035.
-    found = estimate([float(i % 2) for i in range(50)])
+    found = estimate_mean([float(i % 2) for i in range(50)])
     assert (found.high - found.low) / 2 == pytest.approx(0.139, abs=0.02)
 
 
 def test_degenerate_cases_are_exact():
-    assert estimate([1.0, 1.0, 1.0]).as_json() == {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert estimate([0.1] * 7).value == 0.1
-    assert estimate([0.25]).as_json() == {"value": 0.25, "low": None, "high": None}
-    assert estimate([0.0, 1.0], seed=3) == estimate([0.0, 1.0], seed=3)
-    assert estimate(np.arange(30), seed=3) != estimate(np.arange(30), seed=4)
+    assert estimate_mean([1.0, 1.0, 1.0]).as_json() == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert estimate_mean([0.1] * 7).value == 0.1
+    assert estimate_mean([0.25]).as_json() == {"value": 0.25, "low": None, "high": None}
+    assert estimate_mean([0.0, 1.0], seed=3) == estimate_mean([0.0, 1.0], seed=3)
+    assert estimate_mean(np.arange(30), seed=3) != estimate_mean(np.arange(30), seed=4)
     for wrong in ([], [[1.0]], [1.0, float("nan")]):
         with raised(ValueError):
-            estimate(wrong)
+            estimate_mean(wrong)
 
 
 def test_subsets_are_all_of_them_where_they_are_few_and_drawn_fairly_where_not():
-    assert subsets(4, 2, 0) == list(itertools.combinations(range(4), 2))
-    assert subsets(5, 5, 0) == [(0, 1, 2, 3, 4)]
-    drawn = subsets(64, 8, 1)
+    assert index_subsets(4, 2, 0) == list(itertools.combinations(range(4), 2))
+    assert index_subsets(5, 5, 0) == [(0, 1, 2, 3, 4)]
+    drawn = index_subsets(64, 8, 1)
     assert all(len(set(s)) == 8 and list(s) == sorted(s) for s in drawn) and len(drawn) == 100
     # 800 indices, uniform over 0…63: mean 31.5, standard error 18.5 / sqrt(800) = 0.65.
     assert fmean(i for s in drawn for i in s) == pytest.approx(31.5, abs=2.5)

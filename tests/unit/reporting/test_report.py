@@ -11,9 +11,15 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.reporting.evaluations import HeldoutEstimate, merge_evaluations
 from megatron_r1.reporting.outcome import LEARNED, NOT_SHOWN, WORSE, outcome_sentence
-from megatron_r1.reporting.plots import Curve, curve_plot, downsample, smooth, stacked_plot
+from megatron_r1.reporting.plots import (
+    Curve,
+    curve_plot,
+    downsample_curve,
+    smooth_curve,
+    stacked_plot,
+)
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.run_report import headline, write_report
+from megatron_r1.reporting.run_report import run_headline, write_report
 
 VOID = {"meta", "br", "path", "use", "rect", "link"}
 
@@ -262,7 +268,7 @@ def test_the_mean_of_a_reward_of_one_s_own_is_named(tmp_path):
         folder.write_config({"data": {"kind": "rewards:length"}})
         for step, value in (0, -0.4), (9, -0.1):
             folder.append_evaluation(evaluated(step, value, value - 0.1, value + 0.1, 200))
-    sentence = headline(folder)
+    sentence = run_headline(folder)
     assert sentence.startswith(LEARNED) and "rewards:length" in sentence
     assert HeldoutEstimate(-0.1, -0.24, -0.06).interval == "-24 to -6%"
 
@@ -351,15 +357,15 @@ def test_estimates_have_the_intervals_that_their_evaluation_wrote():
 
 
 def test_smoothing_keeps_constants_and_lines_and_skips_gaps():
-    assert np.allclose(smooth(np.full(100, 3.0)), 3.0)
+    assert np.allclose(smooth_curve(np.full(100, 3.0)), 3.0)
     line = np.arange(100.0)
-    assert np.allclose(smooth(line)[10:-10], line[10:-10])
+    assert np.allclose(smooth_curve(line)[10:-10], line[10:-10])
     gaps = np.array([1.0, np.nan, 1.0, np.nan, np.nan, np.nan, np.nan])
-    assert np.array_equal(smooth(gaps), [1, 1, 1, 1, np.nan, np.nan, np.nan], equal_nan=True)
+    assert np.array_equal(smooth_curve(gaps), [1, 1, 1, 1, np.nan, np.nan, np.nan], equal_nan=True)
 
 
 def test_a_long_run_is_thinned_and_keeps_its_mean():
-    steps, values = downsample(np.arange(30000.0), np.tile([0.0, 2.0], 15000))
+    steps, values = downsample_curve(np.arange(30000.0), np.tile([0.0, 2.0], 15000))
     assert len(steps) == len(values) == 300
     assert np.allclose(values, 1.0) and steps.mean() == pytest.approx(29999 / 2)
 

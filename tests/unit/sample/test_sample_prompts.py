@@ -15,7 +15,7 @@ from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.few_shot import FewShotExamples, FewShotTokenizer
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.sample.decontamination import find_contaminated, load_avoided, ngrams
+from megatron_r1.sample.decontamination import find_contaminated, load_avoided, word_ngrams
 from megatron_r1.sample.sft_examples import Rendering
 
 CHAT = (
@@ -146,7 +146,7 @@ def test_the_same_question_is_avoided_however_it_is_spelt():
 
 @pytest.mark.parametrize("question", [LONG, LONG_ZH])
 def test_thirteen_words_in_a_row_are_enough_and_twelve_are_not(question):
-    grams = ngrams(question, 13)
+    grams = word_ngrams(question, 13)
     words = question.lower().split() if question is LONG else [*question.replace("，", "，")]
     assert len(grams) == len(words) - 12
     joined = " " if question is LONG else ""

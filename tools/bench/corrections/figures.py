@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from megatron_r1.evaluation.estimates import estimate
+from megatron_r1.evaluation.estimates import estimate_mean
 from megatron_r1.evaluation.fraction_intervals import sampled_fraction
 from megatron_r1.reporting.formatting import format_percent
 from tools.bench.algorithms import TARGET, WINDOW
@@ -79,7 +79,7 @@ def table_row(cell: Seeds, first: Seeds) -> list[str]:
 
 def _format_interval(values: Sequence[float], scale: float, form: str) -> str:
     """Return mean and interval, as `81.0 [76.2, 85.8]`."""
-    mean = estimate(values)
+    mean = estimate_mean(values)
     ends = [mean.value, mean.low, mean.high]
     value, low, high = (format(scale * (mean.value if end is None else end), form) for end in ends)
     return f"{value} [{low}, {high}]"
