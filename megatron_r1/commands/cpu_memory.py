@@ -26,7 +26,7 @@ from megatron_r1.models.memory import (
     persistent_bytes,
     reference_bytes,
 )
-from megatron_r1.models.weights import Shard, layout, num_parameters
+from megatron_r1.models.weights import Shard, num_parameters, parameter_layout
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import layout_from_table
 from megatron_r1.models.weights.table import weight_table
@@ -197,7 +197,7 @@ def _state_bytes(
         etp=(0, parallel.expert_tensor),
     )
     adapters = layout_from_table(adapter_table(hf_config, lora), shard) if lora else None
-    counts = count_parameters(layout(hf_config, shard), config.model.mtp, adapters)
+    counts = count_parameters(parameter_layout(hf_config, shard), config.model.mtp, adapters)
     ranks = world_size // parallel.pipeline  # stages have the layers once, all together
     optimizer_shards = (
         ranks // parallel.tensor,

@@ -17,8 +17,8 @@
   and routing replay.
 - `weights`: the table of all weights; `transformers_model`: a model for comparisons.
 
-Everything but `read_hf_config` is imported at first use, after `models.platform.prepare()`; before
-the first model is built, `patches.install()` is called."""
+Everything but `read_hf_config` is imported at first use, after `models.platform.prepare_process()`;
+before the first model is built, `patches.install()` is called."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ _MODULE_BY_NAME = {
     "build_model": "build",
     "freeze_mtp": "policy_model",
     "lm_head_weight": "policy_model",
-    "logits": "policy_model",
+    "compute_logits": "policy_model",
     "vocab_shard": "policy_model",
 }
 

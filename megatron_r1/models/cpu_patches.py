@@ -2,8 +2,8 @@
 
 Megatron-Core names CUDA directly in some fifty places. Each `Patch` is the answer to one of these
 places on a CPU; tests/unit/models/test_platform.py fails when its upstream line moves.
-`platform.prepare()` installs the patches in the order of this file, before Megatron is imported.
-`models.patches` lists the patches for all platforms, in the same form."""
+`platform.prepare_process()` installs the patches in the order of this file, before Megatron is
+imported. `models.patches` lists the patches for all platforms, in the same form."""
 
 import contextlib
 import functools

@@ -50,7 +50,7 @@ from megatron_r1.models import platform
 from megatron_r1.models.layers import ReplicatedLinear
 from megatron_r1.models.policy_model import LMHead
 
-__all__ = ["FP8Recipe", "apply", "find_fp8_recipe", "token_multiple"]
+__all__ = ["FP8Recipe", "find_fp8_recipe", "prepare_fp8_model", "token_multiple"]
 
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -268,7 +268,7 @@ def _forward_impl(
     return output if bias is None else output + bias
 
 
-def apply(model: torch.nn.Module, fp8: FP8Config) -> None:
+def prepare_fp8_model(model: torch.nn.Module, fp8: FP8Config) -> None:
     """Check that the model's sizes fit the recipe and, without a GPU, install the emulation.
 
     Args:

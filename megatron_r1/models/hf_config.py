@@ -202,7 +202,7 @@ def read_hf_config(
     """
     file = Path(path) / "config.json"
     hf_config = resolve_aliases(load_config(path, key))
-    architecture(hf_config)
+    find_architecture(hf_config)
     if _lacks_mtp(path, hf_config):
         hf_config[_MTP_COUNTS[0]] = 0
     hf_config |= implied_settings(hf_config)
@@ -347,7 +347,7 @@ def _check_labels(file: Path, hf_config: HFConfig) -> None:
         )
 
 
-def architecture(hf_config: HFConfig) -> str:
+def find_architecture(hf_config: HFConfig) -> str:
     """Return the key of this configuration in FAMILIES; UserError if it has none."""
     names = hf_config.get("architectures") or []
     for name in names:
@@ -365,7 +365,7 @@ def architecture(hf_config: HFConfig) -> str:
 
 def model_family(hf_config: HFConfig) -> Family:
     """Return the entry of FAMILIES for this `config.json`; UserError for an unknown one."""
-    return FAMILIES[architecture(hf_config)]
+    return FAMILIES[find_architecture(hf_config)]
 
 
 def sparse_layers(hf_config: HFConfig) -> list[bool]:

@@ -1,8 +1,8 @@
 """Functions that `patches` puts in the place of Megatron's.
 
-`route`, the choice of each token's experts: Megatron scores a group of experts by its best topk /
-group_topk, where DeepSeek-V3 and its descendants take the best two and DeepSeek-V2 the best one:
-with any other ratio tokens would silently be routed differently. And with sigmoid it always
+`route_tokens`, the choice of each token's experts: Megatron scores a group of experts by its best
+topk / group_topk, where DeepSeek-V3 and its descendants take the best two and DeepSeek-V2 the best
+one: with any other ratio tokens would silently be routed differently. And with sigmoid it always
 normalizes the chosen scores, except for one expert, which it never does (moe_utils.py:724,
 Megatron-Core 0.16.1).
 
@@ -29,7 +29,7 @@ from megatron_r1.models.packed_params import marked_positions
 from megatron_r1.models.shared_prefixes import marked_prefixes
 
 
-def route(
+def route_tokens(
     logits: Tensor,
     topk: int,
     use_pre_softmax: bool = False,

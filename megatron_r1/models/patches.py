@@ -4,11 +4,11 @@ The functions that take the place of Megatron's are in `megatron_replacements` a
 `token_dispatcher`.
 
 `install` replaces names of Megatron's modules for the whole process. Who starts a process that
-builds models calls it once, after `platform.prepare()`, whose own patches are for a CPU only
-(`models.cpu_patches`): trainer ranks do in `trainer.distributed.initialize`. `build_model` refuses
-to build before, as the model would compute something else without an error. A patch's upstream
-line is the one that is wrong, or too slow; tests/unit/models/test_patches.py fails when it is
-gone. What concerns one layer is no patch but a subclass that the layer specs choose
+builds models calls it once, after `platform.prepare_process()`, whose own patches are for a CPU
+only (`models.cpu_patches`): trainer ranks do in `trainer.distributed.initialize`. `build_model`
+refuses to build before, as the model would compute something else without an error. A patch's
+upstream line is the one that is wrong, or too slow; tests/unit/models/test_patches.py fails when it
+is gone. What concerns one layer is no patch but a subclass that the layer specs choose
 (`models.layers`); parameters' marks are corrected in `models.gradients`."""
 
 import functools
@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.moe import moe_layer, router, token_dispatcher
 
-from megatron_r1.models.megatron_replacements import roll_packed, rotate_packed, route
+from megatron_r1.models.megatron_replacements import roll_packed, rotate_packed, route_tokens
 from megatron_r1.models.patch_type import Patch, register_in
 from megatron_r1.models.token_dispatcher import KnownCountsDispatcher, indices_to_multihot
 
@@ -44,7 +44,7 @@ def check_installed() -> None:
     if not _installed:
         raise RuntimeError(
             "models are built from a patched Megatron-Core: call megatron_r1.models.patches."
-            "install() once in this process, after megatron_r1.models.platform.prepare()"
+            "install() once in this process, after megatron_r1.models.platform.prepare_process()"
         )
 
 
@@ -55,7 +55,7 @@ def check_installed() -> None:
 )
 def _patch_routing() -> None:
     # Without it tokens go to other experts than in transformers and vLLM, without an error.
-    router.topk_routing_with_score_function = route
+    router.topk_routing_with_score_function = route_tokens
 
 
 @_patch(

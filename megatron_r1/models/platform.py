@@ -1,14 +1,14 @@
 """The platform of this process: whether it computes on a CPU or a GPU, and how Megatron-Core and
 torch.distributed are made to run there.
 
-`prepare()` is called once in a trainer process, before anything imports Megatron-Core. It refuses
-another version of Megatron than the tested one. On a GPU it only chooses the device; on a CPU it
-installs `cpu_patches`, so that the same unmodified Megatron trains over gloo. No other file
+`prepare_process()` is called once in a trainer process, before anything imports Megatron-Core. It
+refuses another version of Megatron than the tested one. On a GPU it only chooses the device; on a
+CPU it installs `cpu_patches`, so that the same unmodified Megatron trains over gloo. No other file
 replaces a function of Megatron or torch for the whole process because of a CPU. Code that has to
 choose between two settings or two layers calls `has_gpu()` or `uses_transformer_engine()`.
 
-Processes that run transformers or vLLM must not call `prepare()`: both choose their device by
-`torch.cuda`, whose patched functions would mislead them.
+Processes that run transformers or vLLM must not call `prepare_process()`: both choose their device
+by `torch.cuda`, whose patched functions would mislead them.
 
 Stores of torch.distributed (`create_store`, `trainer_store`): rank 0 hosts them, at the one address
 at which others reach it. torch's own listen at every address of the host, and have no
@@ -190,7 +190,7 @@ def uses_transformer_engine() -> bool:
     return True
 
 
-def prepare(local_rank: int = 0) -> torch.device:
+def prepare_process(local_rank: int = 0) -> torch.device:
     """Make this process able to import and run Megatron-Core; return the device to train on.
 
     Raises:

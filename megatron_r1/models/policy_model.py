@@ -259,7 +259,7 @@ def vocab_shard(model: Module) -> range:
     return range(min(start, stage.unpadded_vocab_size), min(end, stage.unpadded_vocab_size))
 
 
-def logits(model: Module, hidden: Tensor) -> Tensor:
+def compute_logits(model: Module, hidden: Tensor) -> Tensor:
     """Return the logits (b, s, this rank's vocabulary) of `hidden` (b, s, h), the last stage's.
 
     Logits of padding rows are -inf. For tools and tests: the training loss never forms them."""

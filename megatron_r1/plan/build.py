@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_r1.config import Config
 from megatron_r1.models import platform
-from megatron_r1.models.weights.layout import LayoutEntry, Shard, layout
+from megatron_r1.models.weights.layout import LayoutEntry, Shard, parameter_layout
 from megatron_r1.models.weights.table import Shape
 from megatron_r1.plan.counts import ModelCounts, RankCounts
 from megatron_r1.plan.job import PlannedJob
@@ -28,7 +28,7 @@ def build_ranks(job: PlannedJob, pipeline_ranks: Iterable[int] | None = None) ->
         ValueError: a parameter differs (the message names the first), or all ranks together do not
             own every value of the model exactly once.
     """
-    platform.prepare()
+    platform.prepare_process()
     from megatron_r1.models import patches
 
     patches.install()
@@ -113,7 +113,7 @@ def _without_kernels(config: Config) -> Config:
 def _on_meta_device() -> Iterator[None]:
     """Create tensors without an explicit device on the meta device, inside this context.
 
-    torch.device("meta") would miss the constructors that platform.prepare() has wrapped."""
+    torch.device("meta") would miss the constructors that platform.prepare_process() has wrapped."""
     from torch.overrides import TorchFunctionMode
     from torch.utils._device import _device_constructors
 
@@ -177,7 +177,7 @@ def _count_owned_values(
         shard: Shard = replace(
             chunk, **place, transformer_engine=platform.uses_transformer_engine()
         )
-        entries = layout(job.hf_config, shard)
+        entries = parameter_layout(job.hf_config, shard)
         if differences := {n: e.shape for n, e in entries.items()}.items() ^ shapes.items():
             raise ValueError(f"pipeline rank {pipeline_rank}: {sorted(differences)[:4]} differ")
         for entry in entries.values():

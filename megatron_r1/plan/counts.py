@@ -9,7 +9,7 @@ from math import prod
 
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.memory import ParameterCounts, count_parameters
-from megatron_r1.models.weights.layout import Shard, layout, layout_from_table
+from megatron_r1.models.weights.layout import Shard, layout_from_table, parameter_layout
 from megatron_r1.models.weights.table import WeightRule, weight_table
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, QuantityTable
@@ -58,7 +58,7 @@ class RankCounts:
             job, adapters = self.job, self.job.adapters
             trained_entries = None if adapters is None else layout_from_table(adapters, shard)
             self._counts_by_key[key] = count_parameters(
-                layout(job.hf_config, shard), job.config.model.mtp, trained_entries
+                parameter_layout(job.hf_config, shard), job.config.model.mtp, trained_entries
             )
         return self._counts_by_key[key]
 

@@ -284,7 +284,7 @@ class RunningChecksum:
         return self._rows.digest()
 
 
-def checksum(values: torch.Tensor) -> int:
+def tensor_checksum(values: torch.Tensor) -> int:
     """Return the checksum of a tensor (height, width)."""
     return RunningChecksum(values).digest()
 

@@ -29,7 +29,7 @@ def main() -> int:
     """Return the exit status: as torchrun's, 1 as soon as a rank fails; the others then end."""
     children.end_without_parent()
     world_size, logs, *arguments = sys.argv[1:]
-    platform.prepare()
+    platform.prepare_process()
     with without_garbage_collection():
         for module in IMPORTED_MODULES:
             importlib.import_module(module)

@@ -98,4 +98,4 @@ class CheckpointManager:
                 )
         if with_reference:
             self._trainer.refresh_reference()
-        return {"is_same_layout": contents.load(Path(folder), self._trainer.networks())}
+        return {"is_same_layout": contents.load_networks(Path(folder), self._trainer.networks())}

@@ -192,12 +192,14 @@ def build_chunks(
         chunk = models.build_model(
             hf_config, transformer_config, groups, vp_stage=stage, shares_prompts=shares
         )
-        fp8.apply(chunk, config.fp8)
+        fp8.prepare_fp8_model(chunk, config.fp8)
         if config.model.mtp == "frozen":
             models.freeze_mtp(chunk)
         chunks.append(chunk.to(platform.device()))
     if config.model.init == "random":
-        weights.initialize(chunks, hf_config, std=config.model.init_std, seed=config.run.seed)
+        weights.initialize_weights(
+            chunks, hf_config, std=config.model.init_std, seed=config.run.seed
+        )
         return chunks
     # Before anything reads it: a flipped bit in a weight would train without an error.
     if config.model.checkpoint:

@@ -19,7 +19,7 @@ from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.distributed import GridPosition
 from megatron_r1.trainer.losses import LossSum
-from megatron_r1.trainer.metrics import Mean, merge, reduce_over_data
+from megatron_r1.trainer.metrics import Mean, merge_reports, reduce_over_data
 from megatron_r1.trainer.passes import optimizer_step, run_passes
 
 EQUAL_RETURNS = 1e-6
@@ -85,7 +85,7 @@ class Critic:
         reports, step_metrics = optimizer_step(
             self.ddp_chunks, self.optimizer, learning_rate, run, is_last=is_last
         )
-        metrics = reduce_over_data(self.grid_position, merge(reports))
+        metrics = reduce_over_data(self.grid_position, merge_reports(reports))
         if metrics:
             metrics["value/explained_variance"] = explained_variance(metrics)
         return metrics | {f"value/{name}": value for name, value in step_metrics.items()}

@@ -60,7 +60,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> GridPosition:
     parallel.check_sizes(world_size)
     _hush_libraries(rank)
     torch.set_num_threads(parallel.threads or max(1, (os.cpu_count() or 1) // local_world_size))
-    platform.prepare(int(os.environ.get("LOCAL_RANK", rank)))
+    platform.prepare_process(int(os.environ.get("LOCAL_RANK", rank)))
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

@@ -9,7 +9,7 @@ micro-batches and data-parallel ranks, so that the result does not depend on how
 packed. It is named by an algorithm, or by the command that trains, as "module:function".
 
 Averaging happens in two places. Within a micro-batch r1_kernels weighs the tokens of the sum as
-`token_weights` says; over the optimizer step the trainer divides by the sum of `denominator`.
+`token_weights` says; over the optimizer step the trainer divides by the sum of `loss_denominator`.
 `rl.loss_average` selects both in `controller.algorithms.grpo.loss`."""
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ Loss = Callable[[PackedBatch, LossHead, LossSettings | None], LossSum]
 """(batch, its head, settings) → LossSum. settings: of a policy loss; None for the others."""
 
 
-def denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
+def loss_denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
     """Return the denominator, () int32, of a sum of the batch's losses.
 
     All branches of an episode are one response.
@@ -85,7 +85,7 @@ def token_weights(
     return TokenWeights(batch.is_response)
 
 
-def supervised(batch: PackedBatch, head: LossHead, settings: object = None) -> LossSum:
+def supervised_loss(batch: PackedBatch, head: LossHead, settings: object = None) -> LossSum:
     """Return the SFT loss, -Σ log p over response tokens, () fp32, with their number.
 
     Args:
@@ -93,5 +93,5 @@ def supervised(batch: PackedBatch, head: LossHead, settings: object = None) -> L
         head: the head behind its hidden states.
         settings: None; it is here because every `Loss` is called with three arguments."""
     logprobs, _ = head.logprobs()
-    loss, count = -logprobs.sum(), denominator(batch, "token")
+    loss, count = -logprobs.sum(), loss_denominator(batch, "token")
     return LossSum(loss, count, {"loss": Mean(loss.detach(), count)})

@@ -47,7 +47,7 @@ Metrics = Mapping[str, Mean | Maximum]
 """Metrics by their names in `metrics.jsonl`."""
 
 
-def merge(reports: Iterable[Metrics]) -> dict[str, Mean | Maximum]:
+def merge_reports(reports: Iterable[Metrics]) -> dict[str, Mean | Maximum]:
     """Return one report for those of several micro-batches; sums are in fp64.
 
     The CPU waits for the device once, whatever the number of micro-batches."""
@@ -144,7 +144,7 @@ def logprob_diff(batches: Sequence[PackedBatch], name: str) -> tuple[Mean, Maxim
             diffs = (batch.logprobs[name] - batch.rollout_logprobs)[rows].abs()
             total = Mean(diffs.double().sum(), diffs.numel())
             reports.append({"mean": total, "largest": Maximum(diffs.max())})
-    merged_metrics = merge(reports)
+    merged_metrics = merge_reports(reports)
     mean, max_diff = merged_metrics["mean"], merged_metrics["largest"]
     assert isinstance(mean, Mean) and isinstance(max_diff, Maximum)
     return mean, max_diff

@@ -25,7 +25,7 @@ from megatron_r1.trainer.training_sample import Sample
 
 R = TypeVar("R")
 MONITOR = b"monitor-"
-SUPERVISED = "megatron_r1.trainer.losses:supervised"
+SUPERVISED = "megatron_r1.trainer.losses:supervised_loss"
 """The loss of sft in `Trainer.update`."""
 
 LOAD, STOP = "load", "stop"

@@ -29,7 +29,7 @@ def preload() -> None:
     from megatron_r1.models import platform
 
     if not platform.has_gpu():
-        platform.prepare()
+        platform.prepare_process()
         for module in ("trainer.rank_server", *MODULES_IMPORTED_AFTER_PREPARE):
             import_module(f"megatron_r1.{module}")
 
@@ -43,7 +43,7 @@ def main() -> None:
         from megatron_r1.trainer import distributed, rank_server
     address, config_json = sys.argv[1:]
     timeline.mark("trainer/imports made")
-    rank_server.serve(parse_recipe(msgspec.json.decode(config_json)), address)
+    rank_server.serve_calls(parse_recipe(msgspec.json.decode(config_json)), address)
     distributed.leave_process_groups()
 
 

@@ -52,7 +52,7 @@ PROTOCOLS: tuple[type, ...] = (
 
 
 def serve_under_torchrun(config: Config, find_controller: Callable[[], str | None]) -> None:
-    """Do as `serve`; rank 0 broadcasts the controller's address and token to the others.
+    """Do as `serve_calls`; rank 0 broadcasts the controller's address and token to the others.
 
     Args:
         config: the recipe.
@@ -67,11 +67,11 @@ def serve_under_torchrun(config: Config, find_controller: Callable[[], str | Non
         find_controller() if grid_position.rank == 0 else None
     )
     if address is not None:
-        serve(config, address, grid_position)
+        serve_calls(config, address, grid_position)
     distributed.leave_process_groups()
 
 
-def serve(config: Config, address: str, grid_position: GridPosition | None = None) -> None:
+def serve_calls(config: Config, address: str, grid_position: GridPosition | None = None) -> None:
     """Connect to the controller at `address` (tcp://host:port) and run its calls until `STOP`.
 
     An operation that fails is answered with the message of a UserError, or else a traceback, and
@@ -165,7 +165,7 @@ class RankServer:
     _offload: Offload | None = None
 
     def __init__(self, config: Config, grid_position: GridPosition):
-        # These import Megatron, which is possible only after platform.prepare().
+        # These import Megatron, which is possible only after platform.prepare_process().
         from megatron_r1.push.rank_push import RankPush
         from megatron_r1.trainer import implementations
         from megatron_r1.trainer.checkpoint_manager import CheckpointManager

@@ -19,7 +19,7 @@ from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.config.engine_mask import EngineMask
 from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
 from megatron_r1.trainer.batch import PackedBatch
-from megatron_r1.trainer.metrics import Mean, Metrics, merge
+from megatron_r1.trainer.metrics import Mean, Metrics, merge_reports
 from megatron_r1.trainer.token_advantages import (
     discounted_sums,
     kl_penalized_rewards,
@@ -180,7 +180,7 @@ class RolloutBatches:
                 has_masked = responses.sample_sums(is_masked) > 0
                 has_tokens = responses.sample_sums(torch.ones_like(is_masked)) > 0
                 reports.append({samples: Mean(has_masked.sum(), has_tokens.sum())})
-        return merge(reports)
+        return merge_reports(reports)
 
     def store_targets(self, targets: TokenTargets) -> None:
         """Replace the advantages, and the returns if any, in the micro-batches."""

@@ -6,7 +6,7 @@ read and results are not 0. Between two of them there may be given tokens (a too
 next token" is the next of the mask. last: (T,) int64, for each token the position of its sample's
 last response token. A sample without one has a value below all of its positions, so that no sum
 crosses into another response. Nothing is divided here: the denominator is the loss's
-(`losses.denominator`). Results have the dtype of the tensors given.
+(`losses.loss_denominator`). Results have the dtype of the tensors given.
 
 `rollout_batches` has the batches of a rollout that an algorithm applies them to."""
 

@@ -32,7 +32,7 @@ from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
 from megatron_r1.trainer.loaded_rollout import LoadedRollout
-from megatron_r1.trainer.metrics import logprob_diff, merge, reduce_over_data
+from megatron_r1.trainer.metrics import logprob_diff, merge_reports, reduce_over_data
 from megatron_r1.trainer.offload import make_offload
 from megatron_r1.trainer.operations import SUPERVISED
 from megatron_r1.trainer.output_heads import OutputHeads
@@ -205,7 +205,7 @@ class Trainer:
             run,
             is_last=self.rollout.is_last(minibatch_index),
         )
-        return reduce_over_data(self.grid_position, merge(reports)) | step_metrics
+        return reduce_over_data(self.grid_position, merge_reports(reports)) | step_metrics
 
     def compute_values(self) -> None:
         """Compute the critic's values of all loaded samples, into `PackedBatch.values`."""

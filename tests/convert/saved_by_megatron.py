@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_r1.models import platform
 
-platform.prepare()
+platform.prepare_process()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

@@ -4,7 +4,7 @@ from megatron_r1.base.processes.process_memory import without_garbage_collection
 from megatron_r1.models import platform
 
 with without_garbage_collection():
-    platform.prepare()
+    platform.prepare_process()
 
     import transformers  # noqa: F401
 

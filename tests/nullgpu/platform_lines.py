@@ -49,7 +49,7 @@ def refused(call: Callable[[], object], message: str) -> None:
 
 def call_everything() -> None:
     os.environ |= children.rank_variables(0, 1, children.free_port())
-    assert platform.prepare(0) == platform.device() == torch.device("cuda", 0)
+    assert platform.prepare_process(0) == platform.device() == torch.device("cuda", 0)
     assert platform.has_gpu() and platform.distributed_backend() == "nccl"
     platform.join_process_group()
     assert torch.distributed.get_backend() == "nccl"
@@ -75,7 +75,7 @@ def call_everything() -> None:
     sys.modules["transformer_engine.pytorch"] = None  # as where it is not installed
     refused(platform.uses_transformer_engine, "Transformer Engine does not import")
     with mock.patch.object(metadata, "version", return_value="0.1"):
-        refused(platform.prepare, "megatron-core 0.1 is installed")
+        refused(platform.prepare_process, "megatron-core 0.1 is installed")
         with warnings.catch_warnings(record=True, action="always") as caught:
             platform.warn_of_transformer_engine()
         assert "transformer-engine 0.1 is installed" in str(caught[0].message)

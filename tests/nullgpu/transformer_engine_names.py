@@ -86,7 +86,7 @@ def compare(hf_config: dict, settings: Config, stored: bool) -> list[str]:
     """Return how this rank's chunks of a model differ from the tables."""
     from megatron_r1 import models
     from megatron_r1.models.weights.formats.megatron_weights import stored_layout
-    from megatron_r1.models.weights.layout import layout
+    from megatron_r1.models.weights.layout import parameter_layout
     from megatron_r1.models.weights.loading import chunk_shard, model_tensors
 
     config = models.transformer_config(hf_config, settings)
@@ -96,7 +96,10 @@ def compare(hf_config: dict, settings: Config, stored: bool) -> list[str]:
         chunk = models.build_model(hf_config, config, vp_stage=stage)
         assert config.transformer_impl == "transformer_engine"
         built = {name: tensor.shape for name, tensor in model_tensors(chunk).items()}
-        table = {name: entry.shape for name, entry in layout(hf_config, chunk_shard(chunk)).items()}
+        table = {
+            name: entry.shape
+            for name, entry in parameter_layout(hf_config, chunk_shard(chunk)).items()
+        }
         wrong += differences(built, table)
         if stored:
             expected = stored_layout(
@@ -107,7 +110,7 @@ def compare(hf_config: dict, settings: Config, stored: bool) -> list[str]:
 
 
 def main() -> None:
-    platform.prepare(0)
+    platform.prepare_process(0)
     from megatron_r1.models import patches
 
     patches.install()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_r1.models import platform
 
-platform.prepare()
+platform.prepare_process()
 
 import grids  # noqa: E402
 import torch  # noqa: E402
@@ -102,7 +102,7 @@ def packed_step(batches, model):
     hidden = model(attention_mask=None, **batch)
 
     def loss_function(hidden):
-        logits = models.logits(model, hidden)
+        logits = models.compute_logits(model, hidden)
         # Before the cross entropy, which works in place.
         whole = gather_from_tensor_model_parallel_region(logits.detach().clone())[0]
         losses = vocab_parallel_cross_entropy(logits, batch["labels"]) * batch["loss_mask"]
@@ -120,7 +120,7 @@ def padded_step(batches, model):
     hidden = model(ids, positions, None)
 
     def loss_function(hidden):
-        whole = gather_from_tensor_model_parallel_region(models.logits(model, hidden))[0]
+        whole = gather_from_tensor_model_parallel_region(models.compute_logits(model, hidden))[0]
         return whole.sum(), torch.tensor(1), {"logits": whole}
 
     return hidden, loss_function

@@ -21,7 +21,7 @@ from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
 
 TOLERANCE = 2e-5
-POLICY_LOSS = "megatron_r1.trainer.losses:supervised"
+POLICY_LOSS = "megatron_r1.trainer.losses:supervised_loss"
 
 
 def config(policy: Path, scored: Path, grid: str) -> Config:

@@ -25,7 +25,7 @@ POLICY = LossSettings(
     loss_average="token", clip_low=0.2, clip_high=0.3, kl_beta=0.1, entropy_coef=0.01
 )
 GRPO = "megatron_r1.controller.algorithms.grpo:loss"
-SUPERVISED = "megatron_r1.trainer.losses:supervised"
+SUPERVISED = "megatron_r1.trainer.losses:supervised_loss"
 SELECTIVE = ["layernorm", "mla_up_proj", "mlp", "shared_experts"]
 TOLERANCE = {"float32": 5e-6, "bfloat16": 4e-3}
 """Of a tensor's largest element. The parts sum the gradients of a tensor with several uses in

@@ -15,11 +15,11 @@ from trainer_options import gradients
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.models import lm_head_weight, policy_model
-from megatron_r1.trainer.losses import LossSum, denominator, supervised
+from megatron_r1.trainer.losses import LossSum, loss_denominator, supervised_loss
 from megatron_r1.trainer.training_sample import Sample
 
 GRPO = "megatron_r1.controller.algorithms.grpo:loss"
-SUPERVISED = "megatron_r1.trainer.losses:supervised"
+SUPERVISED = "megatron_r1.trainer.losses:supervised_loss"
 OWN = "head_gradients:with_a_penalty"
 SETTINGS = LossSettings(loss_average="token", clip_low=0.2, clip_high=0.2)
 TIED, UNTIED = "qwen-tied", "deepseek-yarn-mtp"
@@ -27,8 +27,8 @@ TIED, UNTIED = "qwen-tied", "deepseek-yarn-mtp"
 
 def with_a_penalty(batch, head, settings=None) -> LossSum:
     """A loss of a user's, of which a part does not pass through the kernels."""
-    loss, *_ = supervised(batch, head)
-    return LossSum(loss + head.weight.float().square().sum(), denominator(batch, "token"), {})
+    loss, *_ = supervised_loss(batch, head)
+    return LossSum(loss + head.weight.float().square().sum(), loss_denominator(batch, "token"), {})
 
 
 def updated(folder: str, name: str, grid: str, grid_position, loss: str, dtype: str = "float32"):

@@ -13,7 +13,7 @@ from trainer_steps import samples
 from megatron_r1.config import Config
 from megatron_r1.trainer import distributed
 
-LOSS = "megatron_r1.trainer.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised_loss"
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_r1.models import platform
 
-platform.prepare()
+platform.prepare_process()
 
 import against_transformers as base  # noqa: E402
 import torch  # noqa: E402

@@ -18,7 +18,7 @@ from megatron_r1.models import platform
 from megatron_r1.trainer import offload
 from megatron_r1.trainer.training_sample import Sample
 
-LOSS = "megatron_r1.trainer.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised_loss"
 TEXT = Sample.pack([3], [5, 8, 13, 21, 34], [-4.0] * 5)
 
 
@@ -178,7 +178,7 @@ def offload_changes_nothing(model: str, grid: str, grid_position, out: Path) -> 
 
 def main() -> None:
     model, out, *grids = sys.argv[1:]
-    platform.prepare()
+    platform.prepare_process()
     offload.BUFFER_BYTES = 10_007  # many pieces, and none ends where a storage does
     for grid, grid_position in positions(grids, lambda grid: config(model, grid, "none").parallel):
         offload_changes_nothing(model, grid, grid_position, Path(out))

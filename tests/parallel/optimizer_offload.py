@@ -20,7 +20,7 @@ from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models import platform
 from megatron_r1.trainer.training_sample import Sample
 
-LOSS = "megatron_r1.trainer.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised_loss"
 SHARES = (0.0, 0.5, 1.0)
 
 
@@ -144,7 +144,7 @@ def an_offload_changes_nothing(model: str, grid: str, grid_position, out: Path) 
 
 def main() -> None:
     model, out, *grids = sys.argv[1:]
-    platform.prepare()  # before Megatron is imported
+    platform.prepare_process()  # before Megatron is imported
     pretend_to_have_a_gpu()
     for grid, grid_position in positions(grids, lambda grid: config(model, grid, 0.0).parallel):
         an_offload_changes_nothing(model, grid, grid_position, Path(out))

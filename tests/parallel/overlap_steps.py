@@ -18,7 +18,7 @@ from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
 
-LOSS = "megatron_r1.trainer.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised_loss"
 
 
 def parameters(

@@ -17,7 +17,7 @@ from megatron_r1.models import weights
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
 
-LOSS = "megatron_r1.trainer.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised_loss"
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def memory() -> dict[str, int]:
 
 
 def main() -> None:
-    platform.prepare()
+    platform.prepare_process()
     dist.init_process_group("gloo")
     differing = {
         f"{lengths} {heads} {dtype}": differences(lengths, heads, dtype)

@@ -77,7 +77,7 @@ def check(trainer, shape, grid_position) -> int:
 
 def main() -> None:
     model, out, *grids = sys.argv[1:]
-    platform.prepare()
+    platform.prepare_process()
     from megatron_r1.trainer.rank_server import RankServer
 
     shape = routing_shape(read_hf_config(model))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_r1.models import platform
 
-platform.prepare()
+platform.prepare_process()
 
 import grids  # noqa: E402
 import torch  # noqa: E402
@@ -28,7 +28,7 @@ from megatron_r1.controller.trainer_calls.packing import pack_samples  # noqa: E
 from megatron_r1.models import weights  # noqa: E402
 from megatron_r1.trainer import distributed, reward_losses  # noqa: E402
 from megatron_r1.trainer.checkpoints.contents import without_extra_state  # noqa: E402
-from megatron_r1.trainer.metrics import merge, reduce_over_data  # noqa: E402
+from megatron_r1.trainer.metrics import merge_reports, reduce_over_data  # noqa: E402
 from megatron_r1.trainer.output_heads import ScoreHeadOutput  # noqa: E402
 from megatron_r1.trainer.passes import run_passes  # noqa: E402
 from megatron_r1.trainer.sequence_packing import pack_batch  # noqa: E402
@@ -87,7 +87,7 @@ def compare(name, grid, sizes, grid_position, oracle, out):
             chunk.train()
             chunk.zero_grad_buffer()
         reports = run_passes(chunks, batches, partial(compute, loss), forward_only=False)
-        metrics = reduce_over_data(grid_position, merge(reports))
+        metrics = reduce_over_data(grid_position, merge_reports(reports))
         gap = abs(metrics["loss"] - answers[loss.__name__]) if metrics else 0.0
         report(name, grid, f"{loss.__name__} loss", gap, LOSS_TOLERANCE)
         same_gradients(name, hf_config, grid, chunks, folder / loss.__name__, out)

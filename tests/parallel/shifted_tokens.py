@@ -18,7 +18,7 @@ MEGATRON = multi_token_prediction._roll_tensor_packed_seq
 
 
 def main() -> None:
-    platform.prepare()
+    platform.prepare_process()
     platform.join_process_group()
     group, draw = dist.group.WORLD, random.Random(3)
     rank, size = dist.get_rank(), int(os.environ["WORLD_SIZE"])

@@ -20,7 +20,7 @@ from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models import weights
 from megatron_r1.trainer.training_sample import Sample
 
-LOSS = "megatron_r1.trainer.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised_loss"
 BIAS = "e_score_correction_bias"
 RATE = 0.01
 RECOMPUTED = [

@@ -14,7 +14,7 @@ from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.trainer.training_sample import Sample
 
-LOSS = "megatron_r1.trainer.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised_loss"
 RATE, DECAY = 0.01, 0.5
 
 

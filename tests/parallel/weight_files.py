@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_r1.models import platform
 
-platform.prepare()
+platform.prepare_process()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -181,7 +181,7 @@ def random_weights_do_not_depend_on_the_split(build, oracle, out):
     for name in ("deepseek-yarn-mtp", "qwen-tied"):
         hf_config = models.read_hf_config(oracle / name)
         chunks = build(hf_config)
-        weights.initialize(chunks, hf_config, std=0.05, seed=7)
+        weights.initialize_weights(chunks, hf_config, std=0.05, seed=7)
         weights.write_hf(chunks, hf_config, out / "initial.safetensors", dtype=torch.float32)
         got, first = load_file(out / "initial.safetensors"), out / f"first-{name}.safetensors"
         on_rank_zero(lambda first=first, got=got: first.exists() or save_file(got, first))

@@ -34,7 +34,7 @@ def by_trainer(config_path: str, checkpoint: str) -> list[list[int]]:
         for _ in range(LENGTH):
             with torch.no_grad():
                 hidden = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], None)
-                tokens.append(int(models.logits(model, hidden)[0, -1].argmax()))
+                tokens.append(int(models.compute_logits(model, hidden)[0, -1].argmax()))
         answers.append(tokens[len(prompt) :])
     return answers
 

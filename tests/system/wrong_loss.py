@@ -11,7 +11,7 @@ FAULTS = ("kl_sign", "kl_slope", "counts_prompts")
 
 
 def loss(batch, head, settings):
-    from megatron_r1.trainer.losses import LossSum, denominator
+    from megatron_r1.trainer.losses import LossSum, loss_denominator
     from megatron_r1.trainer.metrics import Maximum, Mean
 
     fault = settings.options["fault"]
@@ -31,7 +31,7 @@ def loss(batch, head, settings):
         counted = end - first if fault == "counts_prompts" else int(mask[first:end].sum())
         lengths[first:end] = max(1, counted)
     total = (torch.where(mask, terms / lengths, 0.0)).sum()
-    count, tokens = denominator(batch, "sequence"), mask.sum()
+    count, tokens = loss_denominator(batch, "sequence"), mask.sum()
     metrics = {
         "ratio/max": Maximum(torch.where(mask, ratio, 0.0).amax().detach()),
         "loss": Mean(total.detach(), count),

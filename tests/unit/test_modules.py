@@ -17,7 +17,7 @@ PROGRAM = """
 import importlib, sys
 from megatron_r1.models import platform
 
-platform.prepare()  # before anything imports Megatron
+platform.prepare_process()  # before anything imports Megatron
 for module in sys.stdin.read().split():
     importlib.import_module(module)
 """

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from megatron_r1.trainer import distributed
 
     os.environ |= rank_variables(0, 1, free_port("127.0.0.1"))
-    platform.prepare()
+    platform.prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL))
         config = Config.model_validate(

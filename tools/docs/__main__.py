@@ -15,7 +15,7 @@ def write_pages(out: Path, packages: Sequence[str] = PACKAGES) -> int:
 
     from megatron_r1.models import platform
 
-    platform.prepare()  # before pdoc imports modules that import Megatron
+    platform.prepare_process()  # before pdoc imports modules that import Megatron
     pdoc.render.configure(docformat="markdown", show_source=True)
     pdoc.pdoc(*packages, output_directory=out)
     return sum(1 for _ in out.rglob("*.html"))

@@ -33,7 +33,7 @@ def megatron_logits(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
         dtype: the dtype of the weights in `folder`, or "fp8"."""
     from megatron_r1.models import platform
 
-    platform.prepare()
+    platform.prepare_process()
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -64,7 +64,7 @@ def megatron_logits(checkpoint: Path, folder: Path, dtype: str) -> torch.Tensor:
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     with torch.no_grad():
         hidden = model(tokens, positions, None)
-        logits = hidden if has_score_head(hf_config) else models.logits(model, hidden)
+        logits = hidden if has_score_head(hf_config) else models.compute_logits(model, hidden)
     return logits.view(*tokens.shape, -1)[..., : hf_config["vocab_size"]].cpu()
 
 

@@ -43,7 +43,7 @@ DAPO: decoupled clip and dynamic sampling policy optimization (arXiv 2503.14476,
 ε_high is above ε_low, so that unlikely tokens may grow (section 3.1); equal-reward groups are
 replaced (setting `dynamic_sampling`, section 3.2; `step_sampler.collect_informative`); the
 average is per token, so that tokens of long responses weigh as much as others (`loss_average`,
-section 3.3; `losses.denominator`); a soft penalty of responses near the length limit
+section 3.3; `losses.loss_denominator`); a soft penalty of responses near the length limit
 (`overlong_buffer`, section 3.4, 4,096 of 20,480 tokens;
 `corrections.overlong_penalty`). No KL.
 
@@ -54,7 +54,7 @@ Dr. GRPO: GRPO without its two biases (arXiv 2503.20783, section 3.2).
 
 Dividing by the standard deviation gives prompts that are nearly all right or all wrong more weight
 (`advantage_std` none: `advantages.group_advantages`), and averaging per sequence, 1/|o_i|, makes
-long wrong responses cheap (`loss_average` constant: `losses.denominator`). No KL.
+long wrong responses cheap (`loss_average` constant: `losses.loss_denominator`). No KL.
 
 GSPO: group sequence policy optimization (arXiv 2507.18071, eq. 5-7).
 
@@ -102,7 +102,7 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
             log-probabilities is not corrected."""
     from r1_kernels import PolicySettings
 
-    from megatron_r1.trainer.losses import LossSum, denominator, token_weights
+    from megatron_r1.trainer.losses import LossSum, loss_denominator, token_weights
     from megatron_r1.trainer.metrics import Maximum, Mean
 
     settings = LossSettings.of(settings)
@@ -119,7 +119,7 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
     )
     weights = token_weights(batch, settings.loss_average, settings.max_response_tokens)
     terms = head.policy_loss(policy_settings, weights, settings.ratio_level)
-    count = denominator(batch, settings.loss_average)
+    count = loss_denominator(batch, settings.loss_average)
     num_tokens = batch.is_response.sum()
     metrics: dict[str, Mean | Maximum] = {
         "ratio/max": Maximum(terms.ratio.amax()),

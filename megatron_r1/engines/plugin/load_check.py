@@ -24,7 +24,7 @@ import torch
 from vllm.platforms import current_platform
 
 from megatron_r1.engines.plugin.memory_layout import PlacedParameter
-from megatron_r1.push.checksum import checksum
+from megatron_r1.push.checksum import tensor_checksum
 from megatron_r1.push.control_messages import UnusedPush
 
 SCALE_NAME = "scale"
@@ -163,4 +163,4 @@ def _equals_received(placed: PlacedParameter, memory: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def _value_checksums(tensors: Sequence[torch.Tensor]) -> list[int]:
-    return [checksum(t.reshape(-1, t.shape[-1] if t.dim() > 1 else 1)) for t in tensors]
+    return [tensor_checksum(t.reshape(-1, t.shape[-1] if t.dim() > 1 else 1)) for t in tensors]

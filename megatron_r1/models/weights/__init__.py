@@ -1,10 +1,11 @@
 """The table of which Hugging Face tensors form each Megatron parameter (`table`), read by import
-(`loading`), export (`export`), conversion, the push to the engines and the memory planner. `layout`
-has every parameter of a rank from `config.json`, without torch; `adapter_table`, `adapter_module`
-and `adapters` are the same of low-rank adapters, and `formats` has the formats on disk.
+(`loading`), export (`export`), conversion, the push to the engines and the memory planner.
+`parameter_layout` has every parameter of a rank from `config.json`, without torch; `adapter_table`,
+`adapter_module` and `adapters` are the same of low-rank adapters, and `formats` has the formats on
+disk.
 
-`hf_tensors`, `num_parameters` and `layout` need a configuration only; what works on Megatron model
-chunks is imported at first use."""
+`hf_tensors`, `num_parameters` and `parameter_layout` need a configuration only; what works on
+Megatron model chunks is imported at first use."""
 
 from typing import Any
 
@@ -15,14 +16,14 @@ from megatron_r1.models.weights.layout import (
     LayoutEntry,
     Shard,
     hf_tensors,
-    layout,
     num_parameters,
+    parameter_layout,
     stage_shards,
 )
 from megatron_r1.models.weights.table import Piece
 
 _MODULE_BY_NAME = {
-    "initialize": "loading",
+    "initialize_weights": "loading",
     "initialize_score_head": "loading",
     "load_hf": "loading",
     "load_megatron": "loading",
@@ -36,7 +37,7 @@ __all__ = [
     "Piece",
     "Shard",
     "hf_tensors",
-    "layout",
+    "parameter_layout",
     "num_parameters",
     "pipeline_stages",
     "stage_shards",

@@ -136,13 +136,13 @@ def recipe_stages(config: Config, hf_config: HFConfig) -> list[list[Shard]]:
     )
 
 
-def layout(hf_config: HFConfig, shard: Shard) -> dict[str, LayoutEntry]:
+def parameter_layout(hf_config: HFConfig, shard: Shard) -> dict[str, LayoutEntry]:
     """Return Megatron parameter name -> LayoutEntry, for all parameters of the shard."""
     return layout_from_table(weight_table(hf_config), shard)
 
 
 def layout_from_table(weight_table: WeightTable, shard: Shard) -> dict[str, LayoutEntry]:
-    """Return `layout` of the parameters that `weight_table` lists."""
+    """Return `parameter_layout` of the parameters that `weight_table` lists."""
     entries: dict[str, LayoutEntry] = {}
 
     def add(rule: WeightRule, megatron: str, prefix: str, owner: bool = True) -> None:

@@ -18,7 +18,7 @@ from megatron_r1.models.build import process_groups
 from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
-from megatron_r1.models.weights.layout import LayoutEntry, Shard, hf_tensors, layout
+from megatron_r1.models.weights.layout import LayoutEntry, Shard, hf_tensors, parameter_layout
 from megatron_r1.models.weights.table import SCORE, Piece, Shape
 
 
@@ -58,7 +58,7 @@ def local_entries(
     for chunk in model_chunks:
         chunk = unwrap_model(chunk)
         tensors = model_tensors(chunk)
-        entries = layout(hf_config, chunk_shard(chunk))
+        entries = parameter_layout(hf_config, chunk_shard(chunk))
         if unruled_names := sorted(tensors.keys() - entries.keys()):
             raise ValueError(
                 f"no weight rule covers the Megatron parameter {', '.join(unruled_names)}"
@@ -237,7 +237,7 @@ def _on_every_rank(action: Callable[[], None]) -> None:
             raise UserError(text, key=key, cause=cause)
 
 
-def initialize(
+def initialize_weights(
     model_chunks: Sequence[torch.nn.Module], hf_config: HFConfig, *, std: float, seed: int
 ) -> None:
     """Fill this rank's parameters with random weights, the same for every parallel layout.

@@ -333,7 +333,7 @@ def find_faults_on_all_ranks(folder: Path, verify: Verify) -> list[str]:
     return sorted({fault for faults in from_all_ranks for fault in faults})
 
 
-def load(folder: Path, networks: Networks) -> bool:
+def load_networks(folder: Path, networks: Networks) -> bool:
     """Read `folder` into `networks` and, at the layout that wrote it, every rank's random streams.
 
     Returns whether the streams were restored.

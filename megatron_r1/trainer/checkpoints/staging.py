@@ -328,7 +328,7 @@ class StagedCheckpoint:
     files: list[StagedFile]
 
 
-def stage(
+def stage_checkpoint(
     sharded_state_dict: dict[str, Any],
     partial_folder: Path,
     memory: StagingBuffers,

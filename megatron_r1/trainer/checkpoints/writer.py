@@ -40,7 +40,7 @@ from megatron_r1.trainer.checkpoints.staging import (
     StagedCheckpoint,
     StagedFile,
     StagingBuffers,
-    stage,
+    stage_checkpoint,
 )
 from megatron_r1.trainer.operations import CheckpointProgress
 
@@ -107,7 +107,7 @@ class CheckpointWriter:
         partial_folder = partial_path(folder)
         run_on_rank_zero(lambda: _make_empty(partial_folder, folder), self._group)
         try:
-            staged_checkpoint = stage(
+            staged_checkpoint = stage_checkpoint(
                 make_tree(self._memory), partial_folder, self._memory, self._data_group
             )
         except OSError as error:

@@ -15,7 +15,7 @@ from megatron_r1.commands.plan import main
 from megatron_r1.config import infer_verb
 from megatron_r1.engines.server.recipe_checks import num_experts
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.weights.layout import layout, recipe_stages
+from megatron_r1.models.weights.layout import parameter_layout, recipe_stages
 from megatron_r1.pipeline.pipeline_recipe import read_tree
 from megatron_r1.plan.counts import ModelCounts
 from megatron_r1.rehearse import miniature
@@ -152,7 +152,7 @@ def test_what_fp8_rounds_has_sizes_that_the_matrix_units_take():
             name: entry.shape
             for stage in recipe_stages(config, model)
             for chunk in stage
-            for name, entry in layout(model, replace(chunk, **at)).items()
+            for name, entry in parameter_layout(model, replace(chunk, **at)).items()
             if re.search(r"\b(linear_\w+|eh_proj)\.weight\d*$", name)
         }
         assert len(shapes) > 20

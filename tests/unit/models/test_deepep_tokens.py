@@ -6,7 +6,7 @@ import torch
 
 from megatron_r1.models import platform
 
-platform.prepare()
+platform.prepare_process()
 
 from megatron.core.transformer.moe import token_dispatcher  # noqa: E402
 

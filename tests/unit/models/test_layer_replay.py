@@ -6,7 +6,7 @@ import torch
 
 from megatron_r1.models import platform
 
-platform.prepare()
+platform.prepare_process()
 
 from megatron_r1.models.routing_replay import LayerReplay, RecordedRouting  # noqa: E402
 

@@ -11,18 +11,18 @@ from megatron_r1.models import patches
 
 PROGRAM = """
 from megatron_r1.models import platform
-platform.prepare()
+platform.prepare_process()
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import router
 
 from megatron_r1.models import build_model, patches
-from megatron_r1.models.megatron_replacements import rotate_packed, route
+from megatron_r1.models.megatron_replacements import rotate_packed, route_tokens
 
 def replaced():
     return (
         rope_utils._apply_rotary_pos_emb_thd is rotate_packed,
-        router.topk_routing_with_score_function is route,
+        router.topk_routing_with_score_function is route_tokens,
         layers._grad_accum_fusion_available,
     )
 

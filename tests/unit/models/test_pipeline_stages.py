@@ -108,7 +108,9 @@ def test_virtual_stages_take_turns():
 )
 def test_uneven_stages_hold_every_parameter_once(layout, pipeline):
     shards = weights.stage_shards(SMALL, pipeline, pipeline_layout=layout)
-    entries = [e for chunks in shards for c in chunks for e in weights.layout(SMALL, c).values()]
+    entries = [
+        e for chunks in shards for c in chunks for e in weights.parameter_layout(SMALL, c).values()
+    ]
     held = [piece.hf_name for entry in entries if entry.is_owner for piece in entry.pieces]
     assert len(held) == len(set(held))
     copies = {"model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight"}

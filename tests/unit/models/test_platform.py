@@ -25,7 +25,7 @@ import torch
 before = (torch.zeros, torch.Tensor.to, torch.cuda.current_device, torch.Tensor.type)
 from megatron_r1.models import platform
 assert before == (torch.zeros, torch.Tensor.to, torch.cuda.current_device, torch.Tensor.type)
-platform.prepare()
+platform.prepare_process()
 assert torch.zeros(2, device="cuda").device == platform.CPU_DEVICE
 assert torch.ones(2).cuda().to("cuda").type() == "torch.cuda.FloatTensor"
 torch.cuda.manual_seed(3); state = torch.cuda.get_rng_state(); a = torch.rand(4)
@@ -83,7 +83,7 @@ def test_a_gpu_with_transformer_engine_uses_it(a_gpu):
 def test_another_megatron_is_an_error_that_names_both_versions(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.19.0")
     with refused("megatron-core", Cause.CONFLICT, "0.19.0", platform.MEGATRON_VERSION):
-        platform.prepare()
+        platform.prepare_process()
 
 
 @pytest.mark.parametrize(("found", "warns"), [("2.11.0", True), ("2.20.2+cu13.abc", False)])

@@ -73,7 +73,7 @@ def test_every_rank_s_count_is_its_layout_s():
         expected = 0
         for chunk in job.pipeline_stages[rank]:
             at = {"tp": (0, 2), "ep": (0, 4), "etp": (0, 1)}
-            entries = weights.layout(V3, weights.Shard(**{**vars(chunk), **at}))
+            entries = weights.parameter_layout(V3, weights.Shard(**{**vars(chunk), **at}))
             expected += sum(math.prod(entry.shape) for entry in entries.values())
         found = counts.rank_counts(rank)
         assert found.parameters + found.buffers == expected, rank

@@ -5,7 +5,7 @@ from collections import defaultdict
 from weight_shards import shard
 
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.weights import layout
+from megatron_r1.models.weights import parameter_layout
 from megatron_r1.push.plan import EngineLayout, Region, TrainerGrid
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
 from tools.bench.push.small_model import rank_coordinate
@@ -55,7 +55,7 @@ def held(hf_config: dict, grid: TrainerGrid, rank: int) -> dict[str, list[Region
         etp=(place.expert_tensor, grid.expert_tensor),
     )
     regions = defaultdict(list)
-    for entry in layout(hf_config, at).values():
+    for entry in parameter_layout(hf_config, at).values():
         for piece in entry.pieces:
             # Only rectangles are compared here: the other dimension is whole.
             shape = entry.shape if piece.dim == 0 else (entry.shape[0], None)

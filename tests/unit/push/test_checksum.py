@@ -9,7 +9,7 @@ import pytest
 import torch
 import xxhash
 
-from megatron_r1.push.checksum import LOOPS, RunningChecksum, checksum, copy_with_checksum
+from megatron_r1.push.checksum import LOOPS, RunningChecksum, copy_with_checksum, tensor_checksum
 
 CHECKSUMS = sys.modules[RunningChecksum.__module__]
 
@@ -49,7 +49,7 @@ def test_the_checksum_is_that_of_a_loop_over_words_and_the_copy_is_exact(
     monkeypatch.setattr(CHECKSUMS, "CACHE_BYTES", 100 * 2 * width)
     source = bits(height, pitch)[:, left : left + width]
     expected = defined(source)
-    assert checksum(source) == checksum(source.clone()) == expected
+    assert tensor_checksum(source) == tensor_checksum(source.clone()) == expected
     for shift in (0, 3):  # of the target's columns
         around = bits(height + 2, width + 64, seed=1)
         known, reports = around.clone(), []
@@ -69,7 +69,7 @@ def test_tensors_that_do_not_match_are_refused_before_a_byte_is_written():
 
 def test_a_transposed_source_has_the_checksum_of_its_elements():
     source = bits(192, 70).T
-    assert checksum(source) == checksum(source.contiguous()) == defined(source)
+    assert tensor_checksum(source) == tensor_checksum(source.contiguous()) == defined(source)
     for target in (torch.zeros(70, 192, dtype=torch.int16), torch.zeros_like(source)):
         assert copy_with_checksum(target, source) == defined(source)
         assert torch.equal(target, source)
@@ -106,7 +106,7 @@ def test_every_kind_of_damage_changes_the_checksum():
     damaged["a row missing"][5] = 0
     damaged["a row again"] = values.clone()
     damaged["a row again"][6] = values[5]
-    assert len({checksum(each) for each in damaged.values()}) == len(damaged)
+    assert len({tensor_checksum(each) for each in damaged.values()}) == len(damaged)
 
 
 def test_errors_that_cancel_out_in_plain_sums_change_the_checksum():
@@ -124,13 +124,13 @@ def test_errors_that_cancel_out_in_plain_sums_change_the_checksum():
     signs[:, 3::4] ^= sign
     damaged["a second difference"] = bent = values.clone()
     bent[[7, 8, 9], 0] += torch.tensor([1, -2, 1], dtype=torch.int16)
-    assert len({checksum(each) for each in damaged.values()}) == len(damaged)
+    assert len({tensor_checksum(each) for each in damaged.values()}) == len(damaged)
 
     one_hot = torch.zeros(1024, 64)
     one_hot[torch.arange(1024), torch.arange(1024) % 64] = 1.0
     swapped = one_hot.clone()
     swapped[[0, 16]] = swapped[[16, 0]]
-    assert checksum(one_hot) != checksum(swapped)
+    assert tensor_checksum(one_hot) != tensor_checksum(swapped)
 
 
 @pytest.mark.parametrize(

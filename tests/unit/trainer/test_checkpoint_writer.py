@@ -6,7 +6,7 @@ from syncs import recorded_syncs
 
 from megatron_r1.models import platform
 
-platform.prepare()
+platform.prepare_process()
 
 from megatron_r1.trainer.checkpoints import checkpoint_folders, writer  # noqa: E402
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, partial_path  # noqa: E402

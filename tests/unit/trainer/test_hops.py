@@ -6,7 +6,7 @@ import pytest
 
 from megatron_r1.models import platform
 
-platform.prepare()
+platform.prepare_process()
 
 from megatron.core.pipeline_parallel.schedules import get_schedule_table  # noqa: E402
 from megatron.core.transformer.pipeline_parallel_layer_layout import (  # noqa: E402

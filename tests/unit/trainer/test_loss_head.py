@@ -12,7 +12,7 @@ from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
 from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.trainer.loss_head import LossHead, TokenWeights
-from megatron_r1.trainer.losses import supervised
+from megatron_r1.trainer.losses import supervised_loss
 from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
@@ -110,7 +110,7 @@ def test_an_update_that_asks_for_log_probabilities_alone_leaves_those_of_the_old
 
 def test_supervised_loss_is_the_negative_log_likelihood_of_the_responses():
     batch, head = micro_batch()
-    terms = supervised(batch, head)
+    terms = supervised_loss(batch, head)
     expected = -sum(logprobs_of(head, rows, tokens).sum() for rows, tokens, _ in responses())
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert terms.denominator.item() == 6
@@ -172,7 +172,7 @@ def test_the_engine_s_log_probabilities_weigh_the_loss_when_asked():
 
 
 def test_a_micro_batch_without_samples_has_a_loss_and_gradient_of_zero():
-    for loss, settings in ((supervised, None), (grpo_loss, GRPO)):
+    for loss, settings in ((supervised_loss, None), (grpo_loss, GRPO)):
         batch, head = micro_batch(samples=[])
         terms = loss(batch, head, settings)
         terms.loss.backward()

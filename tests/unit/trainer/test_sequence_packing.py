@@ -11,7 +11,7 @@ from megatron_r1.base.user_code import find_function
 from megatron_r1.controller.trainer_calls.packing import pack_by_prompt
 from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.models.shared_prefixes import marked_prefixes
-from megatron_r1.trainer.losses import denominator, supervised
+from megatron_r1.trainer.losses import loss_denominator, supervised_loss
 from megatron_r1.trainer.prefix_matching import MIN_SHARED_TOKENS
 from megatron_r1.trainer.sequence_packing import check_token_ids, pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
@@ -49,14 +49,14 @@ def test_padding_for_sequence_parallelism_adds_a_sample_that_counts_nothing():
 def test_a_microbatch_without_samples_counts_nothing():
     b = pack_batch([], TokenSplit(tensor_size=2), CPU)
     assert b.input_ids.shape == (1, 2) and len(b.response_positions) == 0
-    assert denominator(b, "sequence") == 0 and denominator(b, "token") == 0
+    assert loss_denominator(b, "sequence") == 0 and loss_denominator(b, "token") == 0
 
 
 def test_denominators_count_response_tokens_or_responses():
-    assert denominator(batch(), "token") == 5
-    assert denominator(batch(), "sequence") == denominator(batch(), "constant") == 2
+    assert loss_denominator(batch(), "token") == 5
+    assert loss_denominator(batch(), "sequence") == loss_denominator(batch(), "constant") == 2
     with raised(ValueError, "sequence"):
-        denominator(batch(), "sample")
+        loss_denominator(batch(), "sample")
 
 
 def test_given_tokens_between_sampled_ones_count_nothing():
@@ -72,7 +72,7 @@ def test_given_tokens_between_sampled_ones_count_nothing():
     assert b.logprobs["teacher"].tolist() == [0, -7.0, 0, 0, -8.0, 0, -9.0, 0]
     assert b.sequence_weights.tolist() == [0, 0.125, 0, 0, 0.125, 0, 1.0, 0]
     # The first is not the first branch of its episode.
-    assert denominator(b, "token") == 3 and denominator(b, "sequence") == 1
+    assert loss_denominator(b, "token") == 3 and loss_denominator(b, "sequence") == 1
     assert pack_batch([second], TokenSplit(), CPU).sequence_weights is None
 
 
@@ -213,7 +213,7 @@ def test_samples_of_one_prompt_are_packed_together_as_far_as_the_limit_goes():
 
 def test_a_response_may_be_empty():
     b = pack_batch([Sample.pack([3, 4], [])], TokenSplit(), CPU)
-    assert len(b.response_positions) == 0 and denominator(b, "sequence") == 1
+    assert len(b.response_positions) == 0 and loss_denominator(b, "sequence") == 1
 
 
 def test_samples_that_do_not_fit_together_are_refused():
@@ -224,7 +224,7 @@ def test_samples_that_do_not_fit_together_are_refused():
 
 
 def test_a_loss_is_found_by_name_or_refused():
-    assert find_function("megatron_r1.trainer.losses:supervised") is supervised
+    assert find_function("megatron_r1.trainer.losses:supervised_loss") is supervised_loss
     with raised(ValueError, "nowhere"):
         find_function("nowhere:x")
 

@@ -8,7 +8,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_r1.models import platform
 
-platform.prepare()
+platform.prepare_process()
 
 from megatron_r1.trainer.checkpoints.staging import AddressRanges, StagingBuffers  # noqa: E402
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_r1.trainer.critic import explained_variance, value_loss
-from megatron_r1.trainer.metrics import merge
+from megatron_r1.trainer.metrics import merge_reports
 
 ROWS = [1, 2, 4, 6, 7]
 
@@ -37,7 +37,7 @@ def test_each_token_has_the_larger_of_the_plain_and_the_clipped_error(clip):
 
 def test_the_variance_that_values_explain_is_over_all_micro_batches():
     parts = [micro_batch(seed) for seed in (0, 1)]
-    merged = merge([value_loss(batch, new[None], None).metrics for batch, new in parts])
+    merged = merge_reports([value_loss(batch, new[None], None).metrics for batch, new in parts])
     metrics = {name: float(m.total) / float(m.count) for name, m in merged.items()}
     returns = np.concatenate([batch.returns[ROWS].double() for batch, _ in parts])
     values = np.concatenate([batch.values[ROWS].double() for batch, _ in parts])

@@ -19,7 +19,7 @@ from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
 from tools.bench.fp8.losses import BASELINE, MODEL, WARMUP_STEPS, Language, variant_settings
 
-LOSS = "megatron_r1.trainer.losses:supervised"
+LOSS = "megatron_r1.trainer.losses:supervised_loss"
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
-from megatron_r1.models.weights.layout import Shape, hf_tensors, layout, stage_shards
+from megatron_r1.models.weights.layout import Shape, hf_tensors, parameter_layout, stage_shards
 from megatron_r1.models.weights.table import Piece, weight_table
 
 _EXPERT = re.compile(
@@ -102,7 +102,7 @@ def stored_layout(
     shard = replace(shard, transformer_engine=fused_norms)
     result = StoredLayout()
     first_axes: dict[str, list[int]] = {}
-    for name, entry in layout(hf_config, shard).items():
+    for name, entry in parameter_layout(hf_config, shard).items():
         key, index = _stored_name(name, stacked)
         runs = tuple(_run_of_rows(piece, entry.shape) for piece in entry.pieces)
         result.slots.append(StoredParameter(key, index, entry.shape, runs))

@@ -8,7 +8,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.config.model import LoraConfig
-from megatron_r1.models.weights import Shard, hf_tensors, layout
+from megatron_r1.models.weights import Shard, hf_tensors, parameter_layout
 from megatron_r1.models.weights.adapter_table import (
     adapter_shapes,
     adapter_table,
@@ -61,7 +61,7 @@ def test_every_row_and_column_of_a_factor_has_one_owner_and_lies_beside_its_weig
     table = adapter_table(hf_config, LoraConfig(rank=3, targets=targets))
     written = defaultdict(list)
     for shard in ranks(*grid):
-        weights = layout(hf_config, shard)
+        weights = parameter_layout(hf_config, shard)
         for name, entry in layout_from_table(table, shard).items():
             axis = shard.etp if entry.is_expert else shard.tp
             # One of the ranks that differ only in the other kind of tensor rank.

@@ -7,7 +7,7 @@ import torch
 
 from megatron_r1.models import platform
 
-platform.prepare()
+platform.prepare_process()
 
 from megatron_r1.models.weights.adapter_module import (  # noqa: E402
     Adapter,

@@ -57,9 +57,9 @@ def test_a_score_model_is_the_language_model_with_another_head(tmp_path, name):
     assert after == before
     # Whole on every tensor rank, written by the first; on the last stage alone.
     for rank in range(2):
-        entry = weights.layout(score, shard(score, tp=(rank, 2)))["score.weight"]
+        entry = weights.parameter_layout(score, shard(score, tp=(rank, 2)))["score.weight"]
         assert entry.shape == (1, 16) and entry.is_owner == (rank == 0)
-    first = weights.layout(score, shard(score, pp=(0, 2)))
+    first = weights.parameter_layout(score, shard(score, pp=(0, 2)))
     assert "score.weight" not in first and "output_layer.weight" not in first
     assert stored_layout(score).shapes["score.weight"] == (1, 16)
 

@@ -233,7 +233,7 @@ def test_owners_hold_every_element_exactly_once_on_every_grid(hf_config, transfo
                 etp=(x, etp),
                 transformer_engine=transformer_engine,
             )
-            for entry in weights.layout(hf_config, at).values():
+            for entry in weights.parameter_layout(hf_config, at).values():
                 # The other axes' replicas hold the same: count each kind once along its own axes.
                 replica = (t > 0) if entry.is_expert else (e > 0 or x > 0)
                 if entry.is_owner and not replica:
@@ -252,7 +252,7 @@ def test_owners_hold_every_element_exactly_once_on_every_grid(hf_config, transfo
 
 def test_transformer_engines_names_replace_megatrons():
     at = shard(SMALL_DEEPSEEK, ep=(1, 2), transformer_engine=True)
-    names = weights.layout(SMALL_DEEPSEEK, at)
+    names = weights.parameter_layout(SMALL_DEEPSEEK, at)
     assert names["decoder.layers.1.mlp.experts.linear_fc2.weight3"].pieces[0].hf_name == (
         "model.layers.1.mlp.experts.7.down_proj.weight"
     )
@@ -263,7 +263,7 @@ def test_transformer_engines_names_replace_megatrons():
         "mtp.layers.0.transformer_layer.self_attention.linear_q_up_proj.layer_norm_weight",
     ):
         assert name in names
-    dense = weights.layout(SMALL_QWEN, shard(SMALL_QWEN, transformer_engine=True))
+    dense = weights.parameter_layout(SMALL_QWEN, shard(SMALL_QWEN, transformer_engine=True))
     assert "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight" in dense
 
 
