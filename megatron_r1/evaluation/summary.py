@@ -194,9 +194,12 @@ async def _cons_at_k_curve(
     curve = {}
     for size in sizes:
         index_sets = index_subsets(len(groups[0]), size, seed)
-        scores = [
-            fmean(voted_reward([answers[i] for i in s], [scored[i] for i in s]) for s in index_sets)
-            for answers, scored in zip(answer_groups, rewards, strict=True)
+        voted_means = [
+            fmean(
+                voted_reward([answers[i] for i in s], [group_rewards[i] for i in s])
+                for s in index_sets
+            )
+            for answers, group_rewards in zip(answer_groups, rewards, strict=True)
         ]
-        curve[size] = estimate_mean(scores, seed)
+        curve[size] = estimate_mean(voted_means, seed)
     return curve

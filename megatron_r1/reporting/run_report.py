@@ -124,7 +124,7 @@ def write_report(
 
 
 def run_headline(folder: RunFolder) -> str:
-    """Return the result of a run as a sentence, with its verdict (`outcome.score_verdict`)."""
+    """Return the result of a run as a sentence, with its verdict (`outcome.change_verdict`)."""
     metrics = folder.read_metrics()
     sentence = outcome_sentence(metrics, merge_evaluations([*metrics, *folder.read_evaluations()]))
     kind = str((folder.read_config().get("data") or {}).get("kind") or "")
