@@ -33,11 +33,11 @@ from megatron_r1.config import Config
 from megatron_r1.why import page
 from megatron_r1.why.checks.reruns import RERUNS
 from megatron_r1.why.comparison import EQUAL, NOT_CHECKED, Report
-from megatron_r1.why.examination import examine
+from megatron_r1.why.examination import examine_step
 from megatron_r1.why.record.step_reader import (
     ExaminableStep,
-    choose,
-    examinable,
+    choose_step,
+    examinable_steps,
     open_run,
     read_step,
 )
@@ -76,10 +76,10 @@ def run(
     kinds = _parse_reruns(rerun)
     num_bytes = _num_bytes(memory)
     folder, settings = open_run(Path(run))
-    steps = examinable(folder, settings)
-    chosen_step = choose(steps, _parse_step(step), folder.path)
+    steps = examinable_steps(folder, settings)
+    chosen_step = choose_step(steps, _parse_step(step), folder.path)
     recorded_step = read_step(folder, settings, chosen_step.step)
-    report = examine(
+    report = examine_step(
         recorded_step,
         num_bytes,
         kinds,
@@ -88,7 +88,7 @@ def run(
     )
     if json is not None:
         atomic_write(Path(json), _as_json(report, steps))
-    page_path = page.write(report, recorded_step)
+    page_path = page.write_page(report, recorded_step)
     print(
         "\n".join(
             [*_describe_steps(steps, chosen_step), *_report_lines(report), f"page: {page_path}"]

@@ -22,7 +22,7 @@ from megatron_r1.why.checks import (
 )
 from megatron_r1.why.comparison import CannotRecompute, ComparedQuantity, Report, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.suspicions import suspicions
+from megatron_r1.why.suspicions import find_suspicions
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 Check = Callable[[RecordedStep], list[ComparedQuantity]]
 WeightCheck = Callable[[RecordedStep, "Recomputation"], list[ComparedQuantity]]
 RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
-    ("files", "questions of the step", questions.check),
-    ("files", "files", files.check),
+    ("files", "questions of the step", questions.check_questions),
+    ("files", "files", files.check_files),
     ("sampling", "settings of the engines", sampling.check_settings),
-    ("rewards", "rewards", rewards.check),
+    ("rewards", "rewards", rewards.check_rewards),
     ("schedule", "learning rate", schedule.check_rates),
     ("checkpoint", "checkpoints", checkpoints.check_states),
 )
@@ -50,7 +50,7 @@ WEIGHT_CHECKS: tuple[tuple[str, str, WeightCheck], ...] = (
 """Checks that recompute with the model's weights, likewise."""
 
 
-def examine(
+def examine_step(
     step: RecordedStep,
     memory: int | None = None,
     kinds: Sequence[str] = (),
@@ -67,9 +67,9 @@ def examine(
         show_progress: called with a line for each departure as soon as it is known, and before a
             search for its cause; None: nothing is shown."""
     from megatron_r1.why.policy.policy_models import threads_for
-    from megatron_r1.why.update.recomputation import Recomputation, ignore
+    from megatron_r1.why.update.recomputation import Recomputation, ignore_line
 
-    recomputation = Recomputation(step, memory, show_progress or ignore)
+    recomputation = Recomputation(step, memory, show_progress or ignore_line)
     report = Report(step.step)
 
     def add(comparisons: list[ComparedQuantity]) -> None:
@@ -82,9 +82,9 @@ def examine(
         for family, name, recompute in WEIGHT_CHECKS:
             recomputation.searches_causes = not report.departs_before("loss")
             add(_run_check(family, name, partial(recompute, step, recomputation)))
-        reruns.refine(report, step, recomputation, kinds, notify)
-        report.curves = engine_logprobs.departures(recomputation)
-    report.suspicions = suspicions(step) if report.first_departure is None else []
+        reruns.refine_by_reruns(report, step, recomputation, kinds, notify)
+        report.curves = engine_logprobs.departure_curves(recomputation)
+    report.suspicions = find_suspicions(step) if report.first_departure is None else []
     return report
 
 

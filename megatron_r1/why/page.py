@@ -21,7 +21,7 @@ MAX_TEXT_CHARACTERS = 3000
 FIGURE_SIZE = (5.2, 2.7)
 
 
-def write(report: Report, step: RecordedStep) -> Path:
+def write_page(report: Report, step: RecordedStep) -> Path:
     """Write why.html into the run's folder and return its path."""
     first = report.first_departure
     html = render_page(

@@ -16,7 +16,7 @@ MIN_ENTROPY_FRACTION = 0.2
 SMALL_KL = 1e-4
 
 
-def suspicions(step: RecordedStep) -> list[str]:
+def find_suspicions(step: RecordedStep) -> list[str]:
     """Return one sentence per figure that may explain the run's course, or one that none does."""
     candidates = [
         _check_equal_groups(step),

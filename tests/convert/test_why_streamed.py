@@ -31,7 +31,7 @@ from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import NotInMemory, PolicyModels
 from megatron_r1.why.policy.streamed_model import StreamedModel, StreamMemory, stream_memory
 from megatron_r1.why.policy.tensor_source import AdapterTensors, TensorSource
-from megatron_r1.why.policy.token_logprobs import TokenRow, join_rows, logprobs
+from megatron_r1.why.policy.token_logprobs import TokenRow, join_rows, sampled_logprobs
 from megatron_r1.why.policy.transformers_adapters import attach_adapters
 
 AMPLE = StreamMemory(10**9, 1000, reads_experts=False)
@@ -94,12 +94,12 @@ def test_streamed_layers_give_what_the_whole_model_gives(name, convert, tmp_path
     rows = rows_of()
     rows += [cut(rows[0]), join_rows(rows[:2], restarts=True), join_rows(rows[:2], restarts=False)]
     model = read_model(tmp_path / "checkpoint", folder)
-    expected = logprobs(model, rows, [1.0, 0.6])
+    expected = sampled_logprobs(model, rows, [1.0, 0.6])
     for source, memory in ((folder, AMPLE), (tmp_path / "checkpoint", TIGHT)):
-        found = streamed_model.logprobs(streamed(source, folder, memory), rows, [1.0, 0.6])
+        found = streamed_model.sampled_logprobs(streamed(source, folder, memory), rows, [1.0, 0.6])
         for values, whole in zip(found, expected, strict=True):
             assert_equal(values, whole)
-    assert (expected[0][0] - logprobs(model, rows_of((9,)), [0.6])[0][0]).abs().max() > 1e-3
+    assert (expected[0][0] - sampled_logprobs(model, rows_of((9,)), [0.6])[0][0]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("memory", [AMPLE, TIGHT])
@@ -118,9 +118,10 @@ def test_recorded_experts_are_replayed_and_the_own_are_seen(memory, tmp_path):
         )
         for row in rows_of()
     ]
-    (expected,), (replayed,) = logprobs(whole, rows), streamed_model.logprobs(model, rows, [1.0])
+    (expected,) = sampled_logprobs(whole, rows)
+    (replayed,) = streamed_model.sampled_logprobs(model, rows, [1.0])
     assert_equal(replayed, expected)
-    assert (replayed[0] - logprobs(whole, rows_of())[0][0]).abs().max() > 1e-4
+    assert (replayed[0] - sampled_logprobs(whole, rows_of())[0][0]).abs().max() > 1e-4
 
 
 class Counted(TensorSource):
@@ -143,7 +144,7 @@ def counted_pass(name: str, folder: Path, memory: StreamMemory) -> tuple[Streame
     model = streamed(folder, folder, memory)
     source = Counted(folder, read_hf_config(str(folder)))
     source.names, source.live, source.peak = [], 0, 0
-    streamed_model.logprobs(model.with_source(source), rows_of((60, 60, 60)), [1.0])
+    streamed_model.sampled_logprobs(model.with_source(source), rows_of((60, 60, 60)), [1.0])
     return model, source
 
 
@@ -211,13 +212,13 @@ def test_adapters_are_added_as_they_are_to_the_whole_model(tmp_path):
         rows, columns = model.source.shapes[f"{layer}.weight"]
         factors[layer + A] = torch.randn(2, columns, generator=draw)
         factors[layer + B] = torch.randn(rows, 2, generator=draw)
-    before = logprobs(whole, rows_of())[0]
+    before = sampled_logprobs(whole, rows_of())[0]
     attach_adapters(whole, list(factors), factors.__getitem__, 0.5)
     adapted = model.source.with_adapters(
         AdapterTensors(frozenset(factors), factors.__getitem__, 0.5)
     )
-    found = streamed_model.logprobs(model.with_source(adapted), rows_of(), [1.0])[0]
-    assert_equal(found, logprobs(whole, rows_of())[0])
+    found = streamed_model.sampled_logprobs(model.with_source(adapted), rows_of(), [1.0])[0]
+    assert_equal(found, sampled_logprobs(whole, rows_of())[0])
     assert (found[0] - before[0]).abs().max() > 1e-2
 
 
@@ -226,7 +227,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
     model = streamed(folder, folder)
     model.source.shapes.pop("model.norm.weight")
     with pytest.raises(CannotRecompute, match=r"0 of the .* values of model.norm.weight"):
-        streamed_model.logprobs(model, rows_of(), [1.0])
+        streamed_model.sampled_logprobs(model, rows_of(), [1.0])
     wide = streamed(folder, folder_of("qwen-untied", tmp_path / "untied"))
     with pytest.raises(CannotRecompute, match=r"has no lm_head.weight"):
         wide.with_source(TensorSource(folder, wide.source._hf_config)).head()
@@ -311,7 +312,9 @@ def test_the_change_from_a_folder_to_a_checkpoint_is_that_of_their_tensors(conve
     gaps = {name: after[name].double() - before[name].double() for name in before}
     largest = {name: float(gap.abs().max()) for name, gap in gaps.items()}
     norm = sum(float(gap.square().sum()) for gap in gaps.values()) ** 0.5
-    found = checkpoint_tensors.change(folders[0], tmp_path / "checkpoint", folders[0], False)
+    found = checkpoint_tensors.find_largest_change(
+        folders[0], tmp_path / "checkpoint", folders[0], False
+    )
     worst = max(largest, key=lambda name: largest[name])
     assert found == (worst, pytest.approx(largest[worst]), pytest.approx(norm))
 

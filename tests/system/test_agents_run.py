@@ -11,7 +11,7 @@ from command_line import command, environment, run
 from lookup_base import ROOT, lines
 
 from megatron_r1.why.comparison import EQUAL
-from megatron_r1.why.examination import examine
+from megatron_r1.why.examination import examine_step
 from megatron_r1.why.record.step_reader import open_run, read_step
 
 
@@ -65,7 +65,7 @@ def test_episodes_from_a_part_of_the_vocabulary_are_of_one_policy(lookup_base, t
     for sequence in step.sequences:
         assert sequence.kept_ids is not None and sequence.kept_ids.counts.min() >= 1
     # By transformers.
-    found = {each.name: each for each in examine(step).comparisons}
+    found = {each.name: each for each in examine_step(step).comparisons}
     for name in ("tokens that the engines kept", "engines' log-probabilities"):
         assert found[name].status == EQUAL, str(found[name])
 

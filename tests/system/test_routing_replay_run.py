@@ -9,7 +9,7 @@ from command_line import run, write_model
 
 from megatron_r1.why.checks.policies import check_policies
 from megatron_r1.why.comparison import EQUAL
-from megatron_r1.why.examination import examine
+from megatron_r1.why.examination import examine_step
 from megatron_r1.why.record.step_reader import open_run, read_step
 from megatron_r1.why.update.recomputation import Recomputation
 
@@ -80,7 +80,7 @@ def why_recomputes_it(folder: Path) -> None:
     """`megatron-r1 why` recomputes log-probabilities and updates with the engine's experts. With
     settings that do not replay them, the trainer's log-probabilities depart."""
     step = read_step(*open_run(folder), 2)
-    by_name = {quantity.name: quantity for quantity in examine(step).comparisons}
+    by_name = {quantity.name: quantity for quantity in examine_step(step).comparisons}
     names = ("old policy of the trainer", "loss", "grad_norm", "change of the weights")
     assert [str(by_name[name]) for name in names if by_name[name].status != EQUAL] == []
     rl = step.run_config.rl.model_copy(update={"routing_replay": False})

@@ -10,7 +10,7 @@ import pytest
 from command_line import run, write_model
 
 from megatron_r1.why.comparison import EQUAL
-from megatron_r1.why.examination import examine
+from megatron_r1.why.examination import examine_step
 from megatron_r1.why.record.step_reader import open_run, read_step
 
 CUT = {"rollout.top_p": 0.8, "rollout.top_k": 24}
@@ -114,7 +114,7 @@ def test_engine_and_trainer_have_one_policy(recipes, layout):
             assert 0 < step["speculative/acceptance"] < 1, "no draft accepted, or none refused"
     # In the first mini-batch of a step both policies are the same; the second has moved.
     assert steps[0]["kl"] >= 0 and steps[0]["entropy"] > 0
-    report = examine(read_step(*open_run(folder), 2))
+    report = examine_step(read_step(*open_run(folder), 2))
     assert report.first_departure is None, [str(each) for each in report.comparisons]
     equal = {each.name for each in report.comparisons if each.status == EQUAL}
     assert equal >= {

@@ -21,7 +21,7 @@ from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode, enco
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.trainer.checkpoints.checkpoint_folders import write_manifest
 from megatron_r1.why.comparison import EQUAL, Report
-from megatron_r1.why.examination import examine
+from megatron_r1.why.examination import examine_step
 from megatron_r1.why.policy import policy_logprobs
 from megatron_r1.why.policy.checkpoint_model import STATE_PREFIX
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -76,7 +76,7 @@ def read(folder: Path, step: int = STEP) -> RecordedStep:
 
 def first(folder: Path, step: int = STEP, memory: int | None = None) -> tuple[str, str, Report]:
     """The first departure's quantity and its text, and all comparisons."""
-    report = examine(read(folder, step), memory)
+    report = examine_step(read(folder, step), memory)
     assert report.first_departure is not None, [str(each) for each in report.comparisons]
     return report.first_departure.name, str(report.first_departure), report
 
@@ -138,7 +138,7 @@ def overwrite(folder: Path, step: int, key: str, change) -> None:
 
 def test_nothing_departs_in_a_run_without_a_fault(kept):
     for step in (1, 3, 4):
-        report = examine(read(kept, step))
+        report = examine_step(read(kept, step))
         assert report.first_departure is None, str(report.first_departure)
         assert report.suspicions
     equal = {each.name for each in report.comparisons if each.status == "equal"}
@@ -180,7 +180,7 @@ def test_a_part_of_the_responses_is_recomputed_where_all_would_take_too_long(cop
     flops = recomputation.models.pass_flops
     stale = recomputation.policies.logprobs_after(STEP - 2)
     monkeypatch.setattr(policy_logprobs, "LOGPROB_FLOPS", flops / 2.5)
-    report = examine(step)
+    report = examine_step(step)
     assert report.first_departure is None, str(report.first_departure)
     engines = report.comparison("sampling", "engines' log-probabilities")
     num_computed = len(step.sequences[::3])
@@ -195,12 +195,12 @@ def test_a_part_of_the_responses_is_recomputed_where_all_would_take_too_long(cop
 
 def test_nothing_departs_in_a_run_whose_layers_are_read_one_by_one(kept):
     for step in (1, 4):
-        report = examine(read(kept, step), LITTLE)
+        report = examine_step(read(kept, step), LITTLE)
         assert report.first_departure is None, str(report.first_departure)
         by_name = {each.name: each for each in report.comparisons}
         names = ["engines' log-probabilities", "old policy of the trainer"]
         names += ["reference policy", "exported model"] if step == 4 else []
-        whole = {each.name: each for each in examine(read(kept, step)).comparisons}
+        whole = {each.name: each for each in examine_step(read(kept, step)).comparisons}
         for name in names:
             assert by_name[name].status == "equal"
             assert by_name[name].distance == pytest.approx(whole[name].distance, abs=1e-6)
@@ -219,7 +219,7 @@ def test_a_stale_engine_of_a_model_whose_layers_are_read_one_by_one(copy):
     assert "engine-1" in text and f"version {STEP - 2}" in text and "push" in text
     done = run("why", str(copy), "--step", str(STEP), "--memory", str(LITTLE / 1e9))
     assert done.returncode == 1 and f"version {STEP - 2}" in done.stdout
-    comparisons = examine(read(copy), LITTLE // 100).comparisons
+    comparisons = examine_step(read(copy), LITTLE // 100).comparisons
     (unread,) = (each for each in comparisons if each.name == name)
     assert unread.status == "not checked" and "0.0 GB are free" in unread.reason
     assert unread.reason.startswith("the largest layer without its experts")
@@ -445,7 +445,7 @@ def test_a_run_with_adapters(base):
     done = run("rl", base / "rl.yaml", "--run.folder", folder, *lora, *kept, *changed)
     assert done.returncode == 0, done.stdout + done.stderr
     step = read_step(*open_run(folder), 3)
-    report = examine(step)
+    report = examine_step(step)
     assert report.first_departure is None, str(report.first_departure)
     equal = {quantity.name for quantity in report.comparisons if quantity.status == EQUAL}
     needed = {"engines' log-probabilities", "old policy of the trainer", "reference policy"}
@@ -456,10 +456,10 @@ def test_a_run_with_adapters(base):
     model = step.run_config.model.model_copy(update={"lora": other_scale})
     config = step.run_config.model_copy(update={"model": model})
     for memory in (None, LITTLE):
-        report = examine(replace(step, run_config=config), memory)
+        report = examine_step(replace(step, run_config=config), memory)
         assert report.first_departure.name == "engines' log-probabilities"
         assert "adapters times 16 (alpha / √rank), not 8" in report.first_departure.reason
-    report = examine(step, LITTLE)
+    report = examine_step(step, LITTLE)
     assert report.first_departure is None, str(report.first_departure)
     equal = {quantity.name for quantity in report.comparisons if quantity.status == EQUAL}
     assert needed <= equal and not updates & equal

@@ -15,7 +15,7 @@ from megatron_r1.controller.loop import training_reward
 from megatron_r1.data.table_files import describe_json_error
 from megatron_r1.evaluation.verifier_errors import AUDITED_REWARDS, AnswerContent, AuditedResponse
 from megatron_r1.reporting.formatting import finite_metric
-from megatron_r1.why.record.step_reader import examinable, open_run, read_steps
+from megatron_r1.why.record.step_reader import examinable_steps, open_run, read_steps
 
 OPTION = "--audit"
 GROUP_FIELDS = ("group", "prompt_id", "question")
@@ -36,7 +36,7 @@ def read_run(path: Path) -> tuple[Config, list[AuditedResponse]]:
     Raises:
         UserError: no run, or none of its steps has a sample log."""
     folder, settings = open_run(path)
-    steps = [examinable_step.step for examinable_step in examinable(folder, settings)]
+    steps = [examinable_step.step for examinable_step in examinable_steps(folder, settings)]
     if not steps:
         raise UserError(
             f"{path}: no finished step has a sample log; start the run with "

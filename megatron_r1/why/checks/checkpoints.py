@@ -51,7 +51,7 @@ def check_states(step: RecordedStep) -> list[ComparedQuantity]:
     is_adapted = step.run_config.model.lora is not None and step.step == 1
     if step.checkpoint_before is not None and step.checkpoint_after is not None and not is_adapted:
         moves_bias = step.config.model.expert_bias_update_rate > 0
-        largest_change = checkpoint_tensors.change(
+        largest_change = checkpoint_tensors.find_largest_change(
             step.checkpoint_before, step.checkpoint_after, step.model, moves_bias
         )
         comparisons.append(_compare_size_of_change(step, *largest_change))

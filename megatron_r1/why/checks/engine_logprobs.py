@@ -34,7 +34,7 @@ from megatron_r1.why.comparison import (
 )
 from megatron_r1.why.formulas import kl_of_difference
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.rerun.rerun_verdicts import ENGINE_REMEDY, hint
+from megatron_r1.why.rerun.rerun_verdicts import ENGINE_REMEDY, rerun_hint
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
@@ -107,7 +107,7 @@ def _departing_comparison(
     cause = cause or ExplainedDeparture(
         f"mean |Δ| is {format_number(gaps.distance)}: the engine computes another function of "
         "these weights than transformers",
-        ENGINE_REMEDY + hint(gaps.step, "engine"),
+        ENGINE_REMEDY + rerun_hint(gaps.step, "engine"),
     )
     departures: dict[ResponseIndex, float] = {}  # of an episode its largest sequence's
     for sequence, gap in zip(gaps.sequences, gaps.gaps, strict=True):
@@ -148,7 +148,7 @@ def _find_explanation(gaps: EngineGaps) -> ExplainedDeparture | None:
     return None
 
 
-def departures(recomputation: Recomputation) -> list[DepartureCurve]:
+def departure_curves(recomputation: Recomputation) -> list[DepartureCurve]:
     """Return how far engines are from transformers over the position in the response; nothing where
     that could not be recomputed."""
     if "old_logprobs" not in vars(recomputation.engine_policy):

@@ -32,7 +32,7 @@ TAG_WORDS = re.compile("think|answer|tool")
 """Of special tokens that stand inside a response by right."""
 
 
-def check(step: RecordedStep) -> list[ComparedQuantity]:
+def check_files(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of a step's files."""
     return [
         *check_prompts(step),

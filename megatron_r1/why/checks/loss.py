@@ -13,7 +13,10 @@ from megatron_r1.reporting.formatting import finite_metric, format_number, forma
 from megatron_r1.why.checks.departing_terms import term_departure
 from megatron_r1.why.comparison import DEPARTS, EQUAL, ComparedQuantity, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.update.substitution_candidates import clip_substitution, substitutions
+from megatron_r1.why.update.substitution_candidates import (
+    candidate_substitutions,
+    clip_substitution,
+)
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
@@ -38,7 +41,7 @@ ABSOLUTE_TOLERANCES = {
 and tokens at the edge of a clip fall on either side."""
 UPDATE_TOLERANCE = {"float32": 2.0**-8, "bfloat16": 0.5}
 """Largest distance of the change of the weights, relative to it, where gradients are more than
-rounding (`model_distance.distances`)."""
+rounding (`parameter_distances`)."""
 MOMENT_TOLERANCE, MOMENT_TOLERANCE_16_BITS = {"float32": 2.0**-9, "bfloat16": 0.5}, 2.0**-6
 """Likewise of Adam's moments; the second where `optimizer.moments` has 16 bits."""
 CLEAR_EXPLANATION_FACTOR = 64
@@ -83,9 +86,9 @@ def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[Compare
         math.isinf(comparison.distance) for comparison in comparisons
     ):
         return comparisons
-    candidates = list(substitutions(step, recomputation))
+    candidates = list(candidate_substitutions(step, recomputation))
     _show_search(step, recomputation, comparisons, len(candidates))
-    if (best_explanation := explanation(step, recomputation, candidates)) is None:
+    if (best_explanation := find_explanation(step, recomputation, candidates)) is None:
         return _with_terms(comparisons, step, recomputation)
     substitution, updates = best_explanation
     text = (
@@ -235,7 +238,7 @@ def _format_value(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, int | float) else "no number"
 
 
-def explains(step: RecordedStep, updates: RecomputedUpdates) -> bool:
+def explains_record(step: RecordedStep, updates: RecomputedUpdates) -> bool:
     """Return whether updates have the recorded metrics, and the checkpoint after the step."""
     return are_recorded(step, updates.metrics) and not update_departs(step, updates)
 
@@ -283,7 +286,7 @@ def moments_limit(step: RecordedStep) -> float:
     )
 
 
-def explanation(
+def find_explanation(
     step: RecordedStep, recomputation: Recomputation, candidates: Sequence[Substitution]
 ) -> tuple[Substitution, RecomputedUpdates] | None:
     """Return the first substitution that explains what was recorded, and the updates with it.
@@ -296,7 +299,7 @@ def explanation(
     Args:
         step: what the run recorded of it.
         recomputation: its updates.
-        candidates: `substitutions` of the step."""
+        candidates: `candidate_substitutions` of the step."""
     estimates = [
         recomputation.estimates.distance(substitution, step.metrics_row)
         for substitution in candidates
@@ -305,7 +308,7 @@ def explanation(
     matches_record = partial(are_recorded, step)
     for index in order:
         first, updates = candidates[index], recomputation.run(candidates[index], matches_record)
-        if updates is None or not explains(step, updates):
+        if updates is None or not explains_record(step, updates):
             continue
         explanations = [(first, updates)]
         if (
@@ -324,7 +327,7 @@ def explanation(
             explanations += [
                 (substitution, other_updates)
                 for substitution, other_updates in other_values
-                if other_updates is not None and explains(step, other_updates)
+                if other_updates is not None and explains_record(step, other_updates)
             ]
         return min(
             explanations,
@@ -332,6 +335,6 @@ def explanation(
         )
     if (clip := recomputation.fitted_clip) is not None:
         updates = recomputation.run(fitted := clip_substitution(clip), matches_record)
-        if updates is not None and explains(step, updates):
+        if updates is not None and explains_record(step, updates):
             return fitted, updates
     return None

@@ -20,7 +20,7 @@ from megatron_r1.why.comparison import (
     with_untried,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
-from megatron_r1.why.rerun.rerun_verdicts import TRAINER_REMEDY, hint
+from megatron_r1.why.rerun.rerun_verdicts import TRAINER_REMEDY, rerun_hint
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
@@ -68,7 +68,7 @@ def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Compar
             reason=f"logprob_diff/mean is not a number in metrics.jsonl, {format_number(mean_gap)} "
             "recomputed",
             remedy="what makes NaN in the trainer: model.dtype, model.fusions, fp8, its checkpoint"
-            + hint(step, "trainer"),
+            + rerun_hint(step, "trainer"),
         )
     distance = abs(mean_gap - logged_gap)
     departs = distance > tolerance
@@ -79,7 +79,7 @@ def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Compar
         f"the trainer is {format_number(logged_gap)} from the engine, transformers "
         f"{format_number(mean_gap)}: the trainer computes old log-probabilities of other weights, "
         "or at another temperature",
-        TRAINER_REMEDY + hint(step, "trainer"),
+        TRAINER_REMEDY + rerun_hint(step, "trainer"),
     )
     return ComparedQuantity(
         POLICIES_STAGE,

@@ -34,7 +34,7 @@ from megatron_r1.why.rerun.rerun_verdicts import (
     HINT,
     Distances,
     RerunVerdict,
-    distance,
+    absolute_distance,
     engine_verdict,
     trainer_verdict,
 )
@@ -133,9 +133,7 @@ def _check_engine(
         write_policy(
             step, recomputation.models.num_parameters, folder, recomputation.models.free_bytes
         )
-        return await fresh_engine.compute_engine_logprobs(
-            step.run_config, folder, gaps.sequences, scratch
-        )
+        return await fresh_engine.score_sequences(step.run_config, folder, gaps.sequences, scratch)
 
     fresh_logprobs = run_in_scratch_folder(fresh_engine_logprobs)
     rollout = step.config.rollout
@@ -231,13 +229,15 @@ def _check_trainer(
     )
 
     async def measure(scratch: Path) -> single_rank.RankDistances:
-        return await single_rank.measure(step, recomputation.policies.old_logprobs, scratch)
+        return await single_rank.measure_distances(
+            step, recomputation.policies.old_logprobs, scratch
+        )
 
     rank_distances = run_in_scratch_folder(measure)
     recorded_distance = finite_metric(step.metrics_row, single_rank.METRIC)
     distances = Distances(
         refined_comparison.distance,
-        distance(
+        absolute_distance(
             math.nan if recorded_distance is None else recorded_distance, rank_distances.engine
         ),
         rank_distances.transformers,
@@ -266,7 +266,7 @@ RERUNS = {"engine": ENGINE, "trainer": TRAINER}
 """By the name that --rerun takes."""
 
 
-def refine(
+def refine_by_reruns(
     report: Report,
     step: RecordedStep,
     recomputation: Recomputation,

@@ -28,7 +28,7 @@ from megatron_r1.why.formulas import are_equal
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 
-def check(step: RecordedStep) -> list[ComparedQuantity]:
+def check_rewards(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of a step's rewards."""
     new_grades = grade_again(step)
     return [

@@ -97,7 +97,7 @@ class TensorSearch:
 
     def exchanged_tensors(self) -> ExplainedDeparture | None:
         """Try exchanges of tensors."""
-        for noun, sources in islice(exchanges(self._weights.tensors), MAX_TRIED):
+        for noun, sources in islice(tensor_exchanges(self._weights.tensors), MAX_TRIED):
             if self._mean_residual(self._effect_on_logprobs(sources)) > self._gaps.tolerance:
                 continue
             if (engine := self._explained_engine(sources)) is not None:
@@ -215,7 +215,7 @@ def module_groups(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return {noun: group for group, noun in noun_by_group.items()}
 
 
-def exchanges(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def tensor_exchanges(tensors: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield exchanges that keep all shapes: what is exchanged, and the tensors that have others'
     values. Modules of all layers come first, then of each layer, then layers.
 

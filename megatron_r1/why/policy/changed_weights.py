@@ -205,7 +205,7 @@ class ChangedWeights:
         saved_values = {name: self.tensors[name].clone() for name in values}
         try:
             self._fill_tensors(new_values)
-            (logprobs,) = token_logprobs.logprobs(
+            (logprobs,) = token_logprobs.sampled_logprobs(
                 self._model,
                 [self._policies.models.rows[index] for index in sequences],
                 [self._policies.temperature],

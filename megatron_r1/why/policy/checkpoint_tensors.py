@@ -97,7 +97,9 @@ def head_from_embedding(path: Path) -> float | None:
     return float((head - embedding).norm() / embedding.norm())
 
 
-def change(before: Path, after: Path, hf_files: Path, moves_bias: bool) -> tuple[str, float, float]:
+def find_largest_change(
+    before: Path, after: Path, hf_files: Path, moves_bias: bool
+) -> tuple[str, float, float]:
     """Return the tensor with the largest change of a number between two checkpoints, that change,
     and the norm of all changes.
 

@@ -18,7 +18,7 @@ its tensor's gradients."""
 
 
 @torch.no_grad()
-def distances(
+def parameter_distances(
     a: Any, b: Any, base: Any, second: Mapping[str, Tensor]
 ) -> dict[str, tuple[float, float]]:
     """Return of every parameter and buffer the norm of a - b, and that of b - base, float64.

@@ -223,7 +223,7 @@ class PolicyLogprobs:
 def logprobs_by_temperature(
     model: Any, rows: Sequence[TokenRow], temperatures: Sequence[float]
 ) -> list[list[Tensor]]:
-    """Return what `token_logprobs.logprobs` returns, of a whole or of a streamed model."""
+    """Return what `token_logprobs.sampled_logprobs` returns, of a whole or of a streamed model."""
     if isinstance(model, StreamedModel):
-        return streamed_model.logprobs(model, rows, temperatures)
-    return token_logprobs.logprobs(model, rows, temperatures)
+        return streamed_model.sampled_logprobs(model, rows, temperatures)
+    return token_logprobs.sampled_logprobs(model, rows, temperatures)

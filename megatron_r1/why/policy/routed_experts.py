@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.why.policy.token_logprobs import TokenRow, batches, token_logits
+from megatron_r1.why.policy.token_logprobs import TokenRow, length_batches, token_logits
 
 ROUTER_BIAS = "e_score_correction_bias"
 
@@ -46,7 +46,7 @@ def chosen_experts(model: Any, rows: Sequence[TokenRow]) -> dict[str, list[Tenso
     experts. Each is (sampled tokens, experts per token) int64; a dense model has no layers."""
     experts_by_layer: dict[str, list[Tensor]] = {}
     with seen_experts(model) as pass_experts:
-        for batch in batches(rows, model.config.vocab_size):
+        for batch in length_batches(rows, model.config.vocab_size):
             pass_experts.clear()
             token_logits(model, [rows[index] for index in batch])
             add_chosen(experts_by_layer, pass_experts, rows, batch)

@@ -1,7 +1,7 @@
 """Runs a transformers model with one decoder layer in memory at a time.
 
-`logprobs` and `chosen_experts` return what `token_logprobs` and `routed_experts` return of a whole
-model.
+`sampled_logprobs` and `chosen_experts` return what `token_logprobs` and `routed_experts` return of
+a whole model.
 
 A pass goes through all rows layer by layer: the model's own forward is run once for each batch with
 layers that do nothing, which gives what each layer is called with (embeddings, masks, positions);
@@ -28,8 +28,8 @@ from megatron_r1.why.policy.token_logprobs import (
     LOGITS_AT_ONCE,
     TOKENS_AT_ONCE,
     TokenRow,
-    batches,
     forward_inputs,
+    length_batches,
     row_replay,
     token_logprobs_and_entropies,
 )
@@ -100,7 +100,7 @@ class StreamedModel:
             rows: the sequences.
             note: called after each layer and batch with the indices of the batch's rows and the
                 experts that were chosen, by the name of the layer's experts."""
-        remaining_batches = list(batches(rows, self.config.vocab_size))
+        remaining_batches = list(length_batches(rows, self.config.vocab_size))
         while remaining_batches:
             num_batches, outputs = self._run_first_batches(remaining_batches, rows, note)
             del remaining_batches[:num_batches]
@@ -242,7 +242,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def logprobs(
+def sampled_logprobs(
     model: StreamedModel, rows: Sequence[TokenRow], temperatures: Sequence[float]
 ) -> list[list[Tensor]]:
     """Return the log-probability of every sampled token, float64, by temperature and row.

@@ -144,7 +144,7 @@ class TensorSource:
             expert: the row that is returned alone; None: all of it.
 
         Raises:
-            CannotRecompute: it is made otherwise of published tensors than `place` says."""
+            CannotRecompute: it is made otherwise of published tensors than `locate_tensor` says."""
         places = self._places_by_parameter.get(name, {})
         if None in places or (not places and name == HEAD_NAME):
             published = places[None][0][0] if places else HEAD_NAME
@@ -181,13 +181,13 @@ class TensorSource:
         """The published tensors of each parameter, by expert."""
         places: dict[str, dict[int | None, list[tuple[str, Place]]]] = {}
         for name in self.shapes:
-            part = place(name, self._hf_config)
+            part = locate_tensor(name, self._hf_config)
             by_expert = places.setdefault(part.parameter, {})
             by_expert.setdefault(part.expert, []).append((name, part))
         return places
 
 
-def place(name: str, hf_config: HFConfig) -> Place:
+def locate_tensor(name: str, hf_config: HFConfig) -> Place:
     """Return where a published tensor is in transformers' classes, which have the experts of a
     layer in one tensor, gate and up together.
 

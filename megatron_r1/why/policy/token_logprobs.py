@@ -66,7 +66,7 @@ class TokenRow:
         return not math.isnan(self.advantage)
 
 
-def batches(rows: Sequence[TokenRow], vocabulary: int) -> Iterator[list[int]]:
+def length_batches(rows: Sequence[TokenRow], vocabulary: int) -> Iterator[list[int]]:
     """Yield indices of rows of similar length, as many as fit into a pass."""
     max_tokens = min(TOKENS_AT_ONCE, LOGITS_AT_ONCE // vocabulary)
     batch: list[int] = []
@@ -157,7 +157,7 @@ def token_logprobs_and_entropies(
 
 
 @torch.no_grad()
-def logprobs(
+def sampled_logprobs(
     model: Any, rows: Sequence[TokenRow], temperatures: Sequence[float] = (1.0,)
 ) -> list[list[Tensor]]:
     """Return the log-probability of every sampled token, float64, by temperature and row.
@@ -169,7 +169,7 @@ def logprobs(
     logprobs_by_temperature: list[list[Tensor]] = [
         [torch.empty(0)] * len(rows) for _ in temperatures
     ]
-    for batch in batches(rows, model.config.vocab_size):
+    for batch in length_batches(rows, model.config.vocab_size):
         for index, logits in zip(
             batch, token_logits(model, [rows[row_index] for row_index in batch]), strict=True
         ):

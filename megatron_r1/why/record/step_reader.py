@@ -70,7 +70,7 @@ def open_run(path: Path) -> tuple[RunFolder, Config]:
     return folder, config
 
 
-def examinable(folder: RunFolder, config: Config) -> list[ExaminableStep]:
+def examinable_steps(folder: RunFolder, config: Config) -> list[ExaminableStep]:
     """Return the finished steps that have a sample log."""
     damage = cache(partial(_describe_damage, folder))
     steps = []
@@ -96,7 +96,7 @@ def _lines_by_step(folder: RunFolder) -> dict[int, dict[str, Any]]:
     return {line["step"]: line for line in folder.read_metrics()}
 
 
-def choose(steps: Sequence[ExaminableStep], step: int | None, folder: Path) -> ExaminableStep:
+def choose_step(steps: Sequence[ExaminableStep], step: int | None, folder: Path) -> ExaminableStep:
     """Return the step to examine: the wanted one, or the newest with most left of it.
 
     Args:

@@ -28,7 +28,7 @@ TRAINER_REMEDY = (
 )
 
 
-def hint(step: RecordedStep, kind: str) -> str:
+def rerun_hint(step: RecordedStep, kind: str) -> str:
     """Return the command that makes a rerun, to be put behind a remedy.
 
     Args:
@@ -89,14 +89,14 @@ class RerunVerdict(NamedTuple):
     remedy: str = ""
 
 
-def distance(a: float, b: float) -> float:
+def absolute_distance(a: float, b: float) -> float:
     """Return |a - b|: 0 where neither is finite, infinite where one of them is not."""
     if math.isfinite(a) and math.isfinite(b):
         return abs(a - b)
     return math.inf if math.isfinite(a) or math.isfinite(b) else 0.0
 
 
-def nearest(distances: Distances, tolerance: float, recorded_departs: bool) -> NearestSide:
+def nearest_side(distances: Distances, tolerance: float, recorded_departs: bool) -> NearestSide:
     """Return the side that a rerun is on.
 
     Of a departure of little more than the tolerance both sides may be within it of the rerun, and
@@ -121,7 +121,7 @@ def engine_verdict(distances: Distances, tolerance: float, recorded_departs: boo
         distances: the distances; `recorded_to_rerun` NaN: the run's sampling cannot be scored.
         tolerance: the largest distance that is rounding.
         recorded_departs: whether the logged log-probabilities depart from transformers'."""
-    side = nearest(distances, tolerance, recorded_departs)
+    side = nearest_side(distances, tolerance, recorded_departs)
     if not recorded_departs:
         return _verdict_without_departure(
             side,
@@ -170,7 +170,7 @@ def trainer_verdict(
         tolerance: the largest distance that is rounding.
         recorded_departs: whether the trainer's recorded distance departs from transformers'.
         layout: the run's layout as text; "" for one rank."""
-    side = nearest(distances, tolerance, recorded_departs)
+    side = nearest_side(distances, tolerance, recorded_departs)
     if not recorded_departs:
         return _verdict_without_departure(
             side,

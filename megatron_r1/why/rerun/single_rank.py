@@ -78,7 +78,9 @@ def check_rank(step: RecordedStep, num_parameters: int, free_bytes: int) -> None
         )
 
 
-async def measure(step: RecordedStep, logprobs: Sequence[np.ndarray], logs: Path) -> RankDistances:
+async def measure_distances(
+    step: RecordedStep, logprobs: Sequence[np.ndarray], logs: Path
+) -> RankDistances:
     """Start one rank, load the weights before the step, and return its distances.
 
     Args:

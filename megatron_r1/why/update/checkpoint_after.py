@@ -88,7 +88,7 @@ class CheckpointAfter:
             adam: the optimizer that made them."""
         if self.model is None:
             return None, []
-        distance = model_distance.distances(
+        distance = model_distance.parameter_distances(
             model, self.model, self._inputs.trained_model, adam.second_moments
         )
         total_gap = sum(gap**2 for gap, _ in distance.values()) ** 0.5

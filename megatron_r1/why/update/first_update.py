@@ -10,7 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from megatron_r1.why.policy.routed_experts import seen_experts
-from megatron_r1.why.policy.token_logprobs import LOGITS_AT_ONCE, TokenRow, batches, token_logits
+from megatron_r1.why.policy.token_logprobs import (
+    LOGITS_AT_ONCE,
+    TokenRow,
+    length_batches,
+    token_logits,
+)
 from megatron_r1.why.policy.transformers_adapters import trained_parameters
 from megatron_r1.why.update.adam import Moments
 from megatron_r1.why.update.loss_formulas import Update
@@ -120,7 +125,7 @@ def first_update(
     trained_rows = list(rows_by_index.values())
     num_tokens = sum(  # of each batch the first row is the longest
         len(batch) * len(trained_rows[batch[0]].token_ids)
-        for batch in batches(trained_rows, vocabulary)
+        for batch in length_batches(trained_rows, vocabulary)
     )
     if num_parameters > MAX_PARAMETERS or num_tokens * vocabulary > MAX_LOGITS:
         return None

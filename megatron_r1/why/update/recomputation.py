@@ -55,7 +55,7 @@ class RecomputedUpdates:
     moment_distance: float | None = None
 
 
-def ignore(line: str) -> None:
+def ignore_line(line: str) -> None:
     """Show nothing."""
 
 
@@ -84,7 +84,7 @@ class Recomputation:
         self,
         step: RecordedStep,
         memory: int | None = None,
-        show_progress: Callable[[str], None] = ignore,
+        show_progress: Callable[[str], None] = ignore_line,
     ) -> None:
         self.step, self.show_progress = step, show_progress
         self._shown_departures: set[tuple[str, str]] = set()

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_r1.why.policy.routed_experts import RouterBiases
 from megatron_r1.why.policy.token_logprobs import (
     TokenRow,
-    batches,
+    length_batches,
     token_logprobs_and_entropies,
 )
 from megatron_r1.why.policy.transformers_adapters import trained_parameters
@@ -28,7 +28,7 @@ from megatron_r1.why.update.loss_formulas import (
     LossRules,
     Totals,
     Update,
-    denominator,
+    loss_denominator,
     row_terms,
 )
 from megatron_r1.why.update.loss_terms import TermGradients, add_gradients
@@ -192,7 +192,7 @@ class StepUpdates:
         indices, values = list(rows), list(rows.values())
         return [
             {indices[i]: values[i] for i in batch}
-            for batch in batches(values, self.model.config.vocab_size)
+            for batch in length_batches(values, self.model.config.vocab_size)
         ]
 
     def _compute_update(
@@ -220,7 +220,7 @@ class StepUpdates:
         first_update = self._first_update if index == 0 else None
         if first_update is not None and not first_update.has_inputs(rows):
             first_update = None
-        totals = Totals(denominator=denominator(list(rows.values()), loss))
+        totals = Totals(denominator=loss_denominator(list(rows.values()), loss))
         trace = Trace(list(rows), {}, {})
         by_batch = self._batched_rows(rows)
         for number, batch in enumerate(by_batch, 1):

@@ -41,7 +41,9 @@ LOSS_SETTINGS = (
 """Settings of `rl` whose default is tried."""
 
 
-def substitutions(step: RecordedStep, recomputation: Recomputation) -> Iterator[Substitution]:
+def candidate_substitutions(
+    step: RecordedStep, recomputation: Recomputation
+) -> Iterator[Substitution]:
     """Yield what is substituted, one thing at a time.
 
     Args:

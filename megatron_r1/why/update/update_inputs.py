@@ -286,7 +286,9 @@ class UpdateInputs:
         is_own = loss.temperature == self.policies.temperature and not substitution.trains_prompts
         old_logprobs, temperatures = self.policies.all_old_logprobs, [loss.temperature]
         if not is_own or substitution.routes_itself:
-            old_logprobs = token_logprobs.logprobs(self.models.policy, rows, temperatures)[0]
+            old_logprobs = token_logprobs.sampled_logprobs(self.models.policy, rows, temperatures)[
+                0
+            ]
         if not substitution.reference and (is_own or self.policies.reference_logprobs is None):
             return old_logprobs, self.policies.reference_logprobs
         if substitution.reference == "begin":
@@ -300,7 +302,7 @@ class UpdateInputs:
         else:
             model = self.models.reference_model
         rows = rows_with_own_experts(rows)
-        return old_logprobs, token_logprobs.logprobs(model, rows, temperatures)[0]
+        return old_logprobs, token_logprobs.sampled_logprobs(model, rows, temperatures)[0]
 
     def substituted_moments(self, substitution: Substitution) -> tuple[Moments, Moments] | None:
         """Return the moments, those of the embedding for a head that is a tensor of its own."""

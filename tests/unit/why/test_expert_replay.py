@@ -10,9 +10,9 @@ from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.routed_experts import chosen_experts
 from megatron_r1.why.policy.token_logprobs import (
     TokenRow,
-    logprobs,
     replayed_experts,
     rows_with_shifted_experts,
+    sampled_logprobs,
 )
 
 VOCABULARY, LAYERS, EXPERTS, TOPK = 23, 2, 8, 3
@@ -81,7 +81,7 @@ def test_replaying_the_own_choice_changes_nothing(family):
         choice = torch.stack([by_row[number] for by_row in layers], 1)
         last = torch.full_like(choice[:1], -1)
         replayed.append(with_experts(row, torch.cat([choice, last])))
-    (own,), (again,) = logprobs(model, rows), logprobs(model, replayed)
+    (own,), (again,) = sampled_logprobs(model, rows), sampled_logprobs(model, replayed)
     for a, b in zip(own, again, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
@@ -100,9 +100,10 @@ def test_replayed_experts_are_those_of_a_model_that_has_no_others(family):
     only.load_state_dict(state)
     row = random_row(11)
     experts = torch.tensor(chosen).expand(11, LAYERS, TOPK)
-    (expected,), (replayed,) = logprobs(only, [row]), logprobs(model, [with_experts(row, experts)])
+    (expected,) = sampled_logprobs(only, [row])
+    (replayed,) = sampled_logprobs(model, [with_experts(row, experts)])
     torch.testing.assert_close(replayed[0], expected[0], rtol=0, atol=1e-6)
-    assert (replayed[0] - logprobs(model, [row])[0][0]).abs().max() > 1e-3
+    assert (replayed[0] - sampled_logprobs(model, [row])[0][0]).abs().max() > 1e-3
 
 
 def test_replayed_experts_are_those_that_a_bias_leaves_no_choice_but():
@@ -114,10 +115,10 @@ def test_replayed_experts_are_those_that_a_bias_leaves_no_choice_but():
         layer.mlp.gate.e_score_correction_bias[chosen] += 100
     row = random_row(11)
     experts = torch.tensor(chosen).expand(11, LAYERS, TOPK)
-    (expected,) = logprobs(biased, [row])
-    (replayed,) = logprobs(model, [with_experts(row, experts)])
+    (expected,) = sampled_logprobs(biased, [row])
+    (replayed,) = sampled_logprobs(model, [with_experts(row, experts)])
     torch.testing.assert_close(replayed[0], expected[0], rtol=0, atol=1e-6)
-    assert (replayed[0] - logprobs(model, [row])[0][0]).abs().max() > 1e-3
+    assert (replayed[0] - sampled_logprobs(model, [row])[0][0]).abs().max() > 1e-3
 
 
 def test_a_router_with_other_weights_is_refused():

@@ -48,9 +48,9 @@ from megatron_r1.why.checks import (
     schedule,
 )
 from megatron_r1.why.comparison import ComparedQuantity, Report
-from megatron_r1.why.examination import examine
+from megatron_r1.why.examination import examine_step
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.record.step_reader import choose, examinable, open_run, read_step
+from megatron_r1.why.record.step_reader import choose_step, examinable_steps, open_run, read_step
 from megatron_r1.why.update.checkpoint_after import CheckpointTraces
 from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
 from megatron_r1.why.update.term_coefficients import TermFit
@@ -164,7 +164,7 @@ def planted(tmp_path) -> Planted:
 
 
 def checks(step: RecordedStep) -> list[ComparedQuantity]:
-    return [*files.check(step), *sampling.check_settings(step), *rewards.check(step)]
+    return [*files.check_files(step), *sampling.check_settings(step), *rewards.check_rewards(step)]
 
 
 def named(step: RecordedStep) -> ComparedQuantity:
@@ -563,7 +563,7 @@ def with_order(planted, place) -> RecordedStep:
     ],
 )
 def test_questions_other_than_those_of_the_seeds_order_depart(planted, places, words):
-    (comparison,) = questions.check(with_order(planted, places))
+    (comparison,) = questions.check_questions(with_order(planted, places))
     assert comparison.differs is bool(words) and comparison.status != "not checked"
     assert not words or words in comparison.reason
 
@@ -577,7 +577,7 @@ def test_a_damaged_record_of_the_sample_log_is_named_and_not_its_questions(plant
     path.write_bytes(content)
     step = read_step(*open_run(planted.folder / "run"), STEP)
     assert len(step.groups) == 1
-    comparison, order = questions.check(step)
+    comparison, order = questions.check_questions(step)
     assert comparison.differs and comparison.name == "sample log"
     assert "only 1 groups are" in comparison.reason and order.status == "not checked"
     # Bytes of a group that is there again, as a kill leaves them, are no damage.
@@ -587,9 +587,9 @@ def test_a_damaged_record_of_the_sample_log_is_named_and_not_its_questions(plant
 
 
 def test_one_question_in_all_groups_departs_where_the_order_is_not_known(planted):
-    assert questions.check(planted.read())[0].status == "not checked"
+    assert questions.check_questions(planted.read())[0].status == "not checked"
     planted.groups[1] = replace(planted.groups[1], prompt=planted.groups[0].prompt)
-    (comparison,) = questions.check(planted.read())
+    (comparison,) = questions.check_questions(planted.read())
     assert comparison.differs and "all 2 groups are of one question" in comparison.reason
 
 
@@ -631,7 +631,7 @@ def test_records_without_sampling_are_read_and_reported(planted):
 
 
 def test_without_checkpoints_it_says_what_is_missing(planted):
-    report = examine(planted.read())
+    report = examine_step(planted.read())
     reasons = {
         each.name: each.reason for each in report.comparisons if each.status == "not checked"
     }
@@ -647,7 +647,7 @@ def test_a_run_whose_groups_have_one_reward_is_suspected_to_be_too_hard(planted)
         return planted.response(f"<think></think><answer>-{next(numbers)}</answer>", 1)
 
     planted.change(wrong)
-    report = examine(planted.read())
+    report = examine_step(planted.read())
     assert report.first_departure is None
     assert any("too hard: 100.0% of the groups" in each for each in report.suspicions)
 
@@ -728,7 +728,7 @@ def test_a_departure_of_the_loss_is_shown_once(planted, monkeypatch, explains):
 
     monkeypatch.setattr(examination, "WEIGHT_CHECKS", (("loss", "loss", check_loss),))
     shown = []
-    report = examine(planted.read(), show_progress=shown.append)
+    report = examine_step(planted.read(), show_progress=shown.append)
     assert ("explains it" in report.comparison("loss", "loss").reason) is explains
     assert [line.split(":")[0] for line in shown].count("loss departs") == 1
 
@@ -751,7 +751,7 @@ def test_a_metric_that_is_no_number_departs_and_nothing_explains_it(planted, log
     of_loss, of_kl = loss.check_loss(step, recomputed)
     assert of_loss.differs and not of_kl.differs
     assert "loss is not a number in metrics.jsonl, 0.001 recomputed" in of_loss.reason
-    assert not loss.explains(step, made)
+    assert not loss.explains_record(step, made)
 
 
 @pytest.mark.parametrize(
@@ -767,7 +767,7 @@ def test_a_metric_that_is_no_number_departs_and_nothing_explains_it(planted, log
 )
 def test_what_is_no_number_in_the_metrics_is_named_first(planted, metrics, name, words):
     planted.line |= metrics
-    first = examine(planted.read()).first_departure
+    first = examine_step(planted.read()).first_departure
     assert first is not None and first.name == name and words in first.reason, str(first)
 
 
@@ -789,7 +789,7 @@ def test_a_damaged_checkpoint_departs_and_its_step_is_not_whole(planted, content
     assert not first.differs and second.differs and second.family == "checkpoint"
     assert f"{after.name} is damaged: __0_0.distcp" in second.reason
     is_shorter = len(content) < len(b"weights")
-    (found,) = examinable(step.folder, step.run_config)
+    (found,) = examinable_steps(step.folder, step.run_config)
     assert (found.has_before, found.has_after) == (True, not is_shorter)
     with pytest.raises(RunError, match="files of the checkpoint after"):
         run(Config(), str(step.folder.path))
@@ -844,7 +844,7 @@ def test_the_page_shows_the_responses_that_depart_furthest_first(planted, depart
         [ComparedQuantity("sampling", "a", "departs", "", 0.5, 0.1, affected_responses=concerned)],
     )
     report.comparisons[0] = replace(report.comparisons[0], departures=departures)
-    text = page.write(report, step).read_text()
+    text = page.write_page(report, step).read_text()
     assert "that depart furthest" in text
     places = [text.index(f"group 1, response {response}") for response in order]
     assert places == sorted(places)
@@ -853,12 +853,12 @@ def test_the_page_shows_the_responses_that_depart_furthest_first(planted, depart
 def test_a_step_that_has_no_log_is_refused(planted):
     planted.read()
     folder, config = open_run(planted.folder / "run")
-    steps = examinable(folder, config)
+    steps = examinable_steps(folder, config)
     assert [(each.step, each.has_before, each.has_after) for each in steps] == [(2, False, False)]
     with refused("--step", Cause.NOT_FOUND, 3):
-        choose(steps, 3, folder.path)
+        choose_step(steps, 3, folder.path)
     with refused("RUN", Cause.EMPTY):
-        choose([], None, folder.path)
+        choose_step([], None, folder.path)
     for text in ("x", "0", "\uff12"):  # a digit two of full width
         with refused("--step", Cause.MALFORMED, text):
             run(Config(), str(folder.path), step=text)

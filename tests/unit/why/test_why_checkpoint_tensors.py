@@ -51,7 +51,7 @@ def test_nothing_is_found_in_a_whole_checkpoint(whole):
     assert checkpoint_tensors.empty_moments(whole, "") == ([], 2)
     assert checkpoint_tensors.masters_apart(whole)[1] == 0.0
     assert checkpoint_tensors.head_from_embedding(whole) == 0.0
-    assert checkpoint_tensors.change(whole, whole, whole, False) == ("", 0.0, 0.0)
+    assert checkpoint_tensors.find_largest_change(whole, whole, whole, False) == ("", 0.0, 0.0)
 
 
 def test_a_number_that_is_not_finite_is_found(tmp_path):
@@ -96,12 +96,15 @@ def test_the_largest_change_and_the_norm_of_all_are_those_of_the_weights(whole, 
     moved[1, 1] += 0.5
     moved[2, 2] -= 0.25
     other = written(tmp_path / "other", head=moved, reference=torch.zeros(12, 4))
-    name, largest, norm = checkpoint_tensors.change(whole, other, whole, False)
+    name, largest, norm = checkpoint_tensors.find_largest_change(whole, other, whole, False)
     assert name == HEAD and largest == pytest.approx(0.5)
     assert norm == pytest.approx((0.5**2 + 0.25**2) ** 0.5)
 
 
 def test_the_bias_of_a_router_may_move_by_its_own_rule(whole, tmp_path):
     other = written(tmp_path / "other", bias=torch.ones(4))
-    assert checkpoint_tensors.change(whole, other, whole, moves_bias=True)[1] == 0.0
-    assert checkpoint_tensors.change(whole, other, whole, moves_bias=False)[:2] == (BIAS, 1.0)
+    assert checkpoint_tensors.find_largest_change(whole, other, whole, moves_bias=True)[1] == 0.0
+    assert checkpoint_tensors.find_largest_change(whole, other, whole, moves_bias=False)[:2] == (
+        BIAS,
+        1.0,
+    )

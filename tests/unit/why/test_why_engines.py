@@ -16,7 +16,7 @@ from megatron_r1.why.policy import changed_weights, policy_logprobs
 from megatron_r1.why.policy.changed_weights import merged_copy
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import PolicyModels
-from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
+from megatron_r1.why.policy.token_logprobs import TokenRow, sampled_logprobs
 
 NEWEST = 2
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
@@ -51,7 +51,7 @@ class Models(PolicyModels):
     def __init__(self, models, engine, rows: list[TokenRow], temperature: float) -> None:
         self._models_by_version = models
         self.rows, self.policy = rows, models[NEWEST]
-        (made,) = logprobs(engine, rows, [temperature])
+        (made,) = sampled_logprobs(engine, rows, [temperature])
         self.sequences = [
             SimpleNamespace(
                 response=(0, index),
@@ -190,7 +190,9 @@ def test_a_whole_version_is_named(kept_versions):
 def test_exchanged_tensors_are_named(kept_versions, noun):
     models = versions()
     tensors = dict(merged_copy(models[NEWEST]).state_dict())
-    values = next(sources for name, sources in weight_causes.exchanges(tensors) if noun in name)
+    values = next(
+        sources for name, sources in weight_causes.tensor_exchanges(tensors) if noun in name
+    )
     _, explained = found(models, with_tensors(models[NEWEST], values))
     assert noun in explained.reason and "are exchanged in engine-0" in explained.reason
 

@@ -24,7 +24,7 @@ from megatron_r1.why.policy import (
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs, pushed_values
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import PolicyModels
-from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
+from megatron_r1.why.policy.token_logprobs import TokenRow, sampled_logprobs
 
 NEWEST, VOCABULARY = 2, 23
 NUMBERS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
@@ -201,7 +201,7 @@ def logged_step(folder, values, scratch, scale_format=None):
     }
     save_file(tensors, scratch / "model.safetensors", {"format": "pt"})
     engine = transformers.AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32)
-    (made,) = logprobs(in_bfloat16(engine), rows(), [1.0])
+    (made,) = sampled_logprobs(in_bfloat16(engine), rows(), [1.0])
     hf_config = copy.deepcopy(read_hf_config(str(folder)))
     if scale_format:
         hf_config["quantization_config"] = FP8_CONFIG | {"scale_fmt": scale_format}

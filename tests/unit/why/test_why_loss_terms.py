@@ -15,7 +15,7 @@ from test_why_updates import ADAM, RULES, Model, apart, rows, step_of
 from megatron_r1.config import parse_recipe
 from megatron_r1.why.checks.departing_terms import GRADIENT_REMEDY, check_terms
 from megatron_r1.why.comparison import ROUNDING_BY_DTYPE, CannotRecompute
-from megatron_r1.why.policy.token_logprobs import logprobs
+from megatron_r1.why.policy.token_logprobs import sampled_logprobs
 from megatron_r1.why.update.loss_terms import LossTerm, TermGradients, left_out_terms, loss_terms
 from megatron_r1.why.update.recomputation import Recomputation
 from megatron_r1.why.update.step_updates import StepUpdates
@@ -37,8 +37,8 @@ class Run:
         torch.manual_seed(1)
         self.rows, self.model, self.clip = rows(), Model(), clip
         temperatures = [LOSS.temperature]
-        self.old = logprobs(self.model, self.rows, temperatures)[0]
-        self.reference = logprobs(apart(self.model, 0.3), self.rows, temperatures)[0]
+        self.old = sampled_logprobs(self.model, self.rows, temperatures)[0]
+        self.reference = sampled_logprobs(apart(self.model, 0.3), self.rows, temperatures)[0]
         self.twin = Model().double()
         self.twin.load_state_dict(self.model.state_dict())
         parameters = list(self.twin.parameters())

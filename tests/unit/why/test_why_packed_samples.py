@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_why_engines import NEWEST, Recomputed, dense_model, rows_of
 
-from megatron_r1.why.policy.token_logprobs import join_rows, logprobs
+from megatron_r1.why.policy.token_logprobs import join_rows, sampled_logprobs
 
 
 def test_one_row_attends_to_the_rows_before():
@@ -14,7 +14,7 @@ def test_one_row_attends_to_the_rows_before():
     ids = torch.cat([row.token_ids for row in rows])[None]
     is_sampled = torch.cat([row.is_sampled for row in rows])
     for restarts in (True, False):
-        (made,), *_ = logprobs(model, [join_rows(rows, restarts)])
+        (made,), *_ = sampled_logprobs(model, [join_rows(rows, restarts)])
         positions = torch.arange(7).repeat(3) if restarts else torch.arange(21)
         mask = torch.ones(21, 21).tril().log()[None, None]
         out = model(ids, position_ids=positions[None], attention_mask=mask).logits[0].double()
@@ -28,7 +28,7 @@ def test_packed_log_probabilities_are_put_back_in_order(restarts):
     recomputed = Recomputed({NEWEST: model}, model, rows_of(5, 9))
     packed = recomputed.packed_logprobs([[2, 0], [4], [1, 3]], restarts=restarts)
     rows = recomputed.models.rows
-    (pair,), *_ = logprobs(model, [join_rows([rows[2], rows[0]], restarts)])
+    (pair,), *_ = sampled_logprobs(model, [join_rows([rows[2], rows[0]], restarts)])
     np.testing.assert_allclose(np.concatenate([packed[2], packed[0]]), pair.numpy(), atol=1e-6)
     for index in (2, 4, 1):  # nothing is before them
         np.testing.assert_allclose(packed[index], recomputed.old_logprobs[index], atol=1e-5)

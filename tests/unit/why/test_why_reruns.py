@@ -32,10 +32,10 @@ from megatron_r1.why.rerun.rerun_verdicts import (
     PUSH_REMEDY,
     Distances,
     NearestSide,
-    distance,
+    absolute_distance,
     engine_verdict,
-    hint,
-    nearest,
+    nearest_side,
+    rerun_hint,
     trainer_verdict,
 )
 
@@ -115,15 +115,15 @@ def test_one_rank_names_the_side(distances, departs, layout, near, words):
     ],
 )
 def test_without_a_departure_the_tolerance_decides(recorded, reproduced, rerun, near):
-    assert nearest(Distances(recorded, reproduced, rerun), TOLERANCE, False) == near
+    assert nearest_side(Distances(recorded, reproduced, rerun), TOLERANCE, False) == near
 
 
 @pytest.mark.parametrize("small", [TOLERANCE * 1.1, TOLERANCE / 8])
 def test_a_departure_of_about_the_tolerance_is_told_apart(small):
     """All three distances are within it, or nearly: the nearer side counts."""
     near, far = 0.2 * small, 0.9 * small
-    assert nearest(Distances(small, near, far), TOLERANCE, True) == NearestSide.RECORDED
-    assert nearest(Distances(small, far, near), TOLERANCE, True) == NearestSide.TRANSFORMERS
+    assert nearest_side(Distances(small, near, far), TOLERANCE, True) == NearestSide.RECORDED
+    assert nearest_side(Distances(small, far, near), TOLERANCE, True) == NearestSide.TRANSFORMERS
     undecided = Distances(small, far, far)
     for verdict in (
         engine_verdict(undecided, TOLERANCE, True),
@@ -134,9 +134,9 @@ def test_a_departure_of_about_the_tolerance_is_told_apart(small):
 
 
 def test_numbers_that_are_not_finite_have_a_distance():
-    assert distance(0.5, 0.25) == 0.25
-    assert distance(NAN, 0.25) == distance(0.25, NAN) == math.inf
-    assert distance(NAN, NAN) == 0.0
+    assert absolute_distance(0.5, 0.25) == 0.25
+    assert absolute_distance(NAN, 0.25) == absolute_distance(0.25, NAN) == math.inf
+    assert absolute_distance(NAN, NAN) == 0.0
 
 
 STEP = SimpleNamespace(step=3, folder=SimpleNamespace(path=Path("runs/a")))
@@ -148,7 +148,7 @@ LOGGED = ComparedQuantity(
     FAR,
     TOLERANCE,
     reason="another function",
-    remedy=ENGINE_REMEDY + hint(STEP, "engine"),
+    remedy=ENGINE_REMEDY + rerun_hint(STEP, "engine"),
 )
 LATER = ComparedQuantity("sampling", "later", EQUAL, "")
 
@@ -158,7 +158,7 @@ def refined(monkeypatch, logged, check) -> Report:
     report.add([logged, LATER])
     rerun = reruns.ENGINE._replace(check=check)
     monkeypatch.setitem(reruns.RERUNS, "engine", rerun)
-    reruns.refine(report, STEP, None, ["engine"], lambda line: None)
+    reruns.refine_by_reruns(report, STEP, None, ["engine"], lambda line: None)
     return report
 
 

@@ -13,7 +13,7 @@ from test_why_updates import ADAM, RULES, Model, rows
 from megatron_r1.config import parse_recipe
 from megatron_r1.why.checks.checkpoints import _missing_updates
 from megatron_r1.why.policy import checkpoint_model
-from megatron_r1.why.policy.token_logprobs import logprobs
+from megatron_r1.why.policy.token_logprobs import sampled_logprobs
 from megatron_r1.why.update.adam import Adam
 from megatron_r1.why.update.advantage_substitutions import advantage_substitutions
 from megatron_r1.why.update.checkpoint_after import CheckpointTraces
@@ -48,7 +48,7 @@ def test_a_token_that_is_left_out_is_as_one_that_was_not_sampled(place, average)
     loss = replace(RULES, average=average, entropy_coef=0.1, importance_cap=1.2)
     made = []
     for some, rules in ((given, replace(loss, leaves_out=place)), (shorter, loss)):
-        old = logprobs(model, some, [loss.temperature])[0]
+        old = sampled_logprobs(model, some, [loss.temperature])[0]
         reference = [values - 0.1 for values in old]
         updates = StepUpdates(model, None, 0, some, old, reference)
         made += updates.run([range(4)], rules, replace(ADAM, learning_rates=(0.0,)))

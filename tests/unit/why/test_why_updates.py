@@ -18,7 +18,7 @@ from megatron_r1.trainer.token_advantages import (
     sums_for_standardization,
 )
 from megatron_r1.why.comparison import CannotRecompute
-from megatron_r1.why.policy.token_logprobs import TokenRow, logprobs
+from megatron_r1.why.policy.token_logprobs import TokenRow, sampled_logprobs
 from megatron_r1.why.update.adam import Adam, AdamRules
 from megatron_r1.why.update.loss_formulas import LossRules
 from megatron_r1.why.update.recomputation import Recomputation
@@ -124,9 +124,9 @@ def test_the_loss_is_the_trainers(name):
     torch.manual_seed(1)
     model = Model()
     old, reference = (
-        logprobs(apart(model, scale), given, [loss.temperature])[0] for scale in (0.1, 0.3)
+        sampled_logprobs(apart(model, scale), given, [loss.temperature])[0] for scale in (0.1, 0.3)
     )
-    own = logprobs(model, given, [loss.temperature])[0]
+    own = sampled_logprobs(model, given, [loss.temperature])[0]
     terms = [by_kernels(*each, loss) for each in zip(own, given, old, reference, strict=True)]
     count = sum(map(len, own)) if loss.average == "token" else len(given)
     made = StepUpdates(model, None, 0, given, old, reference)
@@ -161,9 +161,9 @@ def test_a_cut_is_a_softmax_over_the_kept_ids():
     model = Model()
     twin = Model()
     twin.load_state_dict(model.state_dict())
-    old = logprobs(apart(model, 0.1), given, [loss.temperature])[0]
+    old = sampled_logprobs(apart(model, 0.1), given, [loss.temperature])[0]
     total, entropies = torch.zeros((), dtype=torch.float64), []
-    found = logprobs(model, given, [loss.temperature])[0]
+    found = sampled_logprobs(model, given, [loss.temperature])[0]
     for at, row in enumerate(given):
         logits = twin(row.token_ids[None], use_cache=False).logits[0, :-1][row.is_sampled[1:]]
         tokens = row.token_ids[row.is_sampled]
@@ -195,7 +195,7 @@ def test_a_token_that_was_not_kept_has_no_logprob():
     row = rows()[0]
     nothing = torch.zeros(int(row.is_sampled.sum()), dtype=torch.int64)
     with pytest.raises(CannotRecompute, match="kept"):
-        logprobs(Model(), [replace(row, kept_ids=(nothing, nothing[:0]))], [1.0])
+        sampled_logprobs(Model(), [replace(row, kept_ids=(nothing, nothing[:0]))], [1.0])
 
 
 def test_the_optimizer_is_torchs_adamw():
@@ -209,8 +209,8 @@ def test_the_optimizer_is_torchs_adamw():
     vectors = {"params": [p for p in twin.parameters() if p.dim() == 1], "weight_decay": 0.0}
     inner = torch.optim.AdamW([matrices, vectors], 1.0, (0.9, 0.95), 1e-8, 0.1)
     loss = replace(RULES, kl_beta=0.0, clip_low=10.0, clip_high=10.0)
-    old = logprobs(model, given, [loss.temperature])[0]
-    kl = logprobs(reference, given, [loss.temperature])[0]
+    old = sampled_logprobs(model, given, [loss.temperature])[0]
+    kl = sampled_logprobs(reference, given, [loss.temperature])[0]
     batches = ([0, 1], [2, 3])
 
     def step(indices, rate: float) -> float:
@@ -243,9 +243,9 @@ def test_the_optimizer_is_torchs_adamw():
 def test_a_response_has_the_same_logprobs_alone_and_in_a_batch():
     given = rows()
     model = Model()
-    together = logprobs(model, given, [1.0])[0]
+    together = sampled_logprobs(model, given, [1.0])[0]
     for row, own in zip(given, together, strict=True):
-        torch.testing.assert_close(logprobs(model, [row], [1.0])[0][0], own)
+        torch.testing.assert_close(sampled_logprobs(model, [row], [1.0])[0][0], own)
         assert len(own) == int(row.is_sampled.sum())
 
 
