@@ -133,7 +133,9 @@ def _check_engine(
         write_policy(
             step, recomputation.models.num_parameters, folder, recomputation.models.free_bytes
         )
-        return await fresh_engine.score_sequences(step.run_config, folder, gaps.sequences, scratch)
+        return await fresh_engine.compute_engine_logprobs(
+            step.run_config, folder, gaps.sequences, scratch
+        )
 
     fresh_logprobs = run_in_scratch_folder(fresh_engine_logprobs)
     rollout = step.config.rollout

@@ -64,7 +64,7 @@ def check_engine(step: RecordedStep, num_parameters: int, free_bytes: int) -> No
         )
 
 
-async def score_sequences(
+async def compute_engine_logprobs(
     config: Config, folder: Path, sequences: Sequence[TokenSequence], logs: Path
 ) -> list[np.ndarray]:
     """Return a fresh engine's log-probabilities of the sampled tokens of each sequence, float32, at
