@@ -37,7 +37,7 @@ in these files, in the order in which `rl.algorithm: grpo` calls them:
         r1_kernels/primitives/policy_torch.py       policy_terms
  7. Normalization of the loss: Megatron-Core's `finalize_model_grads` divides the gradients, summed
     over micro-batches and ranks, by the sum of these denominators.
-        trainer/losses.py                           denominator
+        trainer/losses.py                           loss_denominator
  8. The optimizer's step: `optimizer.step()`, Megatron-Core's, in `optimizer_step` of 4.
  9. The reference is replaced by the policy, when that is due.
         trainer/reference.py                        ReferencePolicy.refresh
