@@ -1,8 +1,8 @@
-"""How often a verifier errs: wrongly rejected and wrongly accepted responses, by a second method.
+"""How often a verifier errs: wrongly rejected and wrongly accepted responses, by a second reader.
 
 Responses are *accepted* where their reward is 1, else *rejected*. A stratum has the responses of
 one data source, one kind and one of these verdicts; the sample takes about as many of each
-(`draw_sample`). A second method reads the drawn ones (`PooledSecondMethod`), and a verdict is
+(`draw_sample`). A second reader reads the drawn ones (`PooledSecondReader`), and a verdict is
 
 - wrong, where both verdicts on an answer, or all runs of a program, contradict it,
 - confirmed, where at least a part of it confirms and none that decides more contradicts it,
@@ -35,15 +35,15 @@ READER = "r1_grading.second_readers.mathematics:grade"
 REPEATS = 3
 """Runs of a program's tests: one verdict may be chance."""
 MATH_VERIFY = "math-verify"
-"""A verifier that the second method is partly made of."""
+"""A verifier that the second reader is partly made of."""
 AUDITED_REWARDS = ("math", "code")
-"""The kinds that have a second method."""
+"""The kinds that have a second reader."""
 ACCEPTED_REWARD = 1.0
 
 
 @dataclass(frozen=True)
 class AnswerContent:
-    """What a second method reads.
+    """What a second reader reads.
 
     Attributes:
         response: the response's text.
@@ -85,7 +85,7 @@ class AuditedResponse:
 
     @property
     def can_be_audited(self) -> bool:
-        """Whether it was graded, by a reward with a second method."""
+        """Whether it was graded, by a reward with a second reader."""
         return self.total is not None and self.kind in AUDITED_REWARDS
 
     @property
@@ -99,14 +99,14 @@ Stratum = tuple[str, str, bool]
 
 
 @dataclass(frozen=True)
-class SecondVerdict:
-    """What the second method says of a verdict, with the reason."""
+class SecondReaderVerdict:
+    """What the second reader says of a verdict, with the reason."""
 
     outcome: Outcome
     reason: str
 
 
-SecondMethod = Callable[[AuditedResponse], Awaitable[SecondVerdict]]
+SecondReader = Callable[[AuditedResponse], Awaitable[SecondReaderVerdict]]
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,9 @@ class ErrorRates:
     wrongly_accepted: FractionEstimate | None
 
 
-class PooledSecondMethod:
-    """The second method in the workers of a pool: mathematics by a second reader, programs by
-    running their tests again.
+class PooledSecondReader:
+    """The second reader in the workers of a pool: it reads mathematics in another way, and runs
+    the tests of programs again.
 
     Args:
         pool: the workers.
@@ -145,8 +145,8 @@ class PooledSecondMethod:
         self._pool, self._options, self._repeats = pool, options, repeats
         self._without_math_verify = without_math_verify
 
-    async def judge(self, response: AuditedResponse) -> SecondVerdict:
-        """Return what the second method says of one verdict. A response that it cannot read within
+    async def read(self, response: AuditedResponse) -> SecondReaderVerdict:
+        """Return what the second reader says of one verdict. A response that it cannot read within
         its limits is undecided."""
         content = response.load()
         fields = dict(content.fields)
@@ -160,24 +160,24 @@ class PooledSecondMethod:
         if self._without_math_verify:  # then it is not in the reason either
             reading_options["without_math_verify"] = True
         grade = await self._pool.grade(READER, content.response, content.truth, **reading_options)
-        return judge_mathematics(
+        return read_mathematics(
             response.is_accepted, grade, without_math_verify=self._without_math_verify
         )
 
     async def _run_again(
         self, is_accepted: bool, content: AnswerContent, arguments: Mapping[str, Any]
-    ) -> SecondVerdict:
+    ) -> SecondReaderVerdict:
         passes: list[bool] = []
         for _ in range(self._repeats):
             grade = await self._pool.grade("code", content.response, content.truth, **arguments)
             if not grade.is_graded:
-                return SecondVerdict("undecided", grade.reason)
+                return SecondReaderVerdict("undecided", grade.reason)
             passes.append(grade.reward >= ACCEPTED_REWARD)
             if passes[-1] != passes[0]:
                 reason = f"passes in {sum(passes)} of {len(passes)} runs; {grade.reason}"
-                return SecondVerdict("undecided", f"flaky: {reason}")
+                return SecondReaderVerdict("undecided", f"flaky: {reason}")
         reason = f"{self._repeats} runs of its tests: {grade.reason}"
-        return SecondVerdict(classify_runs(is_accepted, passes), reason)
+        return SecondReaderVerdict(classify_runs(is_accepted, passes), reason)
 
 
 class MathematicsVerdicts(NamedTuple):
@@ -193,9 +193,9 @@ def mathematics_verdicts(grade: Grade) -> MathematicsVerdicts:
     return MathematicsVerdicts(*(grade.verdict or "unsure,unsure").split(","))
 
 
-def judge_mathematics(
+def read_mathematics(
     is_accepted: bool, grade: Grade, *, without_math_verify: bool = False
-) -> SecondVerdict:
+) -> SecondReaderVerdict:
     """Return what the second reader says of a verdict.
 
     Args:
@@ -205,7 +205,9 @@ def judge_mathematics(
     math_verify, sampled_values = mathematics_verdicts(grade)
     if without_math_verify:
         math_verify = sampled_values
-    return SecondVerdict(classify_verdict(is_accepted, math_verify, sampled_values), grade.reason)
+    return SecondReaderVerdict(
+        classify_verdict(is_accepted, math_verify, sampled_values), grade.reason
+    )
 
 
 def classify_runs(is_accepted: bool, passes: Sequence[bool]) -> Outcome:
@@ -281,7 +283,7 @@ def draw_sample(
 def error_rates(
     strata: Mapping[Stratum, Sequence[AuditedResponse]],
     judged_responses: Mapping[Stratum, Sequence[AuditedResponse]],
-    second_verdicts: Mapping[str, SecondVerdict],
+    second_verdicts: Mapping[str, SecondReaderVerdict],
     source: str | None = None,
 ) -> ErrorRates:
     """Return the estimated errors.
@@ -306,11 +308,11 @@ def error_rates(
     return ErrorRates(rejected, accepted)
 
 
-async def judge_all(
-    responses: Iterable[AuditedResponse], judge: SecondMethod
-) -> dict[str, SecondVerdict]:
+async def read_responses(
+    responses: Iterable[AuditedResponse], second_reader: SecondReader
+) -> dict[str, SecondReaderVerdict]:
     """Return id → second verdict of each response; the pool limits how many are read at a time."""
     responses = list(responses)
-    second_verdicts = await asyncio.gather(*(judge(response) for response in responses))
+    second_verdicts = await asyncio.gather(*(second_reader(response) for response in responses))
     ids = (response.id for response in responses)
     return dict(zip(ids, second_verdicts, strict=True))

@@ -13,7 +13,7 @@ from megatron_r1.commands.score.verifier_audit import audit_verifier
 from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
     AuditedResponse,
-    PooledSecondMethod,
+    PooledSecondReader,
 )
 from tests.grading.code_answers import fenced, needs_sandbox
 from tests.reports.test_answers import OUTPUTS
@@ -62,8 +62,8 @@ def audited(responses, known=None, **options):
     async def run():
         async with RewardPool(2, timeout_seconds=20.0) as pool:
             graders = pool if known is None else Remembering(pool, known)
-            methods = PooledSecondMethod(graders, {}, repeats=2)
-            return await audit_verifier(responses, methods.judge, num_groups=0, **options)
+            second_reader = PooledSecondReader(graders, {}, repeats=2)
+            return await audit_verifier(responses, second_reader.read, num_groups=0, **options)
 
     return asyncio.run(run())
 
@@ -147,7 +147,7 @@ def test_a_program_that_passes_by_chance_is_listed_as_flaky():
 
     async def judged():
         async with RewardPool(1, timeout_seconds=20.0) as pool:
-            return await PooledSecondMethod(pool, {}, repeats=60).judge(flaky)
+            return await PooledSecondReader(pool, {}, repeats=60).read(flaky)
 
     finding = asyncio.run(judged())
     assert finding.outcome == "undecided"

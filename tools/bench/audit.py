@@ -7,7 +7,7 @@ Repeated with `--seeds` draws, the table says in how many of them the interval h
 labels. It prints "whole" for a row whose draws all have every verdict.
 
 `math-verify` reads the answer where the second reader finds it; one that it cannot read is
-rejected. `itself` is math-verify audited by a second method that has math-verify in it.
+rejected. `itself` is math-verify audited by a second reader that has math-verify in it.
 
 FILE is JSONL with a line {"truth": …, "answer" or "response": …, "reward": 0 or 1} of mathematics,
 or {"expected": …, "actual": …, "equal": true or false} of a program's output; or YAML of problems
@@ -35,10 +35,10 @@ from megatron_r1.evaluation.verifier_errors import (
     REPEATS,
     AnswerContent,
     AuditedResponse,
-    SecondVerdict,
+    SecondReaderVerdict,
     classify_runs,
-    judge_mathematics,
     mathematics_verdicts,
+    read_mathematics,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ FILES = tuple(
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")
 TIMEOUT_SECONDS = 20.0
 BY_ITSELF = "itself"
-"""math-verify, audited by a second method that has math-verify in it: what `--verifier math-verify`
+"""math-verify, audited by a second reader that has math-verify in it: what `--verifier math-verify`
 is there to prevent."""
 ERRORS = ("wrongly rejected", "wrongly accepted")
 ALL = "all"
@@ -88,16 +88,16 @@ class LabelledAnswer:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the verifiers and the second method say of an answer.
+    """What the verifiers and the second reader say of an answer.
 
     Attributes:
         verdicts: verifier → whether it accepts the answer.
-        second: the second method's verdict of an accepted and of a rejected answer.
+        second: the second reader's verdict of an accepted and of a rejected answer.
         second_without: the same without math-verify, for its own verdicts."""
 
     verdicts: Mapping[str, bool]
-    second: Mapping[bool, SecondVerdict]
-    second_without: Mapping[bool, SecondVerdict]
+    second: Mapping[bool, SecondReaderVerdict]
+    second_without: Mapping[bool, SecondReaderVerdict]
 
 
 def add_options(options: argparse.ArgumentParser) -> None:
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     print(
         f"without the rows of {BY_ITSELF!r}, {min(shares):.0%} of a row's intervals or more have "
-        f"the rate by labels; the second method calls {contradicted} of {len(answers):,} labels "
+        f"the rate by labels; the second reader calls {contradicted} of {len(answers):,} labels "
         "wrong"
     )
     return {
@@ -202,7 +202,7 @@ async def _read_mathematics(pool: RewardPool, answer: LabelledAnswer) -> Reading
         },
         *(
             {
-                is_accepted: judge_mathematics(
+                is_accepted: read_mathematics(
                     is_accepted, second, without_math_verify=without_math_verify
                 )
                 for is_accepted in (False, True)
@@ -213,7 +213,7 @@ async def _read_mathematics(pool: RewardPool, answer: LabelledAnswer) -> Reading
 
 
 async def _read_program(pool: RewardPool, answer: LabelledAnswer) -> Reading:
-    """Each verifier of programs runs them; the second method does so `REPEATS` times more."""
+    """Each verifier of programs runs them; the second reader does so `REPEATS` times more."""
     ours = await pool.grade("code", answer.response, answer.truth)
     runs = [await pool.grade("code", answer.response, answer.truth) for _ in range(REPEATS)]
     passes = [grade.reward == 1.0 for grade in runs]
@@ -224,7 +224,7 @@ async def _read_program(pool: RewardPool, answer: LabelledAnswer) -> Reading:
         expected = answer.truth["tests"][0]["stdout"]
         verdicts["same text"] = answer.output.strip() == str(expected).strip()
     second = {
-        is_accepted: SecondVerdict(classify_runs(is_accepted, passes), runs[0].reason)
+        is_accepted: SecondReaderVerdict(classify_runs(is_accepted, passes), runs[0].reason)
         for is_accepted in (False, True)
     }
     return Reading(verdicts, second, second)
@@ -238,7 +238,7 @@ def _rows_of(
 ) -> list[dict[str, Any]]:
     """Print and return the rows of a verifier: each file's and those of all files."""
     responses: list[AuditedResponse] = []
-    second: dict[str, SecondVerdict] = {}
+    second: dict[str, SecondReaderVerdict] = {}
     wrong: set[str] = set()
     for index, (answer, reading) in enumerate(zip(answers, readings, strict=True)):
         if verifier not in reading.verdicts:
@@ -254,11 +254,11 @@ def _rows_of(
         if is_accepted != answer.is_right:
             wrong.add(key)
 
-    async def judge(response: AuditedResponse) -> SecondVerdict:
+    async def read(response: AuditedResponse) -> SecondReaderVerdict:
         return second[response.id]
 
     audits = [
-        asyncio.run(audit_verifier(responses, judge, size=args.size, seed=seed, num_groups=0))
+        asyncio.run(audit_verifier(responses, read, size=args.size, seed=seed, num_groups=0))
         for seed in range(args.seeds)
     ]
     rows = []

@@ -1,5 +1,5 @@
 """`megatron-r1 score --audit GRADED.jsonl`, or a run's folder: how often its rewards are wrong, by
-a second method."""
+a second reader."""
 
 import asyncio
 import json as json_format
@@ -27,7 +27,7 @@ from megatron_r1.evaluation.verifier_errors import (
     MATH_VERIFY,
     AuditedResponse,
     ErrorRates,
-    PooledSecondMethod,
+    PooledSecondReader,
 )
 
 VERIFIERS = ("math", MATH_VERIFY)
@@ -81,7 +81,7 @@ def run(
         kinds = sorted({response.kind for response in responses if response.total is not None})
         raise UserError(
             f"{path}: nothing can be audited; it has {', '.join(kinds) or 'no grade'}, and a "
-            f"second method is there for {' and '.join(AUDITED_REWARDS)}",
+            f"second reader is there for {' and '.join(AUDITED_REWARDS)}",
             key=OPTION,
             cause=Cause.EMPTY,
         )
@@ -108,12 +108,12 @@ async def _audit_responses(
     cores = len(os.sched_getaffinity(0))
     workers = settings.workers if "workers" in settings.model_fields_set else cores
     async with RewardPool(workers, settings.timeout_seconds, settings.memory_bytes) as pool:
-        methods = PooledSecondMethod(
+        second_reader = PooledSecondReader(
             pool, settings.call_options, without_math_verify=without_math_verify
         )
         return await audit_verifier(
             responses,
-            methods.judge,
+            second_reader.read,
             size=size,
             seed=seed,
             num_groups=groups,
@@ -143,8 +143,8 @@ def describe_audit(result: Audit, path: str) -> list[str]:
     ]
     if result.num_ungraded:
         lines.append(f"not audited: {result.num_ungraded:,} that could not be graded")
-    for kind, count in result.without_method.items():
-        lines.append(f"not audited: {count:,} of {kind}, which has no second method")
+    for kind, count in result.without_reader.items():
+        lines.append(f"not audited: {count:,} of {kind}, which has no second reader")
     lines += ["", f"{'data source':24} {'wrongly rejected':>38} {'wrongly accepted':>38}"]
     rates = {**result.sources, **({"all": result.overall} if len(result.sources) != 1 else {})}
     lines += [_format_row(name, rate) for name, rate in rates.items()]

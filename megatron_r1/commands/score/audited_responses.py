@@ -21,7 +21,7 @@ OPTION = "--audit"
 GROUP_FIELDS = ("group", "prompt_id", "question")
 """Fields that the responses to one question share, the first that is there."""
 OMITTED_FIELDS = ("kind", "response", "truth", "reward", "reason", "group", "prompt_id", "index")
-"""Fields that the second method does not get as arguments."""
+"""Fields that the second reader does not get as arguments."""
 MAX_RESPONSES = 10_000
 """Steps of a run are read until there are as many responses."""
 
@@ -76,7 +76,7 @@ def read_responses(path: Path, kind: str | None) -> Iterator[AuditedResponse]:
 
     Raises:
         UserError: a missing file, or a line (by number) without a response, kind or finite reward,
-            or without the truth that a second method compares with."""
+            or without the truth that a second reader compares with."""
     try:
         with open(path, "rb") as file:
             offset = 0

@@ -25,12 +25,12 @@ from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
     AuditedResponse,
     ErrorRates,
-    SecondMethod,
-    SecondVerdict,
+    SecondReader,
+    SecondReaderVerdict,
     draw_sample,
     error_rates,
     group_by_stratum,
-    judge_all,
+    read_responses,
 )
 
 if TYPE_CHECKING:
@@ -67,22 +67,22 @@ class Audit:
     Attributes:
         num_responses: how many can be audited.
         num_ungraded: how many could not be graded.
-        without_method: kind → how many, of kinds without a second method.
+        without_reader: kind → how many, of kinds without a second reader.
         sources: data source → its errors.
         overall: those of all sources.
         effect: None where no group has two responses.
-        judged: every judged response with the second method's verdict."""
+        judged: every judged response with the second reader's verdict."""
 
     num_responses: int
     num_ungraded: int
-    without_method: dict[str, int]
+    without_reader: dict[str, int]
     sources: dict[str, ErrorRates]
     overall: ErrorRates
     effect: AdvantageEffect | None
-    judged: list[tuple[AuditedResponse, SecondVerdict]]
+    judged: list[tuple[AuditedResponse, SecondReaderVerdict]]
 
     @property
-    def concerned(self) -> list[tuple[AuditedResponse, SecondVerdict]]:
+    def concerned(self) -> list[tuple[AuditedResponse, SecondReaderVerdict]]:
         """The responses whose verdict is not confirmed, the wrong ones first."""
         outcomes = ("wrong", "undecided")
         concerned_pairs = [pair for pair in self.judged if pair[1].outcome in outcomes]
@@ -94,7 +94,7 @@ class Audit:
         return {
             "answers": self.num_responses,
             "ungraded": self.num_ungraded,
-            "without_second_method": self.without_method,
+            "without_second_method": self.without_reader,
             "overall": asdict(self.overall),
             "sources": sources,
             "advantages": None if self.effect is None else asdict(self.effect),
@@ -105,18 +105,18 @@ class Audit:
 
 async def audit_verifier(
     responses: Sequence[AuditedResponse],
-    judge: SecondMethod,
+    second_reader: SecondReader,
     *,
     size: int = SAMPLE_SIZE,
     seed: int = 0,
     num_groups: int = NUM_GROUPS,
     advantages: Advantages | None = None,
 ) -> Audit:
-    """Estimate a verifier's errors by a second method on a stratified random sample.
+    """Estimate a verifier's errors by a second reader on a stratified random sample.
 
     Args:
         responses: what it graded; each has a place of its own.
-        judge: the second method (`PooledSecondMethod.judge`).
+        second_reader: what reads a response again (`PooledSecondReader.read`).
         size: how many responses to draw for the error rates.
         seed: the seed of the draws.
         num_groups: how many groups to draw whole, for the effect on advantages; 0 for none.
@@ -133,9 +133,9 @@ async def audit_verifier(
         response for group in drawn_groups for response in group if response.can_be_audited
     ]
     distinct_responses = list({response.id: response for response in to_judge}.values())
-    second_verdicts = await judge_all(distinct_responses, judge)
+    second_verdicts = await read_responses(distinct_responses, second_reader)
     sources = sorted({stratum[0] for stratum in strata})
-    kinds_without_method = Counter(
+    kinds_without_reader = Counter(
         response.kind
         for response in responses
         if response.total is not None and not response.can_be_audited
@@ -143,7 +143,7 @@ async def audit_verifier(
     return Audit(
         num_responses=sum(map(len, strata.values())),
         num_ungraded=sum(response.total is None for response in responses),
-        without_method=dict(kinds_without_method.most_common()),
+        without_reader=dict(kinds_without_reader.most_common()),
         sources={
             name: error_rates(strata, drawn_responses, second_verdicts, name) for name in sources
         },
@@ -218,7 +218,7 @@ def _auditable_groups(responses: Iterable[AuditedResponse]) -> list[list[Audited
 def _advantage_effect(
     num_groups: int,
     drawn_groups: list[list[AuditedResponse]],
-    second_verdicts: Mapping[str, SecondVerdict],
+    second_verdicts: Mapping[str, SecondReaderVerdict],
     advantages: Advantages,
     seed: int,
 ) -> AdvantageEffect | None:
@@ -261,9 +261,11 @@ def _advantage_effect(
 
 
 def _corrected_total(
-    response: AuditedResponse, second_verdicts: Mapping[str, SecondVerdict], outcomes: Sequence[str]
+    response: AuditedResponse,
+    second_verdicts: Mapping[str, SecondReaderVerdict],
+    outcomes: Sequence[str],
 ) -> float | None:
-    """Return the total with the reward of the other verdict where the second method says one of
+    """Return the total with the reward of the other verdict where the second reader says one of
     these outcomes."""
     second_verdict = second_verdicts.get(response.id)
     if response.total is None or second_verdict is None or second_verdict.outcome not in outcomes:
@@ -280,7 +282,7 @@ def _sign_of(value: float) -> int:
     return (value > 0) - (value < 0)
 
 
-def _as_json(response: AuditedResponse, second_verdict: SecondVerdict) -> dict[str, Any]:
+def _as_json(response: AuditedResponse, second_verdict: SecondReaderVerdict) -> dict[str, Any]:
     content = response.load()
     return {
         "place": response.id,

@@ -19,8 +19,8 @@ from megatron_r1.engines.server.responses import Response
 from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
     AuditedResponse,
-    PooledSecondMethod,
-    SecondVerdict,
+    PooledSecondReader,
+    SecondReaderVerdict,
     classify_verdict,
     draw_sample,
     group_by_stratum,
@@ -52,12 +52,12 @@ def responses_with(errors, *, num=900, group_size=6, source=lambda place: "a"):
     return responses, wrong
 
 
-def judge_with(wrong, undecided=()):
-    async def judge(response):
+def reader_with(wrong, undecided=()):
+    async def read(response):
         outcome = "wrong" if response.id in wrong else "confirmed"
-        return SecondVerdict("undecided" if response.id in undecided else outcome, "")
+        return SecondReaderVerdict("undecided" if response.id in undecided else outcome, "")
 
-    return judge
+    return read
 
 
 def true_fraction(responses, wrong, is_accepted, source=None):
@@ -88,9 +88,9 @@ PLANTED = {
 @pytest.mark.parametrize("errors", PLANTED.values(), ids=PLANTED)
 def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors, num_seeds):
     responses, wrong = responses_with(errors, source=lambda number: "ab"[number % 3 == 0])
-    # Some that the second method cannot decide.
+    # Some that the second reader cannot decide.
     undecided = {response.id for response in responses[::29]}
-    judge = judge_with(wrong, undecided)
+    second_reader = reader_with(wrong, undecided)
     truths = {
         (source, is_accepted): true_fraction(responses, wrong, is_accepted, source)
         for source in ("a", "b", None)
@@ -98,7 +98,9 @@ def test_intervals_cover_planted_rates_about_as_often_as_they_say(errors, num_se
     }
     covered = dict.fromkeys(truths, 0)
     for seed in range(num_seeds):
-        result = asyncio.run(audit_verifier(responses, judge, size=120, seed=seed, num_groups=0))
+        result = asyncio.run(
+            audit_verifier(responses, second_reader, size=120, seed=seed, num_groups=0)
+        )
         for source, rates in (*result.sources.items(), (None, result.overall)):
             for is_accepted, fraction in (
                 (False, rates.wrongly_rejected),
@@ -118,7 +120,7 @@ def test_a_planted_fault_is_told_from_none():
     responses, wrong = responses_with(PLANTED["all fractions rejected"])
     for seed in range(50):
         result = asyncio.run(
-            audit_verifier(responses, judge_with(wrong), size=100, seed=seed, num_groups=0)
+            audit_verifier(responses, reader_with(wrong), size=100, seed=seed, num_groups=0)
         )
         assert result.overall.wrongly_rejected.low > 0, seed
         assert result.overall.wrongly_accepted.low == 0, seed
@@ -191,7 +193,7 @@ def test_advantages_of_a_logged_group_are_those_of_the_corrected_rewards():
     assert {response.source for response in responses} == {"halves"}
     assert responses[1].load().fields["question"] == "half?"
     wrong = {responses[1].id}
-    result = asyncio.run(audit_verifier(responses, judge_with(wrong), size=10))
+    result = asyncio.run(audit_verifier(responses, reader_with(wrong), size=10))
     # Of 2.5, 0.5, 0.5 and of 2.5, 2.5, 0.5.
     before = [sqrt(2), -1 / sqrt(2), -1 / sqrt(2), 0.0]
     after = [1 / sqrt(2), 1 / sqrt(2), -sqrt(2), 0.0]
@@ -209,7 +211,7 @@ def test_undecided_verdicts_widen_the_effect_to_both_sides():
     groups = [Group(prompt, [], [logged(1.0), logged(0.0)]) for _ in range(4)]
     responses = list(logged_responses(groups, "step 1", {"accuracy": 1.0}))
     undecided = {responses[0].id, responses[2].id}
-    result = asyncio.run(audit_verifier(responses, judge_with((), undecided), size=8))
+    result = asyncio.run(audit_verifier(responses, reader_with((), undecided), size=8))
     # Reversed, both of two groups' responses are rejected: advantages of 1 and -1 become 0.
     assert result.effect.mean_change.low == 0.0
     assert result.effect.mean_change.high >= 0.5
@@ -219,14 +221,14 @@ def test_undecided_verdicts_widen_the_effect_to_both_sides():
     assert result.overall.wrongly_accepted.high == 0.5
 
 
-def test_kinds_without_a_second_method_are_counted_and_not_drawn():
+def test_kinds_without_a_second_reader_are_counted_and_not_drawn():
     prompt = make_prompt("fine?", "judge", "yes", {})
     groups = [Group(prompt, [], [logged(1.0)])]
     groups += [Group(make_prompt("half?", "math", "1/2", {}), [], [logged(1.0)])]
     result = asyncio.run(
-        audit_verifier(list(logged_responses(groups, "step 1", {"accuracy": 1.0})), judge_with(()))
+        audit_verifier(list(logged_responses(groups, "step 1", {"accuracy": 1.0})), reader_with(()))
     )
-    assert result.without_method == {"judge": 1}
+    assert result.without_reader == {"judge": 1}
     assert result.num_responses == 1 and len(result.judged) == 1 and result.effect is None
 
 
@@ -257,7 +259,7 @@ def test_programs_whose_verdict_changes_are_flaky(rewards, outcome, left):
     pool = Pool(*rewards)
     content = AnswerContent("```python\nprint(1)\n```", {}, {})
     response = AuditedResponse("1", "-", "code", None, 1.0, 1.0, lambda: content)
-    finding = asyncio.run(PooledSecondMethod(pool, {}).judge(response))
+    finding = asyncio.run(PooledSecondReader(pool, {}).read(response))
     assert finding.outcome == outcome
     assert len(pool.rewards) == left
     assert finding.reason.startswith("flaky") == (outcome == "undecided" and rewards[0] is not None)
@@ -282,6 +284,6 @@ def test_verdicts_of_math_verify_are_not_confirmed_by_math_verify(verdict, outco
     content = AnswerContent("<answer>1</answer>", "2", {})
     response = AuditedResponse("1", "-", "math", None, 1.0, 1.0, lambda: content)
     for options, expected in (({}, outcome), ({"without_math_verify": True}, without)):
-        judge = PooledSecondMethod(Reader(), {}, **options)
-        assert asyncio.run(judge.judge(response)).outcome == expected
+        second_reader = PooledSecondReader(Reader(), {}, **options)
+        assert asyncio.run(second_reader.read(response)).outcome == expected
     assert [fields.get("without_math_verify", False) for fields in asked] == [False, True]
