@@ -23,7 +23,7 @@ from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import open_host_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.environment import fp8_scale_environment
+from megatron_r1.engines.server.environment_variables import fp8_scale_environment
 from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.models import read_hf_config

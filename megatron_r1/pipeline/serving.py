@@ -14,7 +14,7 @@ from megatron_r1.base.processes.exit_diagnosis import excerpt_log
 from megatron_r1.base.processes.scratch import Scratch
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.client import is_healthy
-from megatron_r1.engines.server.environment import engine_environment
+from megatron_r1.engines.server.environment_variables import engine_environment
 from megatron_r1.engines.server.model_config import config_arguments
 from megatron_r1.models.hf_config import load_config
 from megatron_r1.pipeline.child import StageProcess, describe_status

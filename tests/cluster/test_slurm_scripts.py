@@ -15,7 +15,7 @@ import pytest
 import slurm_cluster
 from small_run import ROOT, SUMS, environment, metrics
 
-from megatron_r1.engines.server.environment import engine_environment
+from megatron_r1.engines.server.environment_variables import engine_environment
 
 pytestmark = [
     pytest.mark.slow,

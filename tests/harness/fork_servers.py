@@ -54,7 +54,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from megatron_r1.base.processes.fork_server import SERVERS
     from megatron_r1.controller.trainer_calls.rank_processes import RANK_MODULE as RANK
     from megatron_r1.controller.trainer_calls.rank_processes import import_environment
-    from megatron_r1.engines.server.environment import engine_environment
+    from megatron_r1.engines.server.environment_variables import engine_environment
     from megatron_r1.engines.server.server import SERVER_MODULE as ENGINE
 
     # What all processes of the tests share: a process with another environment is not forked.

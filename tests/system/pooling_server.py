@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from megatron_r1.engines.server.environment import engine_environment
+from megatron_r1.engines.server.environment_variables import engine_environment
 
 
 @contextlib.contextmanager

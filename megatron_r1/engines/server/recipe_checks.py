@@ -12,7 +12,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.config.teacher import TeacherEngines
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.environment import check_fp8_scales
+from megatron_r1.engines.server.environment_variables import check_fp8_scales
 from megatron_r1.engines.server.vllm_arguments import check_reserved
 from megatron_r1.models.families import FAMILIES
 from megatron_r1.models.hf_config import (

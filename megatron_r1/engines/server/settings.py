@@ -16,7 +16,7 @@ from megatron_r1.config import RolloutConfig
 from megatron_r1.config.engine import LAYOUT_KEYS
 from megatron_r1.config.rollout import SpeculativeConfig
 from megatron_r1.config.teacher import TeacherEngines
-from megatron_r1.engines.server.environment import engine_environment, network_environment
+from megatron_r1.engines.server.environment_variables import engine_environment, network_environment
 from megatron_r1.engines.server.vllm_arguments import argument_list
 
 SERVER_MODULE = "megatron_r1.engines.plugin.serve"

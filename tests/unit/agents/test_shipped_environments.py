@@ -136,7 +136,7 @@ def interpreter(one_interpreter):
 
 
 def test_python_keeps_its_variables_and_reports_errors(interpreter, monkeypatch):
-    monkeypatch.setattr("r1_grading.sandbox.session.GRACE_SECONDS", LONG)
+    monkeypatch.setattr("r1_grading.sandbox.python_session.GRACE_SECONDS", LONG)
     run = interpreter.python
     assert run("x = 12 * 34\nx") == "408\n"
     assert run("print(x + 1); x - 1") == "409\n407\n"

@@ -8,7 +8,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse_recipe
-from megatron_r1.engines.server import environment
+from megatron_r1.engines.server import environment_variables
 from megatron_r1.engines.server.settings import EngineSettings, engine_settings
 
 
@@ -44,14 +44,14 @@ def test_engines_that_sleep_exchange_experts_through_the_host():
 def test_vllm_keeps_the_scales_of_pushed_fp8_blocks(scale_format, value, monkeypatch):
     hf_config = {"quantization_config": {"scale_fmt": scale_format}}
     name = "VLLM_USE_DEEP_GEMM_E8M0"
-    assert environment.fp8_scale_environment(hf_config) == {name: value}
+    assert environment_variables.fp8_scale_environment(hf_config) == {name: value}
     for given in (None, value):
         monkeypatch.setenv(name, given) if given else monkeypatch.delenv(name, raising=False)
-        environment.check_fp8_scales(hf_config)
+        environment_variables.check_fp8_scales(hf_config)
     other = str(1 - int(value))
     monkeypatch.setenv(name, other)
     with refused("push.fp8", Cause.CONFLICT, f"{name}={other}"):
-        environment.check_fp8_scales(hf_config)
+        environment_variables.check_fp8_scales(hf_config)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
