@@ -106,7 +106,7 @@ def test_an_entry_has_the_seconds_of_every_candidate_and_its_table_where_to_chan
 
 STAGES = """
 from unittest import mock
-from r1_kernels.examples import ExampleSizes, launches
+from r1_kernels.examples import ExampleSizes, example_launches
 from r1_kernels.registry import KERNELS
 from r1_kernels_bench import compiled
 from triton.runtime.jit import JITFunction
@@ -119,7 +119,7 @@ def code(kernel, stages):
     sass = compiled._cuobjdump_output(launch, "-sass")
     return [each[1:] for each in compiled._sass_instructions(sass)]
 for kernel in KERNELS:
-    example = next(launches(kernel, ExampleSizes(), "meta"))
+    example = next(example_launches(kernel, ExampleSizes(), "meta"))
     assert code(kernel, 1) == code(kernel, 4), kernel.name
     print(kernel.name)
 """
