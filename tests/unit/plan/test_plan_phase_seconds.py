@@ -33,10 +33,10 @@ def test_a_save_stops_the_trainer_for_its_copy_and_without_threads_for_its_writi
     """What a rank of the fullest stage writes: 16 bytes each of its share of the parameters.
 
     It writes a 32nd of its dense and a 16th of its expert parameters: two bytes in bf16, the
-    reference's two, 12 of the optimizer."""
+    reference's two, 12 of the optimizer; and four layers' routing biases in fp32, twice."""
     job = planned()
     copied = max(rank.host["checkpoint being written"] for rank in JobEstimate(job).ranks)
-    assert copied == 16 * (283_967_488 // 32 + 5_637_144_576 // 16)
+    assert copied == 16 * (283_967_488 // 32 + 5_637_144_576 // 16) + 2 * 4 * (4 * 256)
     copy = copied / (0.78 * 55e9)
     assert checkpoint_time(job).number == pytest.approx(copy / 5)
     synchronous = checkpoint_time(planned(checkpoint__asynchronous=False, checkpoint__every=2))
