@@ -48,7 +48,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
 
     facts = rank.run(config, settings.preflight)
     if facts:
-        results = findings.check_facts(config, settings.preflight, facts)
+        results = findings.preflight_results(config, settings.preflight, facts)
         findings.write_report(Path(path).stem, settings.preflight, facts, results)
 
 

@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 Check = Callable[[RecordedStep], list[ComparedQuantity]]
 WeightCheck = Callable[[RecordedStep, "Recomputation"], list[ComparedQuantity]]
 RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
-    ("files", "questions of the step", questions.check_questions),
-    ("files", "files", files.check_files),
-    ("sampling", "settings of the engines", sampling.check_settings),
-    ("rewards", "rewards", rewards.check_rewards),
-    ("schedule", "learning rate", schedule.check_rates),
-    ("checkpoint", "checkpoints", checkpoints.check_states),
+    ("files", "questions of the step", questions.compare_questions),
+    ("files", "files", files.compare_files),
+    ("sampling", "settings of the engines", sampling.compare_sampling),
+    ("rewards", "rewards", rewards.compare_recorded_rewards),
+    ("schedule", "learning rate", schedule.compare_schedule),
+    ("checkpoint", "checkpoints", checkpoints.compare_states),
 )
 """Checks that need no model: family, what cannot be checked where one fails, and the check."""
 WEIGHT_CHECKS: tuple[tuple[str, str, WeightCheck], ...] = (
-    ("sampling", routing.NAME, routing.check_routing),
-    ("sampling", "engines' log-probabilities", engine_logprobs.check_logprobs),
-    ("log-probabilities", "old policy and reference", policies.check_policies),
-    ("loss", "loss", loss.check_loss),
-    ("optimizer", "change of the weights", optimizer.check_update),
-    ("push", "probes and export", push.check_push),
+    ("sampling", routing.NAME, routing.compare_routing),
+    ("sampling", "engines' log-probabilities", engine_logprobs.compare_logprobs),
+    ("log-probabilities", "old policy and reference", policies.compare_policies),
+    ("loss", "loss", loss.compare_loss),
+    ("optimizer", "change of the weights", optimizer.compare_update),
+    ("push", "probes and export", push.compare_push),
 )
 """Checks that recompute with the model's weights, likewise."""
 

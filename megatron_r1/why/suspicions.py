@@ -19,16 +19,16 @@ SMALL_KL = 1e-4
 def find_suspicions(step: RecordedStep) -> list[str]:
     """Return one sentence per figure that may explain the run's course, or one that none does."""
     candidates = [
-        _check_equal_groups(step),
-        _check_truncation(step),
-        _check_entropy(step),
-        _check_learning_rate(step),
+        _equal_groups_suspicion(step),
+        _truncation_suspicion(step),
+        _entropy_suspicion(step),
+        _learning_rate_suspicion(step),
     ]
     sentences = [suspicion for suspicion in candidates if suspicion]
     return sentences or ["no figure of the run stands out: too few steps, or the task is learned"]
 
 
-def _check_equal_groups(step: RecordedStep) -> str:
+def _equal_groups_suspicion(step: RecordedStep) -> str:
     groups = step.groups + step.filtered_groups
     fraction = fmean(group.has_equal_rewards for group in groups)
     accuracies = [graded.rewards.get("accuracy", 0.0) for graded in all_responses(groups)]
@@ -43,7 +43,7 @@ def _check_equal_groups(step: RecordedStep) -> str:
     )
 
 
-def _check_truncation(step: RecordedStep) -> str:
+def _truncation_suspicion(step: RecordedStep) -> str:
     cut_responses = [index for index, graded in step.responses.items() if graded.is_truncated]
     fraction = len(cut_responses) / len(step.responses)
     if fraction < MAX_CUT_FRACTION:
@@ -64,7 +64,7 @@ def _first_and_last_means(step: RecordedStep, key: str) -> tuple[float, float] |
     return (fmean(values[:count]), fmean(values[-count:])) if values else None
 
 
-def _check_entropy(step: RecordedStep) -> str:
+def _entropy_suspicion(step: RecordedStep) -> str:
     ends = _first_and_last_means(step, "entropy")
     if ends is None or ends[1] >= MIN_ENTROPY_FRACTION * ends[0]:
         return ""
@@ -75,7 +75,7 @@ def _check_entropy(step: RecordedStep) -> str:
     )
 
 
-def _check_learning_rate(step: RecordedStep) -> str:
+def _learning_rate_suspicion(step: RecordedStep) -> str:
     rate, warmup = max(step.learning_rates), step.config.optimizer.warmup_updates
     if warmup and step.updates_after(step.step) <= warmup:
         return (

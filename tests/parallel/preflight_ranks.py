@@ -35,7 +35,7 @@ def main() -> None:
     facts = rank.run(config, settings)
     if facts:
         try:
-            found = findings.check_facts(config, settings, facts)
+            found = findings.preflight_results(config, settings, facts)
             findings.write_report("small", settings, facts, found)
         except RunError as error:
             print(f"blocked: {error}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from command_line import run, write_model
 
-from megatron_r1.why.checks.policies import check_policies
+from megatron_r1.why.checks.policies import compare_policies
 from megatron_r1.why.comparison import EQUAL
 from megatron_r1.why.examination import examine_step
 from megatron_r1.why.record.step_reader import open_run, read_step
@@ -86,7 +86,7 @@ def why_recomputes_it(folder: Path) -> None:
     rl = step.run_config.rl.model_copy(update={"routing_replay": False})
     config = step.run_config.model_copy(update={"rl": rl})
     plain = Recomputation(replace(step, run_config=config))
-    (trainer, _) = check_policies(plain.step, plain)
+    (trainer, _) = compare_policies(plain.step, plain)
     assert trainer.differs, str(trainer)
 
 

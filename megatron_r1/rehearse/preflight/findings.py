@@ -42,7 +42,7 @@ from megatron_r1.rehearse.settings import PreflightConfig
 LEVEL_LABELS = {"ok": "", "note": "out of line", "block": "blocks"}
 
 
-def check_facts(
+def preflight_results(
     config: Config, settings: PreflightConfig, facts: Sequence[RankFacts]
 ) -> list[CheckResult]:
     """Return the findings, in the order of the table.

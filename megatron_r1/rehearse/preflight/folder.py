@@ -25,7 +25,7 @@ seconds."""
 SCRATCH_PREFIX = ".preflight"
 
 
-def check_folder(folder: Path, placement: RankPlacement, progress: RankProgress) -> FolderFacts:
+def measure_folder(folder: Path, placement: RankPlacement, progress: RankProgress) -> FolderFacts:
     """Return what this node finds in `folder`, and leave the folder as it was before. Every rank
     calls this; the first rank of each node writes, and the second rank of a single node tries the
     lock.

@@ -21,7 +21,7 @@ from megatron_r1.rehearse.preflight.facts import (
     RankFacts,
     RankPlacement,
 )
-from megatron_r1.rehearse.preflight.folder import check_folder
+from megatron_r1.rehearse.preflight.folder import measure_folder
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.rehearse.settings import PreflightConfig
 from megatron_r1.trainer import distributed
@@ -74,7 +74,7 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
         progress.begin_step("links over gloo", START_TIMES)
         gloo = links.gloo_rates(placement, progress)
     progress.begin_step("run folder")
-    folder = check_folder(Path(config.run.folder), placement, progress)
+    folder = measure_folder(Path(config.run.folder), placement, progress)
     progress.begin_step("connections to rank 0, clocks, ports, sandbox")
     node = _node_facts(config, placement, progress, versions, memory)
     facts = RankFacts(

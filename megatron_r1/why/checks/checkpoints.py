@@ -22,7 +22,7 @@ MAX_STEP_FACTOR = 10.0
 β1 and β2, by Cauchy and Schwarz, and more where moments are lost."""
 
 
-def check_states(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_states(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of the checkpoints' tensors and counters."""
     from megatron_r1.why.policy import checkpoint_tensors
 
@@ -32,7 +32,7 @@ def check_states(step: RecordedStep) -> list[ComparedQuantity]:
         for moment, path in (("before", step.checkpoint_before), ("after", step.checkpoint_after))
         if path is not None and not (path / "config.json").is_file()
     }
-    files = {moment: _check_files(step, moment, path) for moment, path in checkpoints.items()}
+    files = {moment: _compare_checksums(step, moment, path) for moment, path in checkpoints.items()}
     comparisons += files.values()
     if any(comparison.differs for comparison in files.values()):
         return comparisons
@@ -46,7 +46,7 @@ def check_states(step: RecordedStep) -> list[ComparedQuantity]:
             )
             continue
         path = checkpoints[moment]
-        comparisons += [_check_finite(moment, path), _compare_counters(step, moment, path)]
+        comparisons += [_find_non_finite(moment, path), _compare_counters(step, moment, path)]
         comparisons += [_compare_moments(step, moment, path), _compare_masters(step, moment, path)]
     is_adapted = step.run_config.model.lora is not None and step.step == 1
     if step.checkpoint_before is not None and step.checkpoint_after is not None and not is_adapted:
@@ -58,7 +58,7 @@ def check_states(step: RecordedStep) -> list[ComparedQuantity]:
     return comparisons
 
 
-def _check_files(step: RecordedStep, moment: str, path: Path) -> ComparedQuantity:
+def _compare_checksums(step: RecordedStep, moment: str, path: Path) -> ComparedQuantity:
     """Check that a checkpoint's files have the sizes and checksums they were written with."""
     name = f"files of the checkpoint {moment}"
     if path.parent != step.folder.checkpoints and not (path / MANIFEST).is_file():
@@ -77,7 +77,7 @@ def _check_files(step: RecordedStep, moment: str, path: Path) -> ComparedQuantit
     )
 
 
-def _check_finite(moment: str, path: Path) -> ComparedQuantity:
+def _find_non_finite(moment: str, path: Path) -> ComparedQuantity:
     from megatron_r1.why.policy import checkpoint_tensors
 
     bad_names = checkpoint_tensors.non_finite_tensor_names(path)

@@ -33,7 +33,7 @@ GRADIENT_REMEDY = (
 """Where all terms have one coefficient, which is then not of the terms."""
 
 
-def check_terms(step: RecordedStep, recomputation: Recomputation) -> ComparedQuantity:
+def compare_terms(step: RecordedStep, recomputation: Recomputation) -> ComparedQuantity:
     """Return the comparison of the terms' gradients with the run's.
 
     Args:
@@ -84,7 +84,7 @@ def term_departure(step: RecordedStep, recomputation: Recomputation) -> tuple[st
         recomputation: its updates."""
     try:
         fit = recomputation.term_fit
-    except CannotRecompute:  # `check_terms` reports it
+    except CannotRecompute:  # `compare_terms` reports it
         return "", ""
     departing_coefficients = fit.departing_coefficients(
         COEFFICIENT_TOLERANCE[step.run_config.model.dtype]

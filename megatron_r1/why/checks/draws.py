@@ -21,7 +21,7 @@ FALSE_ALARM = 1e-9
 """The probability of a departure in a step whose responses are independent draws."""
 
 
-def check_draws(step: RecordedStep, family: str) -> ComparedQuantity:
+def compare_draws(step: RecordedStep, family: str) -> ComparedQuantity:
     """Return whether responses of a group are the same tokens beyond chance.
 
     Each of two tests has half of `FALSE_ALARM`: long responses that are there twice, and whole

@@ -62,7 +62,7 @@ SENSITIVE_CAUSES = (other_fp8_weights,)
 """Those that find differences as small as rounding."""
 
 
-def check_logprobs(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
+def compare_logprobs(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
     """Return the comparison of the engines' log-probabilities."""
     gaps = EngineGaps(step, recomputation.engine_policy)
     differences = np.concatenate(gaps.gaps) if gaps.gaps else np.empty(0)

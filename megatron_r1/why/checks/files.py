@@ -11,7 +11,7 @@ from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.why.checks.prompt_tokens import (
     FAMILY,
     MAX_SHOWN_CHARACTERS,
-    check_prompts,
+    compare_prompts,
     describe_token,
     special_tokens,
 )
@@ -32,11 +32,11 @@ TAG_WORDS = re.compile("think|answer|tool")
 """Of special tokens that stand inside a response by right."""
 
 
-def check_files(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_files(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of a step's files."""
     return [
-        *check_prompts(step),
-        *check_ends(step),
+        *compare_prompts(step),
+        *compare_ends(step),
         _compare_vocabulary(step),
         _compare_texts(step),
     ]
@@ -95,12 +95,12 @@ def _compare_texts(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def check_ends(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_ends(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of the ends of a step's responses."""
-    return [_compare_ends(step), _find_unknown_ends(step), _find_missing_ends(step)]
+    return [_find_tokens_after_end(step), _find_unknown_ends(step), _find_missing_ends(step)]
 
 
-def _compare_ends(step: RecordedStep) -> ComparedQuantity:
+def _find_tokens_after_end(step: RecordedStep) -> ComparedQuantity:
     """Check that no response goes on after a token that ends it."""
     responses, ends = single_turn_tokens(step), step.tokenizer.stop_token_ids
     if not responses:

@@ -61,7 +61,7 @@ COMPARED_METRICS = (
 )
 
 
-def check_loss(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
+def compare_loss(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
     """Return the comparisons of the loss and its metrics.
 
     Args:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_r1.reporting.formatting import format_percent
-from megatron_r1.why.checks.departing_terms import check_terms
+from megatron_r1.why.checks.departing_terms import compare_terms
 from megatron_r1.why.checks.loss import (
     TOLERANCE_SOURCES,
     moments_depart,
@@ -24,7 +24,7 @@ MAX_TENSOR_DISTANCE = 0.5
 """The largest relative distance of the change of one tensor: all its gradients may be small."""
 
 
-def check_update(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
+def compare_update(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
     """Return the comparisons of the gradient of each term, of the change of the weights, and of
     Adam's moments, with those that were recomputed.
 
@@ -33,7 +33,7 @@ def check_update(step: RecordedStep, recomputation: Recomputation) -> list[Compa
         recomputation: its updates."""
     base = recomputation.base
     comparisons = [_compare_change(step, base), _compare_recomputed_moments(step, base)]
-    terms = check_terms(step, recomputation)
+    terms = compare_terms(step, recomputation)
     return [
         terms,
         *(

@@ -30,7 +30,7 @@ TRAINER = "old policy of the trainer"
 Candidate = tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]
 
 
-def check_policies(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
+def compare_policies(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
     """Return the comparisons of the trainer's log-probabilities and of its reference."""
     return [_compare_trainer(step, recomputation), _compare_reference(step, recomputation)]
 

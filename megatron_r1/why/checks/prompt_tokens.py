@@ -18,7 +18,7 @@ MAX_SHOWN_CHARACTERS = 40
 """The most characters of a text that a comparison shows."""
 
 
-def check_prompts(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_prompts(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of a step's prompts."""
     return [_compare_starts(step), _compare_system_message(step), _compare_prompt_tokens(step)]
 

@@ -23,7 +23,7 @@ MERGE_ROUNDING = 2.0**-20
 """Relative: sums of weights and products of adapters in float32, in another order."""
 
 
-def check_push(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
+def compare_push(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
     """Return the comparisons of the weights that left the trainer: to engines, and to hf/."""
     return [_compare_probe(step), _compare_export(step, recomputation)]
 

@@ -13,7 +13,7 @@ FAMILY = "files"
 NAME = "questions of the step"
 
 
-def check_questions(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_questions(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparison of a step's questions, after that of a damaged sample log."""
     if step.num_damaged_bytes:
         num_groups = len(step.groups) + len(step.filtered_groups)

@@ -39,7 +39,7 @@ def grade_again(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
     return asyncio.run(_grade_responses(step))
 
 
-def check_reward_order(step: RecordedStep, new_grades: Grades) -> ComparedQuantity:
+def compare_reward_order(step: RecordedStep, new_grades: Grades) -> ComparedQuantity:
     """Check that no response has the accuracy of another one of its group.
 
     Args:
@@ -85,7 +85,7 @@ def check_reward_order(step: RecordedStep, new_grades: Grades) -> ComparedQuanti
     )
 
 
-def check_regraded_rewards(step: RecordedStep, new_grades: Grades) -> ComparedQuantity:
+def compare_regraded_rewards(step: RecordedStep, new_grades: Grades) -> ComparedQuantity:
     """Check each term with the graders of this version and the run's settings.
 
     Args:

@@ -112,7 +112,7 @@ def run_in_scratch_folder(work: Callable[[Path], Coroutine[Any, Any, T]]) -> T:
             raise KeyboardInterrupt from None
 
 
-def _check_engine(
+def _compare_fresh_engine(
     step: RecordedStep, recomputation: Recomputation, refined_comparison: ComparedQuantity
 ) -> tuple[ComparedQuantity, RerunVerdict]:
     """Compare a fresh engine's log-probabilities with the logged ones and transformers'.
@@ -215,11 +215,11 @@ ENGINE = Rerun(
     "a fresh engine's log-probabilities",
     engine_logprobs.NAME,
     "starting an engine",
-    _check_engine,
+    _compare_fresh_engine,
 )
 
 
-def _check_trainer(
+def _compare_single_rank(
     step: RecordedStep, recomputation: Recomputation, refined_comparison: ComparedQuantity
 ) -> tuple[ComparedQuantity, RerunVerdict]:
     """Compare the distance of one rank from the engine with that of the run's trainer, and the rank
@@ -259,7 +259,7 @@ TRAINER = Rerun(
     "one rank's log-probabilities",
     policies.TRAINER,
     "starting one trainer rank",
-    _check_trainer,
+    _compare_single_rank,
 )
 
 

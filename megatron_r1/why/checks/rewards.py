@@ -11,11 +11,11 @@ from megatron_r1.reporting.formatting import finite_metric, format_number
 from megatron_r1.why.checks.regraded_rewards import (
     FAMILY,
     REWARD_TOLERANCE,
-    check_regraded_rewards,
-    check_reward_order,
+    compare_regraded_rewards,
+    compare_reward_order,
     grade_again,
 )
-from megatron_r1.why.checks.second_reader import check_accuracies
+from megatron_r1.why.checks.second_reader import compare_accuracies
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
@@ -28,14 +28,14 @@ from megatron_r1.why.formulas import are_equal
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 
-def check_rewards(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_recorded_rewards(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of a step's rewards."""
     new_grades = grade_again(step)
     return [
         _compare_sums(step),
-        check_reward_order(step, new_grades),
-        check_accuracies(step),
-        check_regraded_rewards(step, new_grades),
+        compare_reward_order(step, new_grades),
+        compare_accuracies(step),
+        compare_regraded_rewards(step, new_grades),
         *_compare_metrics(step),
     ]
 

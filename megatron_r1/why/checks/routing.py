@@ -29,7 +29,7 @@ SHIFTS = {"before": 1, "after": -1}
 (`rows_with_shifted_experts`)."""
 
 
-def check_routing(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
+def compare_routing(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
     """Check that engines choose the experts that the trainer's routers would: replay hides where
     they do not. Nothing is compared where experts are not replayed."""
     if not step.config.rl.routing_replay:

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from megatron_r1.why.checks.draws import check_draws
+from megatron_r1.why.checks.draws import compare_draws
 from megatron_r1.why.comparison import (
     ComparedQuantity,
     ResponseIndex,
@@ -19,14 +19,14 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 FAMILY = "sampling"
 
 
-def check_settings(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_sampling(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of what was logged of the sampling."""
     comparisons = [_compare_kept_tokens(step)] if step.config.rollout.uses_sampling_mask else []
     return [
         _compare_settings(step),
         _compare_limits(step),
         _compare_versions(step),
-        check_draws(step, FAMILY),
+        compare_draws(step, FAMILY),
         *comparisons,
     ]
 

@@ -12,7 +12,7 @@ LEARNING_RATE_TOLERANCE = 1e-6
 """The largest relative distance of learning rates, which are a few products of float64."""
 
 
-def check_rates(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_schedule(step: RecordedStep) -> list[ComparedQuantity]:
     """Return the comparisons of the schedule, from metrics.jsonl alone."""
     return [_compare_rate(step), _compare_count(step), _compare_taken_updates(step)]
 

@@ -36,7 +36,7 @@ SECOND_READER_KINDS = ("math", "logic")
 those that they take for right."""
 
 
-def check_accuracies(step: RecordedStep) -> ComparedQuantity:
+def compare_accuracies(step: RecordedStep) -> ComparedQuantity:
     """Compare accuracies with those of the second readers, of answers that responses state
     plainly."""
     name = "verdict of second readers"

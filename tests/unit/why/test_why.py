@@ -164,7 +164,11 @@ def planted(tmp_path) -> Planted:
 
 
 def checks(step: RecordedStep) -> list[ComparedQuantity]:
-    return [*files.check_files(step), *sampling.check_settings(step), *rewards.check_rewards(step)]
+    return [
+        *files.compare_files(step),
+        *sampling.compare_sampling(step),
+        *rewards.compare_recorded_rewards(step),
+    ]
 
 
 def named(step: RecordedStep) -> ComparedQuantity:
@@ -461,7 +465,7 @@ def test_programs_run_their_tests_again(planted, logged, departing_responses):
     step = with_programs(planted, logged)
     grades = regraded_rewards.grade_again(step)
     assert all(grades[0, place]["accuracy"].reward == 1.0 for place in range(4))
-    comparison = regraded_rewards.check_regraded_rewards(step, grades)
+    comparison = regraded_rewards.compare_regraded_rewards(step, grades)
     assert list(comparison.affected_responses) == departing_responses
 
 
@@ -563,7 +567,7 @@ def with_order(planted, place) -> RecordedStep:
     ],
 )
 def test_questions_other_than_those_of_the_seeds_order_depart(planted, places, words):
-    (comparison,) = questions.check_questions(with_order(planted, places))
+    (comparison,) = questions.compare_questions(with_order(planted, places))
     assert comparison.differs is bool(words) and comparison.status != "not checked"
     assert not words or words in comparison.reason
 
@@ -577,7 +581,7 @@ def test_a_damaged_record_of_the_sample_log_is_named_and_not_its_questions(plant
     path.write_bytes(content)
     step = read_step(*open_run(planted.folder / "run"), STEP)
     assert len(step.groups) == 1
-    comparison, order = questions.check_questions(step)
+    comparison, order = questions.compare_questions(step)
     assert comparison.differs and comparison.name == "sample log"
     assert "only 1 groups are" in comparison.reason and order.status == "not checked"
     # Bytes of a group that is there again, as a kill leaves them, are no damage.
@@ -587,9 +591,9 @@ def test_a_damaged_record_of_the_sample_log_is_named_and_not_its_questions(plant
 
 
 def test_one_question_in_all_groups_departs_where_the_order_is_not_known(planted):
-    assert questions.check_questions(planted.read())[0].status == "not checked"
+    assert questions.compare_questions(planted.read())[0].status == "not checked"
     planted.groups[1] = replace(planted.groups[1], prompt=planted.groups[0].prompt)
-    (comparison,) = questions.check_questions(planted.read())
+    (comparison,) = questions.compare_questions(planted.read())
     assert comparison.differs and "all 2 groups are of one question" in comparison.reason
 
 
@@ -619,14 +623,14 @@ def test_the_learning_rate_may_have_been_planned_for_another_length(
 ):
     planted.settings["optimizer"] = {"decay": "linear", "warmup_updates": 0 if is_equal else 1}
     planted.line["learning_rate"] = logged
-    rate, *_ = schedule.check_rates(planted.read())
+    rate, *_ = schedule.compare_schedule(planted.read())
     assert rate.name == "learning rate"
     assert rate.differs is not is_equal and words in rate.description + rate.reason
 
 
 def test_records_without_sampling_are_read_and_reported(planted):
     planted.sampling = None
-    found = {each.name: each for each in sampling.check_settings(planted.read())}
+    found = {each.name: each for each in sampling.compare_sampling(planted.read())}
     assert found["settings of the engines"].status == "not checked"
 
 
@@ -682,7 +686,7 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
         {"loss": 5.75139e-4, "kl": 0.0575139, "entropy": 2.0}, {}, {}, None, []
     )
     recomputed = recomputation_of(made, lambda substitution, matches_record: made, print)
-    of_loss, of_kl = loss.check_loss(planted.read(), recomputed)
+    of_loss, of_kl = loss.compare_loss(planted.read(), recomputed)
     assert of_loss.differs is departs and not of_kl.differs
 
 
@@ -706,7 +710,7 @@ def test_a_loss_that_departs_alone_is_shown_before_the_search(planted, distances
         return made
 
     recomputed = recomputation_of(made, recompute, shown.append)
-    of_loss, _ = loss.check_loss(planted.read(), recomputed)
+    of_loss, _ = loss.compare_loss(planted.read(), recomputed)
     assert shown and of_loss.differs
     assert ("row of step" in of_loss.remedy) is is_metrics
 
@@ -720,13 +724,13 @@ def test_a_departure_of_the_loss_is_shown_once(planted, monkeypatch, explains):
         for value in (0.0567, 0.1234)
     )
 
-    def check_loss(step, recomputation):
+    def compare_loss(step, recomputation):
         updates = explanation if explains else base
         fake = recomputation_of(base, lambda *_: updates, recomputation.show_progress)
         fake.show_departures = recomputation.show_departures
-        return loss.check_loss(step, fake)
+        return loss.compare_loss(step, fake)
 
-    monkeypatch.setattr(examination, "WEIGHT_CHECKS", (("loss", "loss", check_loss),))
+    monkeypatch.setattr(examination, "WEIGHT_CHECKS", (("loss", "loss", compare_loss),))
     shown = []
     report = examine_step(planted.read(), show_progress=shown.append)
     assert ("explains it" in report.comparison("loss", "loss").reason) is explains
@@ -748,7 +752,7 @@ def test_a_metric_that_is_no_number_departs_and_nothing_explains_it(planted, log
         searches_causes=True,
     )
     step = planted.read()
-    of_loss, of_kl = loss.check_loss(step, recomputed)
+    of_loss, of_kl = loss.compare_loss(step, recomputed)
     assert of_loss.differs and not of_kl.differs
     assert "loss is not a number in metrics.jsonl, 0.001 recomputed" in of_loss.reason
     assert not loss.explains_record(step, made)
@@ -785,7 +789,7 @@ def test_a_damaged_checkpoint_departs_and_its_step_is_not_whole(planted, content
     _, after = (checkpoint_of(planted, step) for step in (STEP - 1, STEP))
     (after / "__0_0.distcp").write_bytes(content)
     step = planted.read()
-    first, second = checkpoints.check_states(step)
+    first, second = checkpoints.compare_states(step)
     assert not first.differs and second.differs and second.family == "checkpoint"
     assert f"{after.name} is damaged: __0_0.distcp" in second.reason
     is_shorter = len(content) < len(b"weights")

@@ -244,7 +244,7 @@ def logged_step(folder, values, scratch, scale_format=None):
 
 def checked(step, memory=None):
     policy = FP8EngineLogprobs(PolicyLogprobs(PolicyModels(step, memory)))
-    (comparison,) = engine_logprobs.check_logprobs(step, SimpleNamespace(engine_policy=policy))
+    (comparison,) = engine_logprobs.compare_logprobs(step, SimpleNamespace(engine_policy=policy))
     return comparison
 
 

@@ -13,7 +13,7 @@ from test_why import marked_ungraded, planted  # noqa: F401
 from test_why_updates import ADAM, RULES, Model, apart, rows, step_of
 
 from megatron_r1.config import parse_recipe
-from megatron_r1.why.checks.departing_terms import GRADIENT_REMEDY, check_terms
+from megatron_r1.why.checks.departing_terms import GRADIENT_REMEDY, compare_terms
 from megatron_r1.why.comparison import ROUNDING_BY_DTYPE, CannotRecompute
 from megatron_r1.why.policy.token_logprobs import sampled_logprobs
 from megatron_r1.why.update.loss_terms import LossTerm, TermGradients, left_out_terms, loss_terms
@@ -246,7 +246,7 @@ def compared(coefficients: dict[str, float], trains_mtp_layers: bool = False):
         advantages=[[1.0, math.nan]],
         has_response_advantages=True,
     )
-    return check_terms(
+    return compare_terms(
         step,
         SimpleNamespace(term_fit=fit, inputs=SimpleNamespace(trains_mtp_layers=trains_mtp_layers)),
     )
@@ -271,7 +271,7 @@ def test_what_is_not_known_is_said():
         def term_fit(self):
             raise CannotRecompute("no checkpoint of step 3 has Adam's moments")
 
-    found = check_terms(SimpleNamespace(run_config=config), Missing())
+    found = compare_terms(SimpleNamespace(run_config=config), Missing())
     assert (found.status, found.reason) == (
         "not checked",
         "no checkpoint of step 3 has Adam's moments",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_expert_replay import random_model, random_row, with_experts
 
-from megatron_r1.why.checks.routing import check_routing
+from megatron_r1.why.checks.routing import compare_routing
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.routed_experts import seen_experts
@@ -47,7 +47,7 @@ def recomputed_with(agreement_by_shift: dict[int, float] | None):
     ],
 )
 def test_other_experts_are_explained(agreement_by_shift, words):
-    (comparison,) = check_routing(step_with(0.6), recomputed_with(agreement_by_shift))
+    (comparison,) = compare_routing(step_with(0.6), recomputed_with(agreement_by_shift))
     assert comparison.differs and comparison.distance == pytest.approx(0.4)
     assert words in comparison.reason
     is_explained = agreement_by_shift is not None and 1.0 in agreement_by_shift.values()
@@ -55,18 +55,18 @@ def test_other_experts_are_explained(agreement_by_shift, words):
 
 
 def test_equal_experts_are_not_recomputed():
-    (comparison,) = check_routing(step_with(0.9995), None)
+    (comparison,) = compare_routing(step_with(0.9995), None)
     assert comparison.status == "equal"
 
 
 @pytest.mark.parametrize("step", [step_with(None), step_with(0.5, version=1)])
 def test_what_is_not_logged_or_of_earlier_weights_is_not_checked(step):
-    (comparison,) = check_routing(step, None)
+    (comparison,) = compare_routing(step, None)
     assert comparison.status == "not checked"
 
 
 def test_without_replay_nothing_is_compared():
-    assert check_routing(step_with(0.5, routing_replay=False), None) == []
+    assert compare_routing(step_with(0.5, routing_replay=False), None) == []
 
 
 def test_agreement_is_the_share_of_logged_experts_that_the_model_chooses():

@@ -28,14 +28,14 @@ def progress(monkeypatch):
 def test_a_folder_is_measured_and_left_as_it_was(tmp_path, progress):
     with RunFolder(tmp_path / "run"):
         before = sorted((tmp_path / "run").rglob("*"))
-        found = folder.check_folder(tmp_path / "run", ALONE, progress)
+        found = folder.measure_folder(tmp_path / "run", ALONE, progress)
         assert sorted((tmp_path / "run").rglob("*")) == before
     assert found.error == "" and found.shared and found.excluded is None
     assert min(found.write, found.read, found.fsync_seconds, found.free) > 0
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_with_its_cause(progress):
-    found = folder.check_folder(folder.Path("/proc/no/folder"), ALONE, progress)
+    found = folder.measure_folder(folder.Path("/proc/no/folder"), ALONE, progress)
     assert "No such file or directory: '/proc/no" in found.error and not found.shared
 
 

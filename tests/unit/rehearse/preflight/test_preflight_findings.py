@@ -13,7 +13,7 @@ from megatron_r1.rehearse.preflight.facts import (
     NodeFacts,
     RankFacts,
 )
-from megatron_r1.rehearse.preflight.findings import check_facts, measured_rates
+from megatron_r1.rehearse.preflight.findings import measured_rates, preflight_results
 from megatron_r1.rehearse.preflight.links import ring_partners
 from megatron_r1.rehearse.preflight.rate_checks import hardware_of
 from megatron_r1.rehearse.settings import PreflightConfig, PreflightRecipe
@@ -59,17 +59,19 @@ def facts() -> list[RankFacts]:
 
 
 def blocking(found: list[RankFacts]) -> dict[str, tuple[str, ...]]:
-    return {f.check: f.hosts for f in check_facts(CONFIG, SETTINGS, found) if f.level == "block"}
+    return {
+        f.check: f.hosts for f in preflight_results(CONFIG, SETTINGS, found) if f.level == "block"
+    }
 
 
 def test_sound_nodes_have_nothing_out_of_line():
-    assert {f.level for f in check_facts(CONFIG, SETTINGS, facts())} == {"ok"}
+    assert {f.level for f in preflight_results(CONFIG, SETTINGS, facts())} == {"ok"}
 
 
 def test_a_node_whose_resolver_does_not_answer_is_shown_and_blocks_nothing():
     found = facts()
     found[8].node.lookup_seconds = 5.0
-    shown = [f for f in check_facts(CONFIG, SETTINGS, found) if f.level != "ok"]
+    shown = [f for f in preflight_results(CONFIG, SETTINGS, found) if f.level != "ok"]
     assert [(f.check, f.level, f.hosts) for f in shown] == [("host names", "note", ("host-2",))]
 
 
@@ -102,7 +104,7 @@ def test_an_axis_far_below_the_planners_rate_blocks_though_its_groups_are_equal(
     found = facts()
     for each in found:
         each.links["data"].rate = 3e9
-    problems = [f.problem for f in check_facts(CONFIG, SETTINGS, found) if f.level == "block"]
+    problems = [f.problem for f in preflight_results(CONFIG, SETTINGS, found) if f.level == "block"]
     assert problems == [
         "5% of the planner's rate: does NCCL use the fast network (NCCL_DEBUG=INFO)?"
     ]
@@ -139,7 +141,7 @@ def test_memory_of_others_products_versions_ports_and_the_sandbox_name_their_hos
 def test_a_folder_that_is_not_one_for_all_blocks(fault, problem):
     found = facts()
     found[8].folder = fault
-    (finding,) = [f for f in check_facts(CONFIG, SETTINGS, found) if f.level == "block"]
+    (finding,) = [f for f in preflight_results(CONFIG, SETTINGS, found) if f.level == "block"]
     assert problem in finding.problem and finding.hosts == ("host-2",)
 
 
@@ -157,10 +159,12 @@ def test_with_the_measured_rates_the_plan_gives_what_the_slowest_axis_has_reache
 
 def test_the_host_network_is_planned_with_its_slowest_node_which_is_named():
     found = facts()
-    assert not [f for f in check_facts(CONFIG, SETTINGS, found) if f.check == "host network"]
+    assert not [f for f in preflight_results(CONFIG, SETTINGS, found) if f.check == "host network"]
     for each in found:
         each.gloo = [1.2e9, 0.3e9]
-    (finding,) = [f for f in check_facts(CONFIG, SETTINGS, found) if f.check == "host network"]
+    (finding,) = [
+        f for f in preflight_results(CONFIG, SETTINGS, found) if f.check == "host network"
+    ]
     assert (finding.level, finding.problem) == ("ok", ""), "75% of the planner's 1.6 GB/s"
     for each in found[4:8]:
         each.gloo = [0.3e9, 0.3e9]
@@ -168,7 +172,9 @@ def test_the_host_network_is_planned_with_its_slowest_node_which_is_named():
     assert measured_rates(hardware_of(SETTINGS, found), found)["host_network"] == 0.3e9
     for each in found:
         each.gloo = [0.4e9]
-    (finding,) = [f for f in check_facts(CONFIG, SETTINGS, found) if f.check == "host network"]
+    (finding,) = [
+        f for f in preflight_results(CONFIG, SETTINGS, found) if f.check == "host network"
+    ]
     assert finding.level == "note", "slow, but the run can be planned with it"
     words = "25% of the planner's host_network, so that what goes over it takes 4 times"
     assert words in finding.problem
