@@ -83,7 +83,7 @@ def _engine_settings(config: Config, model: Path) -> Config:
     else:
         max_tokens = min(SEQUENCE_TOKENS, max_positions(model, ARGUMENTS[0]))
         rollout = {
-            "dtype": "float32" if gpu.device() == "cpu" else "bfloat16",
+            "dtype": "float32" if gpu.engine_device() == "cpu" else "bfloat16",
             "max_model_len": max_tokens,
             "max_response_tokens": min(RESPONSE_TOKENS, max_tokens // 2),
         }

@@ -114,7 +114,7 @@ async def _sample_rollout(
     fleet = RolloutFleet(
         rollout.engines,
         logs,
-        device=gpu.device(),
+        device=gpu.engine_device(),
         max_model_len=max_model_len(config),
         seed=config.run.seed,
         **fleet_settings(rollout),

@@ -26,7 +26,7 @@ from megatron_r1.plan.job import PlannedJob, check_trainer
 from megatron_r1.plan.published_runs import published_table
 from megatron_r1.plan.push import check_engines_and_push
 from megatron_r1.plan.quantity import Quantity, byte_quantity, sum_quantities, total_hours
-from megatron_r1.plan.recipe_job import load_recipe, parse_job_arguments, planned_job
+from megatron_r1.plan.recipe_job import load_planned_recipe, parse_job_arguments, planned_job
 from megatron_r1.plan.search import FittingLayout, fastest_layouts, nearest_layouts, nearest_sizes
 from megatron_r1.reporting.formatting import format_count
 
@@ -104,7 +104,7 @@ def _later_phases(recipe: Path, args: argparse.Namespace, overrides: dict[str, A
     """Print a line for each later change of `rl.schedule`, which only rl follows, unless --step
     chose one; return the exit status."""
     status = EXIT_FITS
-    config = load_recipe(recipe, overrides)
+    config = load_planned_recipe(recipe, overrides)
     # The estimate above is of step 1.
     later_entries = [entry for entry in config.rl.schedule if entry.from_step > 1]
     if args.step or not later_entries or infer_verb(config) != "rl":

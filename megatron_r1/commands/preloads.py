@@ -16,7 +16,9 @@ def preload_vllm(config: Config) -> None:
     if config.rollout.placement == "local":
         host_settings = engine_settings(config.rollout)
         replay = config.rl.routing_replay
-        settings = EngineSettings(device=gpu.device(), return_routing=replay, **host_settings)
+        settings = EngineSettings(
+            device=gpu.engine_device(), return_routing=replay, **host_settings
+        )
         fork_client.preload(ENGINE, settings.environment())
 
 

@@ -100,7 +100,7 @@ def _make_fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -
         notify=recorder.view.show_message,
         make_server=server_maker(hosts),
         weight_transfer_backend=BACKEND_PREFIX + config.push.transport,
-        device=gpu.device(),
+        device=gpu.engine_device(),
         enable_sleep_mode=rollout.colocated,
         max_model_len=max_model_len(config),
         # A run that continues must not draw the numbers of its beginning again.

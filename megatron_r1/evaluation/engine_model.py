@@ -115,7 +115,7 @@ class EngineModel:
             self._folder / "logs",
             notify=log,
             make_server=server_maker(hosts),
-            device=gpu.device(),
+            device=gpu.engine_device(),
             max_model_len=self._max_model_len,
             **fleet_settings(rollout),
             **engine_settings(rollout),

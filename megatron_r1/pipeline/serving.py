@@ -45,7 +45,7 @@ class StageServer:
         self._scratch = Scratch() if config.model else None
         environment: dict[str, str] = {}
         if self._scratch is not None:
-            environment = engine_environment(gpu.device(), CPU_THREADS, CPU_CACHE_GIB)
+            environment = engine_environment(gpu.engine_device(), CPU_THREADS, CPU_CACHE_GIB)
             environment |= self._scratch.environment()
         command = server_command(name, config, port)
         self._child = StageProcess(command, log, launch=config.launch, environment=environment)
@@ -138,7 +138,7 @@ def server_command(name: str, config: ServeConfig, port: int) -> list[str]:
         "--port",
         str(port),
         *(["--runner", "pooling"] if config.task == "classify" else []),
-        *(["--enforce-eager"] if gpu.device() == "cpu" else []),
+        *(["--enforce-eager"] if gpu.engine_device() == "cpu" else []),
         *_config_arguments(Path(config.model)),
         *config.arguments,
     ]

@@ -26,7 +26,7 @@ from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.flops import forward_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.recipe_job import load_recipe, parse_job_arguments, planned_job
+from megatron_r1.plan.recipe_job import load_planned_recipe, parse_job_arguments, planned_job
 from megatron_r1.plan.step_time import StepTime
 from megatron_r1.plan.timing import time_section
 
@@ -150,7 +150,7 @@ def planned_parts(
         args: the options of the command line.
         overrides: dotted settings in place of the recipe's.
         with_all_parts: whether all parts are returned."""
-    config = load_recipe(recipe, overrides)
+    config = load_planned_recipe(recipe, overrides)
     starts = [step for step, _ in config.schedule_parts()] if with_all_parts else [1]
     ends = [*starts[1:], config.run.steps + 1]
     parts = []

@@ -133,7 +133,7 @@ def planned_job(
 
     Raises:
         UserError: the recipe, the options or the model do not go together."""
-    loaded_config = load_recipe(recipe, overrides)
+    loaded_config = load_planned_recipe(recipe, overrides)
     config = loaded_config.at(step or args.step or 1)
     verb = infer_verb(config)
     _check_verb(args, verb)
@@ -176,7 +176,7 @@ def planned_job(
     return replace(job, response_tokens=mean)
 
 
-def load_recipe(recipe: Path, overrides: dict[str, Any]) -> configuration.Config:
+def load_planned_recipe(recipe: Path, overrides: dict[str, Any]) -> configuration.Config:
     """Load the recipe of one run.
 
     Raises:

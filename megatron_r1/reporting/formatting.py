@@ -175,7 +175,7 @@ def is_correct(sample: Mapping[str, Any]) -> bool:
     return ((finite_metric(sample, "reward") or 0.0) if accuracy is None else accuracy) >= 0.5
 
 
-def last_line(text: Any) -> str:
+def prompt_question(text: Any) -> str:
     """Return the last line that is not blank: the question of a prompt in the R1-Zero template."""
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     question_lines = [line for line in lines if not line.startswith("Assistant:")] or lines

@@ -15,8 +15,8 @@ from megatron_r1.reporting.formatting import (
     format_clock,
     format_percent,
     is_correct,
-    last_line,
     make_printable,
+    prompt_question,
 )
 
 BAR_GLYPHS = " ▁▂▃▄▅▆▇█"
@@ -326,7 +326,7 @@ def _sample_lines(
         length = finite_metric(sample, "length")
         question = Text.assemble(
             (mark, style),
-            (make_printable(last_line(sample.get("question", "")))[:width], "bold"),
+            (make_printable(prompt_question(sample.get("question", "")))[:width], "bold"),
             (f"  {length:.0f} tokens" if length else "", "bright_black"),
         )
         lines.append(question)

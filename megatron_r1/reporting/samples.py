@@ -13,8 +13,8 @@ from megatron_r1.reporting.formatting import (
     finite_metric,
     format_count,
     is_correct,
-    last_line,
     make_printable,
+    prompt_question,
     shorten_middle,
 )
 
@@ -167,7 +167,7 @@ def _sample_card(sample: SampleLine) -> Card:
         make_printable(sample.get("status") or ""),
     ]
     return Card(
-        question=make_printable(last_line(sample.get("question", ""))),
+        question=make_printable(prompt_question(sample.get("question", ""))),
         truth=None if truth is None else make_printable(truth_answer(truth))[:200],
         is_correct=is_correct(sample),
         details=[detail for detail in details if detail],

@@ -82,7 +82,7 @@ class StepSampler:
         rl = self.config.rl
         # On a GPU the next batch fills the slots that the last long samples leave free. On a CPU it
         # slows them down: 2.5 s a step with overlap, 2.2 s without (docs/learned.md).
-        one_at_a_time = rl.dynamic_sampling or gpu.device() == "cpu"
+        one_at_a_time = rl.dynamic_sampling or gpu.engine_device() == "cpu"
         steps = first_step, self.config.run.steps
         self._stream = RolloutStream(
             self._sample_step, *steps, rl.staleness, one_at_a_time=one_at_a_time

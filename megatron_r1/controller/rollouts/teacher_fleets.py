@@ -113,7 +113,7 @@ def teacher_fleet(
     return RolloutFleet(
         teacher.engines,
         logs,
-        device=gpu.device(),
+        device=gpu.engine_device(),
         max_model_len=max_model_len,
         prefix_caching=False,  # vLLM computes the whole prompt for its log-probabilities
         extra_args=["--max-num-batched-tokens", str(teacher.max_num_batched_tokens)],

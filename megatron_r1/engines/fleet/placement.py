@@ -119,7 +119,7 @@ RETRY_SECONDS = 60.0
 def check_room(rollout: RolloutConfig) -> None:
     """Raise UserError for more engines than a host without GPUs has memory for; print a warning
     where they have more processes than it has cores."""
-    if rollout.placement != "local" or gpu.device() != "cpu":
+    if rollout.placement != "local" or gpu.engine_device() != "cpu":
         return
     ranks = (
         rollout.engines

@@ -25,7 +25,7 @@ def is_usable() -> bool:
     return torch_has_cuda() and _count_devices() > 0
 
 
-def device() -> Literal["cpu", "cuda"]:
+def engine_device() -> Literal["cpu", "cuda"]:
     """Return the device that engines on this host compute on."""
     return "cuda" if is_usable() else "cpu"
 

@@ -89,7 +89,7 @@ async def compute_engine_logprobs(
                 1,
                 logs,
                 role=ROLE,
-                device=gpu.device(),
+                device=gpu.engine_device(),
                 weight_transfer_backend=BACKEND_PREFIX + config.push.transport,
                 return_routing=config.rl.routing_replay,
                 return_sampling_mask=config.rollout.uses_sampling_mask,

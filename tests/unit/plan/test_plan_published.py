@@ -12,7 +12,7 @@ from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.published_runs import PublishedRun, is_in_range, published_runs
-from megatron_r1.plan.recipe_job import load_recipe, parse_job_arguments, planned_job
+from megatron_r1.plan.recipe_job import load_planned_recipe, parse_job_arguments, planned_job
 from megatron_r1.plan.timing import time_section
 
 ROOT = Path(__file__).parents[3]
@@ -144,7 +144,7 @@ def test_outside_a_checkout_it_says_where_to_start(tmp_path, monkeypatch, capsys
 
 def test_a_run_s_hours_are_its_phases():
     chosen, overrides = parse_job_arguments([str(RECIPE)])
-    assert [step for step, _ in load_recipe(RECIPE, overrides).schedule_parts()] == [1, 513]
+    assert [step for step, _ in load_planned_recipe(RECIPE, overrides).schedule_parts()] == [1, 513]
     first, second = (
         JobEstimate(planned_job(RECIPE, chosen, overrides, n)).step.number for n in (512, 650)
     )

@@ -18,8 +18,8 @@ from megatron_r1.reporting.formatting import (
     format_clock,
     format_duration,
     format_number,
-    last_line,
     make_printable,
+    prompt_question,
 )
 from megatron_r1.reporting.live import LiveView
 from megatron_r1.reporting.live_frame import bar_columns, bar_shares
@@ -196,5 +196,5 @@ def test_words_for_numbers_and_times():
     times = [format_duration(s) for s in (7.24, 59.97, 372, 12000, 187200)]
     assert times == ["7.2 s", "1 min 0 s", "6 min 12 s", "3 h 20 min", "2 d 4 h"]
     assert make_printable("a\x1b[0m\n\u202eb\tc") == "a�[0m↵�b    c"
-    assert last_line("Instructions.\nUser: 1 + 1?\nAssistant: <think>") == "1 + 1?"
-    assert last_line("") == "" and last_line("Assistant: hm") == "Assistant: hm"
+    assert prompt_question("Instructions.\nUser: 1 + 1?\nAssistant: <think>") == "1 + 1?"
+    assert prompt_question("") == "" and prompt_question("Assistant: hm") == "Assistant: hm"

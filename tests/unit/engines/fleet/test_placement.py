@@ -16,7 +16,7 @@ from megatron_r1.engines.server import gpu
 def test_more_engine_processes_than_cores_are_said_with_numbers(
     monkeypatch, capsys, rollout, is_said
 ):
-    monkeypatch.setattr(gpu, "device", lambda: "cpu")
+    monkeypatch.setattr(gpu, "engine_device", lambda: "cpu")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     check_room(RolloutConfig(**rollout))
     said = capsys.readouterr().err
