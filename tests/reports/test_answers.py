@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from r1_grading import math
-from r1_grading.code.outputs import equal_output, equal_result
+from r1_grading.code.outputs import same_output, same_result
 from r1_grading.code.problem import parse_problem
 
 from megatron_r1.base.files.json_lines import read_lines
@@ -55,10 +55,10 @@ def test_floats_of_a_program_are_compared_with_a_margin_and_integers_are_not(
         parsed = parse_problem({"tests": [problem]}, "python")
         by_value = parsed.is_livecodebench
         assert by_value == is_livecodebench
-        found = equal_output(actual.encode(), expected, parsed.tolerance, by_value=by_value)
+        found = same_output(actual.encode(), expected, parsed.tolerance, by_value=by_value)
         assert found is equal
     exact = parse_problem({"tests": [problem], "tolerance": 0}, "python").tolerance
-    assert equal_output(actual.encode(), expected, exact) is (actual == expected.removesuffix(".0"))
+    assert same_output(actual.encode(), expected, exact) is (actual == expected.removesuffix(".0"))
 
 
 @pytest.mark.parametrize(
@@ -73,4 +73,4 @@ def test_floats_of_a_program_are_compared_with_a_margin_and_integers_are_not(
     ],
 )
 def test_floats_of_a_function_likewise(actual, expected, equal):
-    assert equal_result(actual.encode(), expected, None) is equal
+    assert same_result(actual.encode(), expected, None) is equal

@@ -5,7 +5,7 @@ import json
 import pytest
 from r1_grading import RewardPool, RewardTerms, code, exact_match
 from r1_grading import math as math_reward
-from r1_grading.code.outputs import equal_output
+from r1_grading.code.outputs import same_output
 from r1_grading.code.problem import parse_language, parse_problem
 from r1_grading.terms import RewardUnusable
 from r1_grading.truths import NO_TRUTH, is_missing
@@ -363,8 +363,8 @@ def test_null_settings_of_a_prompt_are_the_defaults():
 @pytest.mark.parametrize("printed", [b"1", b"1\n2", b"1\n2\n3\n4", b"", b"1\n\n2\n3", b"2\n3"])
 def test_a_part_of_the_lines_is_wrong(printed):
     for tolerance in (None, 0.0):
-        assert not equal_output(printed, "1\n2\n3\n", tolerance)
-        assert equal_output(b"1\n2\n3", "1\n2\n3\n", tolerance)
+        assert not same_output(printed, "1\n2\n3\n", tolerance)
+        assert same_output(b"1\n2\n3", "1\n2\n3\n", tolerance)
 
 
 @needs_sandbox

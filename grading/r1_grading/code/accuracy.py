@@ -11,7 +11,7 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 from r1_grading.code.checker import run_checker
-from r1_grading.code.outputs import equal_output, equal_result
+from r1_grading.code.outputs import same_output, same_result
 from r1_grading.code.problem import Problem, parse_problem
 from r1_grading.code.program_text import find_program
 from r1_grading.rewards import Grade
@@ -125,9 +125,9 @@ def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -
         limits: the limits of one answer.
         end: time.monotonic() at which no further test starts."""
     is_call = problem.function is not None
-    is_equal = equal_result
+    is_equal = same_result
     if not is_call:
-        is_equal = functools.partial(equal_output, by_value=problem.is_livecodebench)
+        is_equal = functools.partial(same_output, by_value=problem.is_livecodebench)
     for test in problem.tests:
         if (seconds := end - time.monotonic()) <= 0:
             yield Grade(0.0, f"not run: the {limits.total_seconds:g} s of all tests are over")

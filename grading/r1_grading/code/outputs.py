@@ -17,7 +17,7 @@ absolute or relative error. The harnesses of APPS, TACO and verl's `prime_code` 
 allclose), LiveCodeBench's demands equal values."""
 
 
-def equal_output(
+def same_output(
     actual: bytes, expected: str, tolerance: float | None, *, by_value: bool = False
 ) -> bool:
     """Whether all lines have the same tokens (split at white space), blank lines at the ends aside.
@@ -34,13 +34,13 @@ def equal_output(
     return len(left) == len(right) and all(
         a == b
         or all(
-            _equal_tokens(*pair, tolerance, by_value) for pair in zip_longest(a.split(), b.split())
+            _same_tokens(*pair, tolerance, by_value) for pair in zip_longest(a.split(), b.split())
         )
         for a, b in zip(left, right, strict=True)
     )
 
 
-def equal_result(actual: bytes, expected: Any, tolerance: float | None) -> bool:
+def same_result(actual: bytes, expected: Any, tolerance: float | None) -> bool:
     """Whether `actual`, JSON text, is the JSON value `expected`, compared as Python compares.
 
     So 1 == 1.0 == True, and NaN equals nothing; a tuple is a list in JSON.
@@ -48,15 +48,15 @@ def equal_result(actual: bytes, expected: Any, tolerance: float | None) -> bool:
     Args:
         actual: the function's result as JSON text.
         expected: the test's result.
-        tolerance: as in `equal_output`, for every number; None: `FLOAT_TOLERANCE` where a float is
+        tolerance: as in `same_output`, for every number; None: `FLOAT_TOLERANCE` where a float is
             expected."""
     try:
-        return _equal_values(load_json(actual), expected, tolerance)
+        return _same_values(load_json(actual), expected, tolerance)
     except (ValueError, RecursionError, OverflowError):
         return False
 
 
-def _equal_tokens(
+def _same_tokens(
     actual: bytes | None, expected: bytes | None, tolerance: float | None, by_value: bool
 ) -> bool:
     if actual == expected or actual is None or expected is None:
@@ -75,15 +75,15 @@ def _equal_tokens(
     return abs(value - target) <= Fraction(str(tolerance)) * max(Fraction(1), abs(target))
 
 
-def _equal_values(actual: Any, expected: Any, tolerance: float | None) -> bool:
+def _same_values(actual: Any, expected: Any, tolerance: float | None) -> bool:
     if isinstance(expected, dict):
         if not isinstance(actual, dict) or actual.keys() != expected.keys():
             return False
-        return all(_equal_values(actual[key], expected[key], tolerance) for key in expected)
+        return all(_same_values(actual[key], expected[key], tolerance) for key in expected)
     if isinstance(expected, list):
         if not isinstance(actual, list) or len(actual) != len(expected):
             return False
-        return all(_equal_values(a, b, tolerance) for a, b in zip(actual, expected, strict=True))
+        return all(_same_values(a, b, tolerance) for a, b in zip(actual, expected, strict=True))
     if actual == expected:
         return True
     if not all(isinstance(v, int | float) for v in (actual, expected)):

@@ -63,7 +63,7 @@ class Problem:
         tests: at least one.
         function: the name to call, or None where the program reads and prints.
         checker: source of a Python program that replaces the comparison, or None.
-        tolerance: allowed difference of numbers, or None for that of floats only (`equal_output`).
+        tolerance: allowed difference of numbers, or None for that of floats only (`same_output`).
         is_livecodebench: the tests have LiveCodeBench's form, or another of public data sets.
             Integers are compared by value, and a script has the names that its harness imports, as
             a function always has.

@@ -2,4 +2,4 @@
 
 `accuracy` grades; `comparison` has the rules."""
 
-from r1_grading.math.accuracy import grade, grade_equivalence, is_equivalent_answer
+from r1_grading.math.accuracy import grade, grade_equivalence, same_answer

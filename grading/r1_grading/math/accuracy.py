@@ -113,7 +113,7 @@ def _grade_against_truth(
     )
 
 
-def is_equivalent_answer(expected: str, answer: str) -> bool:
+def same_answer(expected: str, answer: str) -> bool:
     """Whether `answer` means the same as `expected`; both from `unwrap_answer`.
 
     It may take long: call it for trusted text only, or inside a worker of the pool."""
@@ -148,5 +148,5 @@ def grade_equivalence(response: str, truth: str, **entry: object) -> Grade:
 
     A vote needs a symmetric relation, which math-verify's comparison is not: if 1 is expected it
     accepts `2x + z = 1`, but not the other way round."""
-    is_equal = is_equivalent_answer(truth, response) and is_equivalent_answer(response, truth)
+    is_equal = same_answer(truth, response) and same_answer(response, truth)
     return Grade(float(is_equal), "the same" if is_equal else "different")

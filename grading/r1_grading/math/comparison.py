@@ -1,6 +1,6 @@
 r"""Whether two answers mean the same, decided by the first rule that applies.
 
-`compare_answers` has the rules for text: units, dates, choices, words. `is_equivalent_text` has the
+`compare_answers` has the rules for text: units, dates, choices, words. `same_meaning` has the
 rules for mathematics: numbers, equations and inequalities, lists and matrices, sets, and last
 expressions, by a computer algebra system. An answer that can be read in two ways is wrong."""
 
@@ -80,7 +80,7 @@ Result = tuple[bool, str]
 
 
 def compare_answers(truth: str, answer: str) -> Result:
-    """Whether `answer` means `truth`. Runs sympy: call it only within limits of time and memory."""
+    """Compare `answer` with `truth`. Runs sympy: call it only within limits of time and memory."""
     expected, expected_unit = split_han_unit(unwrap_answer(strip_styling(truth)))
     answer, answer_unit = split_han_unit(unwrap_answer(strip_styling(answer)))
     if not same_unit(expected_unit, answer_unit):
@@ -102,7 +102,7 @@ def compare_answers(truth: str, answer: str) -> Result:
     if is_same or is_words or worded_answers.is_order(expected):
         return is_same, ""
     if choice is not None and choice[1]:
-        return _same_labelled(choice, answer)
+        return _compare_labelled(choice, answer)
     if (unlabelled_answer := worded_answers.without_label(answer)) is not None:
         answer = unlabelled_answer
     expected = set_builder_condition(normalize_latex(expected))
@@ -118,11 +118,11 @@ def compare_answers(truth: str, answer: str) -> Result:
         return same_value, "a division is left open" if is_open else ""
     if (reason := refusal_reason(expected, answer)) is not None:
         return False, reason
-    return is_equivalent_text(expected, answer), ""
+    return same_meaning(expected, answer), ""
 
 
-def is_equivalent_text(expected: str, answer: str, *, must_be_evaluated: bool = True) -> bool:
-    """Compare two spelled texts that are not refused; recursive over their structure.
+def same_meaning(expected: str, answer: str, *, must_be_evaluated: bool = True) -> bool:
+    """Whether two spelled texts, neither refused, mean the same; recursive over their structure.
 
     Args:
         expected: the truth, spelled.
@@ -142,7 +142,7 @@ def is_equivalent_text(expected: str, answer: str, *, must_be_evaluated: bool = 
     return same_expression(expected, answer)
 
 
-def _same_labelled(expected: tuple[str, str], answer: str) -> Result:
+def _compare_labelled(expected: tuple[str, str], answer: str) -> Result:
     """Compare with a choice and its text, `(C) 12`: the answer may be its letter, text or both."""
     choice = worded_answers.read_choice(answer)
     if choice is None:
@@ -168,7 +168,7 @@ def _compare_alternatives(expected: str, answer: str) -> bool | None:
     parts = [part for part, _ in split_top_level(answer, SEPARATORS) if part]
     if len(parts) < 2 or len(split_top_level(expected, SEPARATORS)) > 1 or len(parts) > MAX_MEMBERS:
         return None
-    return True if all(is_equivalent_text(expected, part) for part in parts) else None
+    return True if all(same_meaning(expected, part) for part in parts) else None
 
 
 def _compare_exclusions(expected: str, answer: str) -> bool | None:
@@ -184,7 +184,7 @@ def _compare_exclusions(expected: str, answer: str) -> bool | None:
             return False
         complement = sympy.Complement(sympy.S.Reals, sympy.FiniteSet(*values))
         return _same_set(read_set(expected if left is None else answer), complement)
-    return left[0] == right[0] and match_all(left[1], right[1], is_equivalent_text)
+    return left[0] == right[0] and match_all(left[1], right[1], same_meaning)
 
 
 def _compare_relations(expected: str, answer: str) -> bool | None:
@@ -200,7 +200,7 @@ def _compare_relations(expected: str, answer: str) -> bool | None:
         return _answer_is_approximated(expected, answer_chain)
     if truth_chain is not None and APPROX in truth_chain.relations:
         sides = truth_chain.sides
-        return is_equivalent_text(sides[-1], answer) if is_name(sides[0]) else None
+        return same_meaning(sides[-1], answer) if is_name(sides[0]) else None
     if truth_chain is None:
         return None if answer_chain is None else _answer_is_relation(expected, answer_chain)
     if answer_chain is None:
@@ -213,12 +213,9 @@ def _truth_is_relation(truth: Chain, answer: str) -> bool:
     if set(truth.relations) <= {EQUALS_SIGN, MEMBER}:
         names = [is_name(side) for side in truth.sides]
         if all(names[:-1]):
-            return is_equivalent_text(truth.sides[-1], answer)
+            return same_meaning(truth.sides[-1], answer)
         return (
-            len(names) == 2
-            and names[1]
-            and not names[0]
-            and is_equivalent_text(truth.sides[0], answer)
+            len(names) == 2 and names[1] and not names[0] and same_meaning(truth.sides[0], answer)
         )
     return _same_set(_truth_set(truth), read_expression(answer))
 
@@ -228,12 +225,10 @@ def _answer_is_relation(expected: str, answer: Chain) -> bool:
     if set(answer.relations) <= {EQUALS_SIGN, MEMBER}:
         value = answer.sides[-1]
         if is_asked_quantity(value) and not is_name(answer.sides[0]) and len(answer.sides) == 2:
-            return is_equivalent_text(expected, answer.sides[0])
+            return same_meaning(expected, answer.sides[0])
         steps_before = [side for side in answer.sides[:-1] if not is_asked_quantity(side)]
-        steps = all(
-            is_equivalent_text(expected, side, must_be_evaluated=False) for side in steps_before
-        )
-        return steps and is_equivalent_text(expected, value)
+        steps = all(same_meaning(expected, side, must_be_evaluated=False) for side in steps_before)
+        return steps and same_meaning(expected, value)
     solution = solution_set(answer)
     return solution is not None and _same_set(read_expression(expected), solution)
 
@@ -244,11 +239,10 @@ def _both_are_relations(truth: Chain, answer: Chain) -> bool:
         names = truth.sides[0], answer.sides[0]
         if all(map(is_name, names)) and bare_name(names[0]) == bare_name(names[1]):
             value_sides = [side for side in answer.sides[1:] if not is_name(side)]
-            if not value_sides or not is_equivalent_text(truth.sides[-1], value_sides[-1]):
+            if not value_sides or not same_meaning(truth.sides[-1], value_sides[-1]):
                 return False
             return all(
-                is_equivalent_text(truth.sides[-1], s, must_be_evaluated=False)
-                for s in value_sides[:-1]
+                same_meaning(truth.sides[-1], s, must_be_evaluated=False) for s in value_sides[:-1]
             )
     if MEMBER in truth.relations or MEMBER in answer.relations:
         member, relation = (truth, answer) if MEMBER in truth.relations else (answer, truth)
@@ -269,7 +263,7 @@ def _answer_is_approximated(expected: str, answer: Chain) -> bool:
     approx_index += approx_index == 0 and is_asked_quantity(answer.sides[0])
     value = constant_value(answer.sides[approx_index])
     exact_sides = [side for side in answer.sides[: approx_index + 1] if not is_asked_quantity(side)]
-    if not value or not all(is_equivalent_text(expected, side) for side in exact_sides):
+    if not value or not all(same_meaning(expected, side) for side in exact_sides):
         return False
     approximations = [read_number(side) for side in answer.sides[approx_index + 1 :]]
     return all(
@@ -288,8 +282,8 @@ def _compare_units(expected: str, answer: str) -> bool | None:
     if PERCENT.search(expected if left_unit is None else answer):
         return False
     if (radians := _radian_pair(left, left_unit, right, right_unit)) is not None:
-        return is_equivalent_text(*radians)
-    return same_unit(left_unit, right_unit) and is_equivalent_text(left, right)
+        return same_meaning(*radians)
+    return same_unit(left_unit, right_unit) and same_meaning(left, right)
 
 
 def _radian_pair(
@@ -328,7 +322,7 @@ def _compare_matrices(expected: str, answer: str) -> bool | None:
     if [len(row) for row in left] != [len(row) for row in right]:
         return False
     cells = zip(sum(left, []), sum(right, []), strict=True)
-    return all(is_equivalent_text(*pair) for pair in cells)
+    return all(same_meaning(*pair) for pair in cells)
 
 
 def _compare_conditions(expected: str, answer: str) -> bool | None:
@@ -374,12 +368,12 @@ def _compare_lists(expected: str, answer: str) -> bool | None:
     if len(left) != len(right) or len(left) > MAX_MEMBERS:
         return False
     if not has_order:
-        return match_all(left, right, is_equivalent_text)
+        return match_all(left, right, same_meaning)
     # A list may leave out the brackets of a tuple, not those of an interval.
     if len(pairs) > 1 and pairs != {"", "()"}:
         return False
     return all(
-        is_equivalent_text(truth_member, answer_member)
+        same_meaning(truth_member, answer_member)
         for truth_member, answer_member in zip(left, right, strict=True)
     )
 
@@ -422,7 +416,7 @@ def _name_first(chain: Chain) -> Chain:
 
 # In this order: `0.5 or 1/2` would be a list of two members, where one value is expected.
 RULES = (
-    functools.partial(same_congruence, is_equal=is_equivalent_text),
+    functools.partial(same_congruence, is_equal=same_meaning),
     _compare_alternatives,
     _compare_exclusions,
     _compare_relations,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from r1_grading.code.outputs import equal_output, equal_result
+from r1_grading.code.outputs import same_output, same_result
 
 from megatron_r1.base.files.json_lines import read_lines
 
@@ -12,7 +12,7 @@ CASES = list(read_lines(Path(__file__).with_name("comparisons.jsonl")))
 
 @pytest.mark.parametrize("kind", ["output", "result"])
 def test_outputs_are_compared_token_by_token_and_results_as_values(kind):
-    compare = {"output": equal_output, "result": equal_result}[kind]
+    compare = {"output": same_output, "result": same_result}[kind]
     cases = [case for case in CASES if case["kind"] == kind]
     wrong = [
         case
@@ -33,7 +33,7 @@ def test_outputs_are_compared_token_by_token_and_results_as_values(kind):
     ids=["digits", "equal", "another digit"],
 )
 def test_long_outputs(actual, expected, equal):
-    assert equal_output(actual.encode(), expected, 0) is equal
+    assert same_output(actual.encode(), expected, 0) is equal
 
 
 @pytest.mark.parametrize(
@@ -48,4 +48,4 @@ def test_long_outputs(actual, expected, equal):
     ids=["brackets", "digits", "5,000 digits", "another digit", "NaN"],
 )
 def test_long_results(actual, expected, equal):
-    assert equal_result(actual, expected, None) is equal
+    assert same_result(actual, expected, None) is equal
