@@ -23,8 +23,8 @@ from megatron_r1.commands.sampling_run import (
 )
 from megatron_r1.config import Config
 from megatron_r1.data.prompt import Prompt
+from megatron_r1.evaluation.evaluation_plot import write_figure
 from megatron_r1.evaluation.evaluation_report import print_table, write_report
-from megatron_r1.evaluation.figure import write_figure
 from megatron_r1.evaluation.identity import identity_settings, package_versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, load_prompt_sets, prompt_digest
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse, TextResponseGrader

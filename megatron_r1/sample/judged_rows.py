@@ -29,7 +29,7 @@ from r1_grading.remote.service import Ungradable
 from megatron_r1.config.sample import PairsConfig
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.response import TextResponse
-from megatron_r1.sample.judge import ResponseJudge
+from megatron_r1.sample.response_judges import ResponseJudge
 from megatron_r1.sample.second_pass import PromptResult
 from megatron_r1.sample.selection import (
     CHOSEN,
