@@ -11,7 +11,7 @@ import unicodedata
 
 from r1_grading.base.errors import shorten
 from r1_grading.reading import Reading, read_answer
-from r1_grading.reading.answer import describe_comparison
+from r1_grading.reading.tags_and_boxes import describe_comparison
 from r1_grading.rewards import Grade
 from r1_grading.truths import accepted_answers, math_truth
 

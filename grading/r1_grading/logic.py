@@ -23,7 +23,7 @@ from reasoning_gym.factory import DATASETS
 
 from r1_grading.base.errors import shorten
 from r1_grading.reading import Reading, is_number, read_answer
-from r1_grading.reading.answer import BOXES, delimiters_enclose, describe_comparison
+from r1_grading.reading.tags_and_boxes import BOXES, delimiters_enclose, describe_comparison
 from r1_grading.rewards import Grade
 
 FORMULA_CHARS = re.compile(r"[0-9A-Za-z+\-*/^().,\s]*")

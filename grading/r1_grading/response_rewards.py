@@ -6,8 +6,8 @@ import unicodedata
 import numpy as np
 
 from r1_grading.reading import chain_of_thought
-from r1_grading.reading.answer import ANSWER, END_ANSWER, END_THINK, THINK
 from r1_grading.reading.languages import INVISIBLE_CHARS, LANGUAGE_NAMES, judged_words
+from r1_grading.reading.tags_and_boxes import ANSWER, END_ANSWER, END_THINK, THINK
 from r1_grading.rewards import Grade
 
 FORMAT_TAGS = (THINK, END_THINK, ANSWER, END_ANSWER)

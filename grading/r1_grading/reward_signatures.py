@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from r1_grading.base.errors import Cause, UserError, shorten
 from r1_grading.base.user_code import find_function
-from r1_grading.reading.answer import without_special_tokens
+from r1_grading.reading.tags_and_boxes import without_special_tokens
 from r1_grading.rewards import GRADERS, SERVED_REWARDS, FiniteGrade, Grade, resolve_reward
 
 GradeFunction = Callable[..., Grade]

@@ -11,7 +11,7 @@ from typing import Any
 from r1_grading.base.errors import shorten
 from r1_grading.base.values import decode_literal
 from r1_grading.code.problem import is_tests, parse_problem
-from r1_grading.reading.answer import MARKER, last_boxed, unwrap_answer
+from r1_grading.reading.tags_and_boxes import MARKER, last_boxed, unwrap_answer
 from r1_grading.rewards import REWARD_KINDS, find_non_finite
 
 NO_TRUTH = (

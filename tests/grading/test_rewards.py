@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 from r1_grading import Grade
-from r1_grading.reading.answer import extract_answer, final_answers, last_boxed, unwrap_answer
+from r1_grading.reading.tags_and_boxes import (
+    extract_answer,
+    final_answers,
+    last_boxed,
+    unwrap_answer,
+)
 from r1_grading.rewards import GRADERS, RESPONSE_ONLY_REWARDS, resolve_reward
 from r1_grading.terms import combine
 from refusals import refused

@@ -2,7 +2,7 @@
 
 import re
 
-from r1_grading.reading.answer import (
+from r1_grading.reading.tags_and_boxes import (
     ANSWER,
     END_ANSWER,
     Extraction,

@@ -10,14 +10,14 @@ from r1_grading.base.errors import shorten
 from r1_grading.math.comparison import compare_answers
 from r1_grading.math.worded_answers import same_words, stated_answer, without_rounding
 from r1_grading.reading import Reading, is_number, read_answer
-from r1_grading.reading.answer import (
+from r1_grading.reading.context import changes_box, without_conclusion
+from r1_grading.reading.tags_and_boxes import (
     describe_comparison,
     final_answers,
     stated_numbers,
     trim_invisible,
     unwrap_answer,
 )
-from r1_grading.reading.context import changes_box, without_conclusion
 from r1_grading.rewards import Grade
 from r1_grading.truths import accepted_answers, answer_after_mark, math_truth
 

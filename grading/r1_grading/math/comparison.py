@@ -64,7 +64,7 @@ from r1_grading.math.units import (
     split_unit,
     words_to_number,
 )
-from r1_grading.reading.answer import unwrap_answer
+from r1_grading.reading.tags_and_boxes import unwrap_answer
 
 TILDE_NUMBER = re.compile(r"~\s*\d")
 """An answer that is only near a number, `~204`; elsewhere a tilde is one of LaTeX's spaces."""

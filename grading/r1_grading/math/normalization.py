@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 
-from r1_grading.reading.answer import closing_brace, delimiters_enclose
+from r1_grading.reading.tags_and_boxes import closing_brace, delimiters_enclose
 
 Replacement = str | Callable[[re.Match[str]], str]
 

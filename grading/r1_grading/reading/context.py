@@ -8,7 +8,7 @@ answer, in its line, that changes it: `-\boxed{13}`, `\boxed{13}^2`, `less than 
 
 import re
 
-from r1_grading.reading.answer import box_span
+from r1_grading.reading.tags_and_boxes import box_span
 
 # Subjects and verbs of another value: `the lower bound is`, `it could be`, `suppose x is`.
 DENYING = """

@@ -1,4 +1,4 @@
-"""Reads a response's final answer, at the place of `rewards.reading`.
+"""Reads a response's final answer, in whichever way `rewards.reading` names.
 
 `strict` is DeepSeek-R1-Zero's: a policy learns the form in which it answers. Models that were
 trained before, on forms of their own, are graded by where they put their answers: in a box, or in
@@ -9,7 +9,11 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 from r1_grading.base.errors import shorten
-from r1_grading.reading.answer import (
+from r1_grading.reading.context import after_answer_is, changes_box
+from r1_grading.reading.last_number import last_number, with_plain_signs
+from r1_grading.reading.marked_answer import marked_answer
+from r1_grading.reading.scaled_numbers import with_scales
+from r1_grading.reading.tags_and_boxes import (
     MARKER,
     OPEN_THOUGHT,
     Extraction,
@@ -21,10 +25,6 @@ from r1_grading.reading.answer import (
     tagged_answer,
     without_special_tokens,
 )
-from r1_grading.reading.context import after_answer_is, changes_box
-from r1_grading.reading.last_number import last_number, with_plain_signs
-from r1_grading.reading.marked_answer import marked_answer
-from r1_grading.reading.scaled_numbers import with_scales
 from r1_grading.rewards import REWARD_KINDS
 
 Reading = Literal["strict", "tags", "boxed", "last", "auto"]
@@ -61,7 +61,7 @@ def read_answer(
 
     Args:
         response: the text that the policy sampled.
-        reading: "strict" is `answer.extract_answer`, with `reads_last_line`. "tags" is the one
+        reading: "strict" is `extract_answer`, with `reads_last_line`. "tags" is the one
             `<answer>` block. "boxed" is the last `\boxed{}`. "last" is the text after `####` or
             "answer is" in the last line that is not blank; if the truth is `numeric`, the last
             number of that text. "auto" is the first of tags, boxed and last that is present.

@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from r1_grading.base.errors import Cause, UserError
-from r1_grading.reading.answer import END_THINK, THINK, Extraction, after_thought
+from r1_grading.reading.tags_and_boxes import END_THINK, THINK, Extraction, after_thought
 
 Part = Literal["summary", "response"]
 # Control tokens that chat templates write between turns. The server's tokenizer would read their

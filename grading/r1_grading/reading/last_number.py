@@ -6,8 +6,8 @@ an expression."""
 import re
 
 from r1_grading.base.errors import shorten
-from r1_grading.reading.answer import Extraction, make_extraction
 from r1_grading.reading.context import CHANGE_AFTER, DENIAL
+from r1_grading.reading.tags_and_boxes import Extraction, make_extraction
 
 # A number with commas between its thousands, or with a fraction after the whole.
 DIGIT_GROUPS = r"(?:\d{1,3}(?:,\d{3})+|\d+(?: \d+(?=/\d))?)(?:\.\d+)?(?:/\d+)?"

@@ -7,9 +7,9 @@ it takes it back or draws another conclusion; what ends the text is read then.""
 
 import re
 
-from r1_grading.reading.answer import MARKER, Extraction, make_extraction
 from r1_grading.reading.context import CHANGE_AFTER, DENIAL, after_answer_is
 from r1_grading.reading.last_number import DIGIT_GROUPS, last_number, with_plain_signs
+from r1_grading.reading.tags_and_boxes import MARKER, Extraction, make_extraction
 
 ANSWER_MARK = re.compile(r"####|answer|答案", re.IGNORECASE)
 MAX_MARKS = 20

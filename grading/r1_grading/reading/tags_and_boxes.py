@@ -1,4 +1,6 @@
-"""Extract the final answer of a response, in the same way for every reward."""
+"""Finds an answer by its form: in tags, a box, or the last line, as the reading `strict` does.
+
+`final_answer` has the other readings, which are built of these parts."""
 
 import itertools
 from collections.abc import Iterator
