@@ -20,7 +20,7 @@ from r1_grading.reading.tags_and_boxes import (
     after_thought,
     extract_answer,
     last_boxed,
-    last_line,
+    last_line_or_formula,
     make_extraction,
     tagged_answer,
     without_special_tokens,
@@ -137,7 +137,7 @@ def _extract_boxed(visible: str, truth_is_number: bool) -> Extraction | None:
 
 
 def _last_number(visible: str, truth_is_number: bool) -> Extraction | None:
-    line = last_line(without_closing(visible))
+    line = last_line_or_formula(without_closing(visible))
     if not line.strip():
         return None
     marked_extraction = marked_answer(visible, truth_is_number)

@@ -137,7 +137,7 @@ def extract_answer(
     if (boxed_text := last_boxed(visible_text)) is not None:
         return make_extraction(boxed_text, around=visible_text)
     if reads_last_line:
-        return make_extraction(last_line(visible_text.rstrip()))
+        return make_extraction(last_line_or_formula(visible_text.rstrip()))
     return Extraction(None, "no answer found")
 
 
@@ -268,7 +268,7 @@ def _boxes_from_the_end(text: str) -> Iterator[tuple[int, int, int, int]]:
                 start_by_box[box] = text.rfind(box, 0, start)
 
 
-def last_line(visible: str) -> str:
+def last_line_or_formula(visible: str) -> str:
     """Return the last line of a text, or the display formula that ends with it."""
     start = visible.rfind("\n") + 1
     for left, right in DISPLAYS:
