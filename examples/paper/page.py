@@ -118,7 +118,7 @@ parameters on sums, riddles and small programs in two languages (examples/paper/
 published figures have other models and other questions, so only the order of the rows can be
 compared. A direction agrees if it holds here in every seed.
 
-- *Ours*: mean over seeds ± standard deviation. Accuracy: sampled answers to held-out questions.
+- *Ours*: mean over seeds ± standard deviation. Accuracy: sampled responses to held-out questions.
 - Plots: filled marks are our mean and deviation, points the seeds, hollow marks what was published.
 - Process reward models and tree search, which the paper tried and dropped, are left out.
 """

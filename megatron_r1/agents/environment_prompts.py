@@ -1,4 +1,4 @@
-"""Loads the questions of an environment, which are the rows for its `reset`."""
+"""Loads the prompts of an environment, which are the rows for its `reset`."""
 
 import json
 import tempfile
@@ -50,7 +50,7 @@ def load_environment_prompts(environment: str, **options: Unpack[PromptOptions])
 
 
 def load_run_prompts(agents: AgentsConfig, **options: Unpack[PromptOptions]) -> PromptSplit:
-    """Return the questions of a run: the tasks of `agents.verifiers.taskset`, each whole in the
+    """Return the prompts of a run: the tasks of `agents.verifiers.taskset`, each whole in the
     field `task`, or `load_environment_prompts`.
 
     Raises:

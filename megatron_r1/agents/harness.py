@@ -269,7 +269,7 @@ class HarnessPlayer:
 
         Args:
             prompt: the row.
-            generate: samples the policy's answers.
+            generate: samples the policy's turns.
             max_tokens: the most that are sampled in all its turns.
         """
         # The agent's clock does not run while the episode waits for a program to end.

@@ -61,7 +61,7 @@ class EpisodePlayer:
 
         Args:
             prompt: the row.
-            generate: samples the policy's answers.
+            generate: samples the policy's turns.
             max_tokens: the most tokens after the first prompt.
         """
         running_episode = _RunningEpisode(self, generate, max_tokens)
@@ -156,7 +156,7 @@ class _RunningEpisode:
         content = prompt.question if question is None else question
         self._messages.append({"role": "user", "content": content})
         for _ in range(self._settings.max_turns):
-            message = await self._sample_next_answer()
+            message = await self._sample_next_turn()
             if message is None:
                 return "max_tokens"
             for call in message.get("tool_calls") or ():
@@ -167,8 +167,8 @@ class _RunningEpisode:
                 return "done"
         return "max_turns"
 
-    async def _sample_next_answer(self) -> Message | None:
-        """Sample the next answer; None where the episode is out of tokens."""
+    async def _sample_next_turn(self) -> Message | None:
+        """Sample the next turn; None where the episode is out of tokens."""
         tree, player = self._tree, self._player
         next_prompt = player.continuation.next_prompt(tree, self._messages, self._tools)
         tools = self._tools if next_prompt.parent is None else ()

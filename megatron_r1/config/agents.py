@@ -62,7 +62,7 @@ class AgentsConfig(Section):
     environment_processes: Resumable[int] = Field(512, ge=1)
     """environments at once; further episodes wait for one"""
     max_turns: int = Field(16, ge=1)
-    """answers of the policy in an episode"""
+    """turns of the policy in an episode"""
     call_seconds: float = Field(30.0, gt=0)
     """wall time of one call of a tool"""
     timeout_seconds: float = Field(600.0, gt=0)

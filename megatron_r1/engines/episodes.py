@@ -147,7 +147,7 @@ class EpisodeResult:
 
 
 Generate = Callable[[Sequence[int], int], Awaitable[Response]]
-"""(tokens of a prompt, most tokens of the answer) → one sampled answer."""
+"""(tokens of a prompt, most tokens of the response) → one sampled response."""
 
 
 class Player(Protocol):
@@ -165,7 +165,7 @@ class Player(Protocol):
 
         Args:
             prompt: the row.
-            generate: samples the policy's answers.
+            generate: samples the policy's turns.
             max_tokens: the most tokens after the first prompt.
         """
         ...

@@ -44,7 +44,7 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> Quant
     seconds = tokens * flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)
     formula = (
         f"{tokens:,} tokens x {flops:.2e} FLOP on {format_count(gpus, 'GPU')}; while the students' "
-        "other answers are sampled" + ("; if all questions were its" if has_others else "")
+        "other responses are sampled" + ("; if all questions were its" if has_others else "")
     )
     return {
         "weights": byte_quantity(

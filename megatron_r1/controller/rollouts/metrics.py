@@ -56,7 +56,7 @@ def rollout_metrics(rollout: Rollout, policy_version: int) -> dict[str, float]:
 def episode_metrics(episodes: list[Episode]) -> dict[str, float]:
     """Return means over episodes, and the share of each status; nothing without episodes.
 
-    - `turns`: answers of the policy.
+    - `turns`: those of the policy.
     - `tokens`: tokens of all branches.
     - `forks`: branches after the first.
     - `versions`: versions of the policy in one episode."""

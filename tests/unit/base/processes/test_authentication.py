@@ -52,7 +52,7 @@ def test_a_rank_with_the_token_is_heard_and_others_are_not():
 
 def test_neither_token_nor_message_is_on_the_wire():
     """What a listener on the network would see of a connection."""
-    token, secret, seen = "a token of this run", b"a sampled answer" * 10, b""
+    token, secret, seen = "a token of this run", b"a sampled response" * 10, b""
     with sockets.socket() as tap:
         tap.bind(("127.0.0.1", 0))
         tap.listen()
