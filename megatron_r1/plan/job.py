@@ -22,7 +22,6 @@ from megatron_r1.models.parallel_checks import check_divisions, check_exchange_o
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.table import WeightTable, weight_table
-from megatron_r1.reporting.formatting import format_count
 
 
 def text_limit(config: Config, hf_config: HFConfig) -> int:
@@ -350,7 +349,7 @@ def check_engine_gpus(job: PlannedJob) -> None:
 def _engines_that_match(job: PlannedJob, ranks: int, gpus: int) -> str:
     """Return the remedy if engines of `ranks` GPUs do not add up to `gpus`."""
     if gpus % ranks == 0:
-        return f"that is {format_count(gpus // ranks, 'engine')} (--rollout.engines)"
+        return f"set --rollout.engines {gpus // ranks}"
     option = "--rollout-gpus" if job.rollout_gpus else "--gpus"
     lower_count = gpus // ranks
     counts = [count for count in (lower_count, lower_count + 1) if count]

@@ -43,7 +43,7 @@ def confuse_single_tokens(module):
 
 def deliver_nothing(module):
     """Weights arrive and are not loaded after the first push (verl#7495)."""
-    upstream = module.load
+    upstream = module.load_layers
     calls = []
 
     def load(*arguments, **settings):
@@ -53,7 +53,7 @@ def deliver_nothing(module):
         else:
             strike()
 
-    module.load = load
+    module.load_layers = load
 
 
 def lose_a_request(module):
@@ -90,7 +90,7 @@ def kill_a_sending_rank(module):
 
 def kill_a_loading_engine(module):
     """The engine dies when half of its second push is loaded (huggingface/trl#6796)."""
-    upstream = module.load
+    upstream = module.load_layers
     calls = []
 
     def load(model, placed, *arguments, **settings):
@@ -100,7 +100,7 @@ def kill_a_loading_engine(module):
             kill_once()
         upstream(model, placed, *arguments, **settings)
 
-    module.load = load
+    module.load_layers = load
 
 
 def kill_once():
@@ -144,7 +144,7 @@ def make_an_old_logprob_nan(module):
 
 def keep_the_router_bias(module):
     """The router's bias is left out of every push but the first (NovaSky-AI/SkyRL#1505)."""
-    upstream = module.load
+    upstream = module.load_layers
     calls = []
 
     def load(model, placed, *arguments, **settings):
@@ -154,12 +154,12 @@ def keep_the_router_bias(module):
             strike()
         upstream(model, placed, *arguments, **settings)
 
-    module.load = load
+    module.load_layers = load
 
 
 def round_the_router_bias(module):
     """The engine's router biases are rounded to bfloat16 (NVIDIA-NeMo/RL#3540)."""
-    upstream = module.load
+    upstream = module.load_layers
 
     def load(model, *arguments, **settings):
         upstream(model, *arguments, **settings)
@@ -170,7 +170,7 @@ def round_the_router_bias(module):
                 if bias.any():
                     strike()
 
-    module.load = load
+    module.load_layers = load
 
 
 def leave_out_the_drafter(module):
@@ -192,7 +192,7 @@ def leave_out_the_drafter(module):
 
 def keep_the_drafter(module):
     """The drafter's new weights arrive and are not loaded after the first push."""
-    upstream = module.load
+    upstream = module.load_layers
     calls = []
 
     def load(model, placed, *arguments, **settings):
@@ -202,7 +202,7 @@ def keep_the_drafter(module):
             strike()
         upstream(model, placed, *arguments, **settings)
 
-    module.load = load
+    module.load_layers = load
 
 
 def keep_first_settings(module):

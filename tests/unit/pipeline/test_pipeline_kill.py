@@ -77,8 +77,8 @@ def test_a_death_around_a_record_loses_nothing(world, capsys, moment, monkeypatc
         raise Death
 
     targets = {
-        "begin": (manifest, "begin"),
-        "finish": (manifest, "finish"),
+        "begin": (manifest, "record_begin"),
+        "finish": (manifest, "record_finish"),
         "outputs": (manifest, "digest_of_outputs"),
         "rename": (manifest, "fsync"),
     }

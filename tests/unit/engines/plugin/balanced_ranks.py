@@ -95,7 +95,9 @@ def update(balancer, group, load, push: int, sleeps: bool = False) -> list[str]:
     ranks = SimpleNamespace(cpu_group=group, device_group=group)
     with (
         mock.patch.object(backend, "get_ep_group", return_value=ranks),
-        mock.patch.object(backend.layer_reload, "load", note("load", lambda *_, **__: load())),
+        mock.patch.object(
+            backend.layer_reload, "load_layers", note("load", lambda *_, **__: load())
+        ),
         mock.patch.object(backend.layer_reload, "recompute_shared_tensors"),
         mock.patch.object(
             expert_placement, "keep_placement", note("keep", expert_placement.keep_placement)
