@@ -216,7 +216,7 @@ class PlannedJob:
 
     @cached_property
     def critic(self) -> PlannedJob | None:
-        """PPO's critic on the same ranks, as a job that computes and trains on this one's samples;
+        """PPO's critic on the same ranks, as a job that values and trains on this one's samples;
         None for algorithms without a critic."""
         if self.verb != "rl" or self.is_critic or not find_rules(self.config.rl.algorithm).critic:
             return None

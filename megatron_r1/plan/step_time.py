@@ -15,6 +15,8 @@ from megatron_r1.plan.sample_traffic import uses_routing_replay
 
 STALLS = "pipeline stalls"
 """The part of an optimizer step in which ranks wait for their neighbors' tensors."""
+LINK_PARTS = (STALLS, NCCL, TENSOR_SUMS)
+"""Parts that are communication between GPUs alone."""
 HIDDEN_AXES = ("data", "pipeline")
 """Axes whose traffic is not exposed: the data axis's is hidden behind computation
 (overlap_grad_reduce), the pipeline's is counted in `StepTime.pipeline_stall_seconds`. Context
@@ -216,7 +218,7 @@ class StepTime:
             return self.rollout.exchange_fraction
         if name == "push":
             return float(not TRANSPORTS[self.job.config.push.transport].is_single_host)
-        if name in (STALLS, TENSOR_SUMS, NCCL):
+        if name in LINK_PARTS:
             return 1.0
         if name in ("logprobs", "training", "optimizer step", "critic"):
             backward = name != "logprobs"

@@ -12,7 +12,7 @@ from megatron_r1.plan.push import drafts_with_mtp
 from megatron_r1.plan.quantity import Quantity, QuantityTable
 from megatron_r1.plan.rollout import TENSOR_SUMS
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS
-from megatron_r1.plan.step_time import STALLS, StepTime
+from megatron_r1.plan.step_time import LINK_PARTS, STALLS, StepTime
 
 MEASUREMENTS = {
     "rollout": "seconds of a decoding pass",
@@ -26,7 +26,7 @@ MEASUREMENTS = {
     OFFLOAD: "seconds between phases",
 }
 """The check of tools/gpu_check that measures the number of a part."""
-PREFLIGHT_PARTS = (ROUTED_EXPERTS, EXPERT_MOVES, STALLS, NCCL, TENSOR_SUMS)
+PREFLIGHT_PARTS = (ROUTED_EXPERTS, EXPERT_MOVES, *LINK_PARTS)
 """Parts whose number the preflight measures."""
 SETUP = "set-up"
 """Seconds in which engines and trainer connect, once a run and for each replaced engine."""
@@ -50,7 +50,7 @@ def narrowing_number(job: PlannedJob, name: str) -> str | None:
         return "local_disk" if to_disk else "host_link"
     if name in ("logprobs", "training", "optimizer step", "critic"):
         return "compute_efficiency"
-    if name in (STALLS, NCCL, TENSOR_SUMS):
+    if name in LINK_PARTS:
         rollout = job.config.rollout
         num_ranks = {
             STALLS: job.num_gpus,
