@@ -6,9 +6,8 @@ that takes more than there is. So the default micro-batch is what the memory has
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.base.processes.host_memory import free_bytes
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.parallel import DEFAULT_TOKENS
@@ -223,24 +222,6 @@ def _num_stored_parameters(folder: str, key: str) -> int:
     hf_config = load_config(folder, key)
     width = BYTES.get(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16", 2)
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) // width
-
-
-def free_bytes() -> int:
-    """Return the memory that this host, or the container, has left."""
-    available_bytes = psutil.virtual_memory().available
-    try:
-        limit, usage = (
-            int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
-        )
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # another system, or no limit ("max")
-        return available_bytes
-    # The kernel drops cached files before it kills a process.
-    cached_bytes = int(stat["active_file"]) + int(stat["inactive_file"])
-    return min(available_bytes, limit - usage + cached_bytes)
-
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def _gib_text(num_bytes: int) -> str:

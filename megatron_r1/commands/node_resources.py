@@ -4,8 +4,7 @@ import os
 import subprocess
 from dataclasses import dataclass
 
-import psutil
-
+from megatron_r1.base.processes.host_memory import free_bytes
 from megatron_r1.engines.server import gpu
 
 
@@ -35,7 +34,7 @@ def detect_node_resources() -> NodeResources:
         subprocess.CalledProcessError: nvidia-smi fails.
     """
     if not gpu.is_usable():
-        return NodeResources(0, psutil.virtual_memory().available)
+        return NodeResources(0, free_bytes())
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     sizes_mib = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
     return NodeResources(len(gpu.visible_gpus(os.environ)), min(map(int, sizes_mib)) * 2**20)

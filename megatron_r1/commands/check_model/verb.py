@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import psutil
 
 from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes.children import die_with_parent
+from megatron_r1.base.processes.host_memory import free_bytes
 from megatron_r1.commands.check_model.results import (
     ModelCheckResult,
     NotCompared,
@@ -186,7 +186,7 @@ def _check_model(config: Config, folder: str) -> ModelCheckResult:
     check_divisions(hf_config, config.parallel, transformer_engine=False)
     recipe_stages(config, hf_config)
     parameters = num_parameters(hf_config, with_mtp=config.model.mtp != "none")
-    free = psutil.virtual_memory().available
+    free = free_bytes()
     required_bytes = parameters * _check_bytes(config.model.dtype)
     if required_bytes > free:
         raise RunError(

@@ -14,12 +14,12 @@ from functools import cache, partial
 from math import prod
 from pathlib import Path
 
-import psutil
 import torch
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync
 from megatron_r1.base.processes.children import die_with_parent
+from megatron_r1.base.processes.host_memory import free_bytes
 from megatron_r1.commands.convert import work_folder
 from megatron_r1.commands.convert.sources import (
     check_manifest,
@@ -79,7 +79,7 @@ def check_reload(
         UserError: a difference; it names the largest."""
     hf_config = read_config(hf_files, checkpoint)
     size = _BYTES_PER_PARAMETER * num_parameters(hf_config)
-    free = psutil.virtual_memory().available
+    free = free_bytes()
     fits = size < free
     if not fits:
         gigabytes = f"the model needs {size / 1e9:.0f} GB to be run, {free / 1e9:.0f} are free"

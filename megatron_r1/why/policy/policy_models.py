@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from megatron_r1.base.errors import UserError
+from megatron_r1.base.processes import host_memory
 from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.models.transformers_model import build_without_weights
 from megatron_r1.why.comparison import CannotRecompute
@@ -121,7 +121,7 @@ class PolicyModels:
     @property
     def free_bytes(self) -> int:
         """The memory that models may take."""
-        return psutil.virtual_memory().available if self.memory is None else self.memory
+        return host_memory.free_bytes() if self.memory is None else self.memory
 
     @property
     def model_bytes(self) -> int:

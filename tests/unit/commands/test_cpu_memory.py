@@ -7,11 +7,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cpu_memory as memory
-from megatron_r1.commands.cpu_memory import (
-    CPUMemory,
-    cpu_memory,
-    free_bytes,
-)
+from megatron_r1.commands.cpu_memory import CPUMemory, cpu_memory
 from megatron_r1.config import Config
 from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models.memory import layer_activations
@@ -129,14 +125,3 @@ def test_a_critic_and_a_teacher_take_memory_too(tmp_path):
 def test_moments_in_bfloat16_save_nothing_on_a_cpu(tmp_path):
     rounded = cpu_memory(recipe(tmp_path, optimizer={"moments": "bfloat16"}), 1, has_engines=True)
     assert rounded.weight_bytes == cpu_memory(recipe(tmp_path), 1, has_engines=True).weight_bytes
-
-
-def test_a_container_s_limit_counts_where_it_is_lower(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    unlimited = free_bytes()
-    (tmp_path / "memory.max").write_text(f"{1 << 20}\n")
-    (tmp_path / "memory.current").write_text("65536\n")
-    (tmp_path / "memory.stat").write_text("anon 9\nactive_file 4096\ninactive_file 8192\n")
-    assert free_bytes() == (1 << 20) - 65536 + 4096 + 8192 < unlimited
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_bytes() > 1 << 20
