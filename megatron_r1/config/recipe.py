@@ -44,7 +44,11 @@ from megatron_r1.config.section import (
 )
 from megatron_r1.config.sft import SFTConfig
 from megatron_r1.config.teacher import TeacherConfig
-from megatron_r1.config.validation_errors import drop_removed_keys, recipe_error
+from megatron_r1.config.validation_errors import (
+    check_removed_keys,
+    drop_removed_keys,
+    recipe_error,
+)
 from megatron_r1.config.yaml_text import dump_yaml, read_sections, set_nested
 
 
@@ -149,6 +153,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _schedule_is_valid(self) -> Self:
         if self.rl.schedule:
+            changed_keys = (key for entry in self.rl.schedule for key in entry.changes)
+            check_removed_keys(changed_keys, "rl.schedule")
             check_schedule_keys(self.rl.schedule, SCHEDULED, known_keys())
         for entry in self.rl.schedule:
             tree = self.model_dump()

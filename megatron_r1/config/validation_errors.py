@@ -48,19 +48,56 @@ REMOVED_KEYS = {
 """Removed keys by dotted name."""
 
 
-def drop_removed_keys(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sections of a recipe without removed keys that have their former default."""
+FORMER_VALUES = {("sample.output", "answers"): "responses"}
+"""The name that a value has now, by key and former name."""
+
+
+def find_removed_key(key: str) -> RemovedKey | None:
+    """Return what is known of a removed key.
+
+    Args:
+        key: a dotted key. Keys of `teacher.by_source.SOURCE` are those of `teacher`."""
+    section, _, leaf = key.rpartition(".")
+    if not section.startswith("teacher.by_source."):
+        return REMOVED_KEYS.get(key)
+    removed_key = REMOVED_KEYS.get(f"teacher.{leaf}")
+    return removed_key and removed_key._replace(
+        remedy=removed_key.remedy.replace("teacher.", f"{section}.")
+    )
+
+
+def drop_removed_keys(tree: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Return a recipe's settings without removed keys that have their former default.
+
+    Args:
+        tree: the settings, in nested sections.
+        section: the dotted key of the section that `tree` is; "" for a whole recipe."""
+    prefix = f"{section}." if section else ""
     return {
-        section: {key: value for key, value in keys.items() if not _is_void(section, key, value)}
-        if isinstance(keys, Mapping)
-        else keys
-        for section, keys in tree.items()
+        key: drop_removed_keys(value, f"{prefix}{key}") if isinstance(value, Mapping) else value
+        for key, value in tree.items()
+        if not _is_void(f"{prefix}{key}", value)
     }
 
 
-def _is_void(section: str, key: str, value: Any) -> bool:
-    removed_key = REMOVED_KEYS.get(f"{section}.{key}")
+def _is_void(key: str, value: Any) -> bool:
+    removed_key = find_removed_key(key)
     return removed_key is not None and value == removed_key.default
+
+
+def check_removed_keys(keys: Iterable[str], setting: str) -> None:
+    """Refuse removed keys in a setting whose values name keys.
+
+    Args:
+        keys: the dotted keys.
+        setting: the key of the setting, for the message.
+
+    Raises:
+        UserError: naming the first removed key and its remedy."""
+    for key in keys:
+        if removed_key := find_removed_key(key):
+            message = f"{setting}: {key} was removed: {removed_key.remedy}"
+            raise UserError(message, key=setting, cause=Cause.UNKNOWN)
 
 
 GREEDY = ("rollout.temperature", "eval.temperature")
@@ -127,8 +164,9 @@ def _describe_mistake(
 ) -> str:
     location = error["loc"]
     key = ".".join(map(str, location))
-    if error["type"] == "extra_forbidden" and key in REMOVED_KEYS:
-        return f"{key} was removed (it is {error.get('input')!r}): {REMOVED_KEYS[key].remedy}"
+    removed_key = find_removed_key(key)
+    if error["type"] == "extra_forbidden" and removed_key:
+        return f"{key} was removed (it is {error.get('input')!r}): {removed_key.remedy}"
     if error["type"] == "extra_forbidden":
         return f"unknown key {key}{_unknown_key_hint(location, root, known_keys)}"
     if error["type"] == "missing":
@@ -143,6 +181,8 @@ def _describe_mistake(
         )
     if error["type"] == "list_type" and isinstance(error.get("input"), str):
         remedy = f"; in brackets: [{error['input']}]"
+    if error["type"] == "literal_error" and (name := FORMER_VALUES.get((key, str(error["input"])))):
+        remedy = f"; it is called {name}"
     if error["type"] == "greater_than" and key in GREEDY:
         remedy = "; 0.01 decodes nearly greedily, by the likeliest token"
     return f"{key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error.get('input')!r}{remedy}"
