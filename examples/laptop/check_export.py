@@ -9,19 +9,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from r1_grading import Grade, logic, math
+from r1_grading import grade
 
 from megatron_r1 import config as configuration
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import load_prompts, prompt_options
 
 QUESTIONS = 100
-GRADERS: dict[str, Callable[..., Grade]] = {"math": math.grade, "logic": logic.grade}
 
 
 def answers_of_transformers(folder: str, prompts: list[list[int]], limit: int) -> list[list[int]]:
@@ -109,13 +107,14 @@ def main() -> None:
     tokenizer = PromptTokenizer(str(run / "hf"), config.data.template)
     prompts = [tokenizer.encode(q.question) for q in questions]
     limit, options = config.rollout.max_response_tokens, config.rewards.call_options
-    read = {kind: options.get(kind, {}) for kind in GRADERS}
     with ThreadPoolExecutor() as threads:
         ask = partial(answers_of, folder=str(run / "hf"), prompts=prompts, limit=limit)
         first, second = threads.map(ask, LIBRARIES)
     for name, answers in zip(LIBRARIES, (first, second), strict=True):
         right = [
-            GRADERS[q.kind](tokenizer.decode(a), q.truth, **q.fields, **read[q.kind]).reward
+            grade(
+                q.kind, tokenizer.decode(a), q.truth, **q.fields, **options.get(q.kind, {})
+            ).reward
             for q, a in zip(questions, answers, strict=True)
         ]
         print(f"{name:12} loads {run / 'hf'}; greedy accuracy {sum(right) / len(right):.1%}")
