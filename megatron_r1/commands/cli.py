@@ -18,7 +18,7 @@ from megatron_r1.base.processes import process_memory, timeline
 from megatron_r1.base.processes.process_memory import without_garbage_collection
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.verb_module import VerbModule, load_verb, read_verb
-from megatron_r1.config.keys import boolean_keys, describe_keys
+from megatron_r1.config.keys import boolean_keys
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.engines.server import gpu
 
@@ -46,7 +46,7 @@ RUNNING_VERBS = {
 }
 """Verbs that read a recipe and run other verbs, or check the nodes before: modules with
 `run(recipe, overrides, RECIPE_VERBS)`, and with `SHORT_OPTIONS`, option → the
-key that it is short for."""
+key that it is short for, and `RECIPE`, the recipe's class where it is not `Config`."""
 VERB_MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
 OWN_VERBS = {
     "plan": "megatron_r1.commands.plan",
@@ -54,6 +54,7 @@ OWN_VERBS = {
 }
 """Verbs with a command line of their own: modules with `main(arguments)`, which returns the exit
 status."""
+KEYS_MODULE = "megatron_r1.commands.keys"
 HELP = {"-h", "--help"}
 DRY_RUN = "--dry-run"
 """The option of `rl` that calls `dry_run(config)` instead of `run(config)`."""
@@ -149,12 +150,10 @@ def _dispatch_command(arguments: list[str]) -> int:
         )
     recipe, *options = words
     if verb in RUNNING_VERBS:
-        from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
-
         runner = importlib.import_module(RUNNING_VERBS[verb])
         for name, key in getattr(runner, "SHORT_OPTIONS", {}).items():
             options = [re.sub(rf"^--{name}(?=$|=)", f"--{key}", option) for option in options]
-        switches = boolean_keys(PipelineRecipe if verb == "pipeline" else configuration.Config)
+        switches = boolean_keys(getattr(runner, "RECIPE", configuration.Config))
         runner.run(recipe, parse_overrides(options, switches), RECIPE_VERBS)
         return 0
     return _run_recipe(verb, recipe, options, arguments)
@@ -316,11 +315,7 @@ def _parse_settings(options: list[str], extra_options: Sequence[str] = ()) -> di
 
 
 def _describe_keys(names: Sequence[str]) -> str:
-    from megatron_r1.pipeline.pipeline_recipe import PipelineRecipe
-    from megatron_r1.rehearse.settings import PreflightRecipe, RehearsalRecipe
-
-    sections = (RehearsalRecipe, PreflightRecipe)
-    return describe_keys((configuration.Config, PipelineRecipe, *sections), names)
+    return importlib.import_module(KEYS_MODULE).describe_all_keys(names)
 
 
 def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:

@@ -15,12 +15,14 @@ from megatron_r1.config.yaml_text import format_value, nest_keys
 from megatron_r1.pipeline import manifest, serving
 from megatron_r1.pipeline.executor import Executor
 from megatron_r1.pipeline.graph import StageGraph, check_plan, missing_files, unknown_stage
-from megatron_r1.pipeline.pipeline_recipe import PipelineConfig, load_pipeline
+from megatron_r1.pipeline.pipeline_recipe import PipelineConfig, PipelineRecipe, load_pipeline
 from megatron_r1.pipeline.pipeline_report import write_report
 from megatron_r1.pipeline.stage_runner import StopSignals, write_recipe
 from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.pipeline.status import StageState, all_statuses, stale_text, status_lines
 from megatron_r1.reporting.run_folder import RunFolder, is_locked
+
+RECIPE = PipelineRecipe
 
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGES = ("megatron_r1", "kernels/r1_kernels", "grading/r1_grading")
 """Folders whose files are the product's."""
 ROLES = {
-    "controller": ("megatron_r1.commands.rl",),
+    "controller": ("megatron_r1.commands.cli", "megatron_r1.commands.rl"),
     "trainer rank": ("megatron_r1.trainer.rank", "megatron_r1.trainer.rank_server"),
     "engine": ("megatron_r1.engines.plugin", "megatron_r1.engines.plugin.serve"),
 }
