@@ -235,11 +235,11 @@ class RatiosOfSource:
 
     Attributes:
         calibrated_ratios: ratios of the half that calibrates.
-        held_out_ratios: those of the other half.
+        heldout_ratios: those of the other half.
         unseen_ratios: those of all its rows, by a calibration without the source."""
 
     calibrated_ratios: list[float]
-    held_out_ratios: list[float]
+    heldout_ratios: list[float]
     unseen_ratios: list[float]
 
 
@@ -258,7 +258,7 @@ def ratios_by_source(
             [run.ratio(**values) for run in system_runs if not run.is_for_calibration],
             [run.ratio(**calibrated_values) for run in system_runs],
         )
-    parts = ("calibrated_ratios", "held_out_ratios", "unseen_ratios")
+    parts = ("calibrated_ratios", "heldout_ratios", "unseen_ratios")
     all_ratios = {
         part: [r for ratios in by_system.values() for r in getattr(ratios, part)] for part in parts
     }
@@ -306,7 +306,7 @@ def published_table() -> str:
     lines += ["", f"outside its range: {'; '.join(misses) or 'none'}", ""]
     lines += ["| source | calibrated | held out | without it |", "|---|---|---|---|"]
     for system, ratios in ratios_by_source(runs, values).items():
-        cells = (ratios.calibrated_ratios, ratios.held_out_ratios, ratios.unseen_ratios)
+        cells = (ratios.calibrated_ratios, ratios.heldout_ratios, ratios.unseen_ratios)
         lines.append(f"| {system} | {' | '.join(map(_error_cell, cells))} |")
     return "\n".join([*lines, "", *_source_notes()])
 

@@ -161,7 +161,7 @@ def render_frame(state: LiveState, console: Console, timestamp: float) -> Group:
     lines += _curve_lines(state, width, rows=6 if is_roomy else 2)
     lines += [Text(), *_metric_lines(state, width), Text(), *_time_split(state, width)]
     lines += [Text()] if is_roomy else []
-    lines += [_held_out(state, width), Text()]
+    lines += [_heldout_line(state, width), Text()]
     lines += _sample_lines(
         state, console, width, height - len(lines), max_samples=4 if is_roomy else 2
     )
@@ -278,7 +278,7 @@ def _time_split(state: LiveState, width: int) -> list[Text]:
     return [bar, legend]
 
 
-def _held_out(state: LiveState, width: int) -> Text:
+def _heldout_line(state: LiveState, width: int) -> Text:
     line = Text("held-out  ", style="bold")
     if not state.evaluations:
         return line.append("not evaluated yet", style="not bold bright_black")

@@ -44,7 +44,7 @@ def write(folder: str, worked: int, mixed: int, seed: int = 0) -> None:
     draw = random.Random(f"corpus {seed}")
     count = (worked + mixed) // 8
     every = chain(sums(count, seed), sisters(count, seed), programs(count, seed), facts(), risks())
-    lessons = [lesson for lesson in every if not held_out(lesson)]
+    lessons = [lesson for lesson in every if not is_heldout_lesson(lesson)]
     by_subject = {name: [x for x in lessons if x.subject == name] for name in SUBJECTS}
 
     def drawn() -> Lesson:
@@ -58,7 +58,7 @@ def write(folder: str, worked: int, mixed: int, seed: int = 0) -> None:
     write_lines(Path(folder) / "corpus.jsonl", documents)
 
 
-def held_out(lesson: Lesson) -> bool:
+def is_heldout_lesson(lesson: Lesson) -> bool:
     return is_heldout(lesson.question, HELDOUT)
 
 

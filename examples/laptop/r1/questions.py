@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
-from examples.laptop.r1.corpus import document, held_out
+from examples.laptop.r1.corpus import document, is_heldout_lesson
 from examples.laptop.r1.lessons import Lesson, facts, plain, programs, respond, risks, sisters, sums
 from megatron_r1.base.files.json_lines import write_lines
 
@@ -29,9 +29,9 @@ def write(folder: str, sums_: int = 1200, sisters_: int = 500, programs_: int = 
     for name, lessons in (("reasoning", reasoning), ("talk", talk)):
         random.Random(name).shuffle(lessons)
         write_lines(out / f"{name}.jsonl", (lesson.row for lesson in lessons))
-        hidden = [lesson.row for lesson in lessons if held_out(lesson)]
+        hidden = [lesson.row for lesson in lessons if is_heldout_lesson(lesson)]
         write_lines(out / "heldout" / f"{name}.jsonl", hidden)
-    reasoning, talk = ([x for x in both if not held_out(x)] for both in (reasoning, talk))
+    reasoning, talk = ([x for x in both if not is_heldout_lesson(x)] for both in (reasoning, talk))
     draw = random.Random("all")
     both = [lesson.row for lesson in reasoning[: len(talk)] + talk]
     write_lines(out / "all.jsonl", draw.sample(both, len(both)))

@@ -203,7 +203,7 @@ class PolicyLogprobs:
         }
 
     @cached_property
-    def reference_logprobs(self) -> list[Tensor] | None:
+    def ref_logprobs(self) -> list[Tensor] | None:
         """Log-probabilities of all rows under the reference of the checkpoint; None without KL."""
         if not self.step.config.rl.kl_beta:
             return None

@@ -117,7 +117,7 @@ class SubstitutionEstimates:
     def _substituted_reference(self, substitution: Substitution) -> list[Tensor] | None:
         if substitution.reference == "policy":
             return self._policies.all_old_logprobs
-        return self._policies.reference_logprobs
+        return self._policies.ref_logprobs
 
     def _estimated_change_distance(self, substitution: Substitution) -> float:
         """Return the distance of the change that Adam makes of the gradients by the settings."""

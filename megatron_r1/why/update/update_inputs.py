@@ -227,7 +227,7 @@ class UpdateInputs:
                     self.step,
                     rows,
                     self.policies.all_old_logprobs,
-                    self.policies.reference_logprobs,
+                    self.policies.ref_logprobs,
                 ),
                 self.minibatches,
                 self.models.rows,
@@ -289,8 +289,8 @@ class UpdateInputs:
             old_logprobs = token_logprobs.sampled_logprobs(self.models.policy, rows, temperatures)[
                 0
             ]
-        if not substitution.reference and (is_own or self.policies.reference_logprobs is None):
-            return old_logprobs, self.policies.reference_logprobs
+        if not substitution.reference and (is_own or self.policies.ref_logprobs is None):
+            return old_logprobs, self.policies.ref_logprobs
         if substitution.reference == "begin":
             begin = weights_after(self.step.folder, self.step.run_config, 0)
             assert begin is not None, "the substitution is offered where the model is there"

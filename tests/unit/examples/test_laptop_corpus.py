@@ -31,7 +31,7 @@ def test_questions_are_worded_as_the_recipe_asks_them_and_none_is_held_out(tmp_p
     make_corpus.main()
     corpus = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
     asked = {example["prompt"] for example in corpus}
-    held_out = {recipe.data.template.replace("{question}", p.question) for p in prompts.heldout}
+    heldout = {recipe.data.template.replace("{question}", p.question) for p in prompts.heldout}
     trained = {recipe.data.template.replace("{question}", p.question) for p in prompts.train}
-    assert not asked & held_out
+    assert not asked & heldout
     assert len(asked & trained) > len(trained) / 2, "the corpus words its questions differently"
