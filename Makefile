@@ -29,7 +29,7 @@ TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
 help:
 	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
-	@echo "make demo-pretrained  GRPO on SmolLM2-135M-Instruct (93 MB to download): 12 to 55 minutes on two cores"
+	@echo "make demo-pretrained  GRPO on SmolLM2-135M-Instruct (93 MB to download): 12 to 30 minutes on two cores"
 	@echo "make smollm2   that model alone, for recipes of your own: $(SMOLLM2)/model"
 	@echo "make demo-agents  a tiny model learns to use a tool: minutes on two CPU cores"
 	@echo "make setup     install everything into $(VENV) (3.9 GB; the others do it, too)"
@@ -37,14 +37,14 @@ help:
 	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 5 minutes on two cores, more with JOBS=1)"
 	@echo "make agents    verifiers, in $(AGENTS_VENV): environments of others for agents.verifiers (0.5 GB)"
 	@echo "make test-faults  plants faults in copies of the tree: which does make test catch?"
-	@echo "make test-cuda  those packages on a null GPU, without a driver (10 to 50 minutes on two cores)"
+	@echo "make test-cuda  those packages on a null GPU, without a driver (half an hour to an hour and a half on two cores)"
 	@echo "make lint      style, imports between packages, types;  make format: repair the style"
 	@echo "make kernel-files  write what is generated from the list of kernels: README's table, compiled resources"
 	@echo "make house     the structure of the code in figures: packages, imports, what one command needs"
 	@echo "make losses    losses of 20 steps from one seed: a refactoring must not change them"
 	@echo "make evidence  measures the claims of docs/evidence.md that are not fresh, the shortest first; CLAIM=id: one"
-	@echo "make bench     kernels and whole steps beside their public peers"
-	@echo "make gpu-check  what a machine with a GPU can answer, in nine minutes"
+	@echo "make bench     kernels and whole steps compared with their public peers"
+	@echo "make gpu-check  what a machine with a GPU can answer, in two parts of nine minutes"
 	@echo "make docs      API pages in build/docs"
 	@echo "make wheels    what a release has: dist/*.whl, which one pip install takes"
 	@echo "make clean     remove $(VENV), $(CUDA_VENV), $(AGENTS_VENV) and build; runs stay"
@@ -223,7 +223,7 @@ bench: setup
 	$(BIN)/python tools/bench kernels
 	$(BIN)/python tools/bench step
 
-# What docs/gpu-checklist.md asks of a machine with a GPU, in nine minutes: build/gpu_check. Without one it says so.
+# What docs/gpu-checklist.md asks of a machine with a GPU, in two parts of nine minutes: build/gpu_check. Without one it says so.
 gpu-check: $(if $(wildcard /dev/nvidia0),setup-cuda,setup)
 	$(if $(wildcard /dev/nvidia0),$(CUDA_BIN),$(BIN))/python tools/gpu_check
 
