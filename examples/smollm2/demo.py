@@ -35,7 +35,7 @@ def main() -> int:
 
     show_result(chosen.folder, "before", time.monotonic() - start, intervals=True)
     print(f"memory:  {memory.gib:.1f} GiB at most, of all processes together")
-    print("next:    what it was asked and what it answered: samples.jsonl beside the report")
+    print("next:    what it was asked and what it answered: samples.jsonl, next to the report")
     print("           .venv/bin/megatron-r1 pipeline examples/smollm2/chain.yaml")
     return 0
 

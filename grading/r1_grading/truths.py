@@ -64,7 +64,7 @@ ANSWER_KEYS = (
 )
 """The keys of a mapping that is a truth of any kind but code."""
 MAX_NONE_CHARS = 200
-"""A longer truth is no word for none."""
+"""A longer text is a truth."""
 MAX_WORDS = 60
 """A truth of more words, with sentences, is a solution: a choice."""
 PROGRAM = re.compile(

@@ -50,7 +50,7 @@ def guess_lengths(longest_prompt: int, positions: int, node: NodeResources) -> l
     place = "a CPU" if node.is_cpu else "a GPU"
     reason = f"room to reason, as far as {place} allows; raise it where answers are cut off"
     if response < usual_length:
-        reason = f"what the model's {positions:,} positions leave beside the longest prompt"
+        reason = f"what the model's {positions:,} positions leave after the longest prompt"
     total = min(positions, -(-(longest_prompt + response) // 64) * 64)
     return [
         Guess("rollout.max_response_tokens", response, reason),

@@ -81,7 +81,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
             command = ["megatron-r1", "pipeline", path]
             command += [f"--{key}={format_value(value)}" for key, value in overrides.items()]
             report = write_report(root, config.title, shlex.join(command), plans, graph)
-            print(f"{report}; report.md and report.json beside it", flush=True)
+            print(f"{report}; report.md and report.json next to it", flush=True)
 
 
 def _implied_settings(verbs: Mapping[str, str], used_verbs: set[str]) -> dict[str, dict[str, Any]]:

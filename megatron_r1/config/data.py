@@ -30,7 +30,7 @@ class DataConfig(Section):
     """{column: condition}: only rows that meet all; a value, a list of values, or {min, max, not,
     or}. See docs/data.md"""
     no_truth: list[str] = list(NO_TRUTH)
-    """truths that are none, whose rows are left out; []: only null and blank"""
+    """texts that stand for no truth, whose rows are left out; []: only null and blank"""
     bad_rows: Literal["refuse", "leave_out"] = "refuse"
     """what becomes of rows whose question or truth cannot be used; leave_out: they are counted"""
     num_train: int | None = Field(None, gt=0)

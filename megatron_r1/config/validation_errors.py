@@ -30,7 +30,7 @@ REMOVED_KEYS = {
     "push.memory_gib": RemovedKey(
         None,
         "an engine rank receives all of its weights at once; leave it out, and where they do not "
-        "fit beside the engine lower rollout.gpu_memory, give each engine more GPUs "
+        "fit next to the engine lower rollout.gpu_memory, give each engine more GPUs "
         "(rollout.tensor_parallel), or set push.transport: gloo, which receives in host memory",
     ),
     "optimizer.warmup": RemovedKey(0, "it is called optimizer.warmup_updates"),

@@ -122,7 +122,7 @@ def _cut_off(responses: Sequence[GradedResponse], few_correct: bool, config: Con
         return f"{sentence}. None has an end: {other_causes}"
     if few_correct:
         sentence += (
-            ", and hardly any response is right: the model may not come to an end. A solved "
+            ", and hardly any response is right: the model may not finish. A solved "
             f"question in data.template shows it where to stop; else {other_causes}"
         )
     return sentence

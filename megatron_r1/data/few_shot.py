@@ -127,7 +127,7 @@ class FewShotTokenizer(PromptTokenizer):
 
         Raises:
             UserError: the folder has no tokenizer, the tokenizer names no end token or lacks one of
-                stop_token_ids, the template is none, or the chat template drops the thoughts of
+                stop_token_ids, the template is not one, or the chat template drops the thoughts of
                 earlier turns, as templates of reasoning models do: the worked examples would lack
                 their thoughts."""
         super().__init__(model_path, template, stop_token_ids=stop_token_ids)

@@ -58,7 +58,7 @@ class RowReader:
         kind: the default reward.
         columns: our name → the file's.
         where: the conditions that rows must meet.
-        no_truth: truths that are none.
+        no_truth: texts that stand for no truth.
         bad_rows: what becomes of rows whose question or truth cannot be used."""
 
     kind: str | None

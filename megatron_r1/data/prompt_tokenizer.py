@@ -186,7 +186,7 @@ class PromptTokenizer:
 
         Raises:
             UserError: the folder has no tokenizer, the tokenizer names no end token or lacks one of
-                stop_token_ids, or the template is none."""
+                stop_token_ids, or the template is not one."""
         self._chat, self._key = template == "chat", keys[1]
         self._template = template if self._chat else find_template(template, keys[1])
         self.hf_tokenizer: Any = load_tokenizer(model_path, keys[0])

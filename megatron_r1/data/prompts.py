@@ -126,7 +126,7 @@ def load_prompts(
         num_heldout: how many to hold out, the first ones; None: all (a task needs the number).
         heldout_fraction: see `heldout_path`.
         where: rows are kept that meet these conditions (`row_filter.RowFilter`).
-        no_truth: truths that are none; their rows are left out.
+        no_truth: texts that stand for no truth; their rows are left out.
         bad_rows: what becomes of rows whose question or truth cannot be used.
 
     Raises:

@@ -30,7 +30,7 @@ from megatron_r1.data.row_filter import Conditions, RowFilter
 from megatron_r1.data.rows import CanonicalRow, read_canonical_rows, require_text
 from megatron_r1.data.sampler import EpochSampler
 
-COLUMNS_PLACE = "in sft.data, beside path, columns"
+COLUMNS_PLACE = "in sft.data, next to path, columns"
 CHATS = (
     "messages",
     "conversations",

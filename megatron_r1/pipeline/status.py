@@ -186,9 +186,9 @@ def _changed_inputs(before: dict[str, str], after: dict[str, str]) -> list[str]:
     reasons = []
     for name in dict.fromkeys([*before, *after]):
         if name not in after:
-            reasons.append(f"{name} was an input then, and is none now")
+            reasons.append(f"{name} was an input then, and is not one now")
         elif name not in before:
-            reasons.append(f"{name} is an input now, and was none then")
+            reasons.append(f"{name} is an input now, and was not one then")
         elif before[name] != after[name]:
             is_missing = after[name] == fingerprint.MISSING
             reasons.append(f"{name} is gone" if is_missing else f"{name} has changed")

@@ -277,7 +277,7 @@ class JobEstimate:
         sizes = ", ".join(
             f"{_byte_text(count)} of {kind}" for kind, count in kinds.items() if count
         )
-        occupants = f"beside {sizes} and {_byte_text(job.assumptions.reserved)} reserved"
+        occupants = f"next to {sizes} and {_byte_text(job.assumptions.reserved)} reserved"
         space = f"has {_byte_text(engines.cache_bytes)}"
         if engines.cache_bytes <= 0:
             space = (

@@ -252,6 +252,6 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> QuantityTable:
         section["peak, logprobs"] = byte_quantity(
             sum(rank.logprobs.values()),
             f"persistent state{', without gradients' if rank.freed_bytes else ''}, the reference "
-            "beside the policy, one layer's forward pass",
+            "next to the policy, one layer's forward pass",
         )
     return section

@@ -272,7 +272,7 @@ def write_coverage(
     }
     atomic_write(folder / "rehearsal.json", json.dumps(tables, indent=1))
     atomic_write(folder / "rehearsal.md", _markdown_tables(title, rows, phase_results))
-    print(f"{folder / 'rehearsal.md'}; every changed setting is in rehearsal.json beside it")
+    print(f"{folder / 'rehearsal.md'}; every changed setting is in rehearsal.json next to it")
 
 
 def _phase_cells(phase: PhaseResult) -> tuple[str, str, str, str]:

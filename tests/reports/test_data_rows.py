@@ -1,4 +1,4 @@
-"""Rows as public data sets have them: padded, as text, with truths that are none or several."""
+"""Rows as public data sets have them: padded, as text, with several truths or none."""
 
 import json
 

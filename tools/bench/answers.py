@@ -18,7 +18,7 @@ from r1_grading import grade
 def add_options(options: argparse.ArgumentParser) -> None:
     options.add_argument("file", type=Path, metavar="FILE", help="JSONL: truth, answer, reward")
     options.add_argument("--plain", action="store_true", help="no dollar signs for math-verify")
-    options.add_argument("--show", action="store_true", help="print each wrong verdict of ours")
+    options.add_argument("--show", action="store_true", help="print each of our wrong verdicts")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Find wordings that have a plainer form: `python tools/docs/wording.py [PATH …]`, in `make lint`.
 
 Reads the pages (all but CHANGELOG.md, which keeps what was written), the comments of the examples'
-YAML and sbatch files, and of the Python files outside tests the messages that they raise; and the
+YAML and sbatch files, and the texts that Python files outside tests show; and the
 comments and docstrings of all Python files. Code blocks and `quoted code` are left alone. The first
 sentence of a docstring has at most `MOST_WORDS` words. A public docstring describes parameters,
 fields and errors in sections, each in an entry of its own, by what it is, and no docstring has its
@@ -14,13 +14,15 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # What is found -> what to write instead.
 PLAIN_WORDINGS = {
     r"what is none": "name it: `for a value that is not a number`, `for a malformed row`",
-    r"([Tt]hat|which|[Ii]t) is none": "say what it is: `rejected`, `malformed`, `ungraded`",
+    r"([Tt]hat|which|[Ii]t|template|box) (is|are) none": (
+        "say what it is: `rejected`, `malformed`, `ungraded`"
+    ),
     r"(is|are) none of": "`is not one of`",
     r"in no (mean|average|sum)": "`is excluded from the means`",
     r"of ours": "`our`, or the name of the class or file",
@@ -69,55 +71,18 @@ def find_in_settings(text: str) -> Iterator[tuple[int, str, str]]:
                 yield number, words, advice
 
 
-def find_in_messages(source: str) -> Iterator[tuple[int, str, str]]:
-    """Yield what the texts of errors have.
-
-    Texts are read in `raise` statements, where names in these get their values, and in what
-    functions that are called there return."""
+def find_in_texts(source: str) -> Iterator[tuple[int, str, str]]:
+    """Yield what the texts have that a program shows: all strings but docstrings."""
     tree = parse(source)
-    raises = [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
-    names = {
-        part.id if isinstance(part, ast.Name) else part.attr
-        for statement in raises
-        for part in ast.walk(statement)
-        if isinstance(part, ast.Name | ast.Attribute)
-    }
-    texts = {
-        (node.lineno, node.value)
-        for origin in [*raises, *_values_of_names(tree, names)]
-        for node in ast.walk(origin)
+    strings = [
+        node
+        for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
-    for line, text in sorted(texts):
+    ]
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for line, text in sorted({(s.lineno, s.value) for s in strings if id(s) not in docstrings}):
         for _, words, advice in find_wordings(text, PLAIN_WORDINGS):
             yield line, words, advice
-
-
-def _values_of_names(tree: ast.Module, names: set[str]) -> Iterator[ast.expr]:
-    """Yield what is assigned or appended to names of a module, or returned by their functions."""
-    for node in ast.walk(tree):
-        match node:
-            case ast.Assign(targets=targets, value=value) if _target_names(targets) & names:
-                yield value
-            case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
-                if name in names:
-                    yield value
-            case ast.AugAssign(target=ast.Name(id=name), value=value) if name in names:
-                yield value
-            case ast.For(target=target, iter=value) if _target_names([target]) & names:
-                yield value
-            case ast.Call(func=ast.Attribute(value=ast.Name(id=name)), args=values):
-                if name in names:
-                    yield from values
-            case ast.FunctionDef(name=name) if name in names:
-                for part in ast.walk(node):
-                    if isinstance(part, ast.Return | ast.Yield) and part.value:
-                        yield part.value
-
-
-def _target_names(targets: Iterable[ast.expr]) -> set[str]:
-    parts = (part for target in targets for part in ast.walk(target))
-    return {part.id for part in parts if isinstance(part, ast.Name)}
 
 
 def find_in_module(source: str) -> Iterator[tuple[int, str, str]]:
@@ -319,10 +284,12 @@ def _readers_of_file(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, st
         if name.parts[0] == "tests":
             return (find_in_module, find_long_summaries)
         name_checks = (find_vague_names,) if name.as_posix().startswith(NAMED_PACKAGES) else ()
+        # The patterns above are such texts.
+        text_checks = (find_in_texts,) if name != Path("tools/docs/wording.py") else ()
         return (
             *name_checks,
+            *text_checks,
             find_in_module,
-            find_in_messages,
             find_long_summaries,
             find_in_public_docstrings,
             find_in_raising_docstrings,

@@ -125,7 +125,7 @@ CHECKS = (
         interpreted=(*PYTEST, "tests/kernels/test_token_logprobs.py", "-k", "triton"),
     ),
     Check(
-        "kernels beside their peers",
+        "kernels compared with their peers",
         _module_arguments("kernel_times", "{out}/kernels.json", "--minutes", str(BENCH_MINUTES)),
         60 * BENCH_MINUTES + 60,
         needs=("triton", "numpy", "xxhash"),

@@ -94,7 +94,8 @@ def _grade_against_truth(
     if is_sentence and same_words(truth, extraction.text, ignore_case=False):
         return Grade(1.0, describe_comparison(extraction.text, expected, True, extraction.source))
     if changes_box(extraction.text, alone=True):
-        return Grade(0.0, f"refused: {shorten(extraction.text)}: what is beside the box changes it")
+        why = f"refused: {shorten(extraction.text)}: the text next to the box changes it"
+        return Grade(0.0, why)
     *earlier_answers, answer = map(_stated_alone, final_answers(extraction.text))
     earlier_answers += stated_numbers(extraction.text)[:-1]
     limit = max(min(MAX_ANSWER_CHARS, 2 * len(expected) + MAX_EXTRA_CHARS), len(expected))

@@ -121,7 +121,7 @@ def _reject_changed_box(extraction: Extraction) -> Extraction:
     if extraction.text is None or not changes_box(extraction.around):
         return extraction
     box = shorten(extraction.text)
-    return Extraction(None, f"no answer found: what is beside the box of {box} changes it")
+    return Extraction(None, f"no answer found: the text next to the box of {box} changes it")
 
 
 def _extract_tagged(visible: str, truth_is_number: bool) -> Extraction | None:

@@ -5,13 +5,13 @@ import subprocess
 import pytest
 
 from tools.docs.wording import (
-    find_in_messages,
     find_in_module,
     find_in_page,
     find_in_public_docstrings,
     find_in_raising_docstrings,
     find_in_sections,
     find_in_settings,
+    find_in_texts,
     find_long_summaries,
     find_vague_names,
     main,
@@ -48,25 +48,11 @@ def test_comments_of_settings_are_read_and_values_are_not():
     assert lines(find_in_settings(text)) == [(1, "beside"), (2, "Whoever")]
 
 
-def test_messages_that_are_raised_are_read_and_other_strings_are_not():
-    source = 'other = "beside"\nraise ValueError(\n    f"{name} is none of {name}"\n)\n'
-    assert lines(find_in_messages(source)) == [(3, "is none of")]
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        'message = f"{name} are none of them"\nraise ValueError(message)\n',
-        'message: str = "they are none of them"\nraise ValueError(message)\n',
-        'message = ""\nmessage += "they are none of them"\nraise ValueError(message)\n',
-        'problems = []\nproblems.append("they are none of them")\nraise ValueError(*problems)\n',
-        'for key, text in (("a", "they are none of them"),):\n    raise ValueError(text)\n',
-        'def reason():\n    return "they are none of them"\n\n\nraise ValueError(reason())\n',
-    ],
-)
-def test_messages_are_read_where_names_and_functions_get_them(source):
-    assert [words for _, words in lines(find_in_messages(source))] == ["are none of"]
-    assert lines(find_in_messages(source.replace("raise ValueError", "print"))) == []
+def test_every_string_of_a_module_is_read_but_its_docstrings():
+    source = (
+        '"""beside"""\nraise ValueError(\n    f"{name} is none of {name}"\n)\nprint("beside")\n'
+    )
+    assert lines(find_in_texts(source)) == [(3, "is none of"), (5, "beside")]
 
 
 def summary_of(words, end):

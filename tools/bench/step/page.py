@@ -38,7 +38,7 @@ def summary(processor: str, comparisons: dict[str, dict[str, Any]]) -> str:
     """Return the ratios to TRL's tokens per second, on the clock and by processor time, each to the
     better of TRL's runs, one line for each of `comparisons`. Behind it the least and the greatest
     ratio of the rounds, each of one run of every system."""
-    lines = [f"{processor}: tokens a second beside TRL's, medians of all runs"]
+    lines = [f"{processor}: tokens a second compared with TRL's, medians of all runs"]
     for name, comparison in comparisons.items():
         own_system, *peers = (
             figures["response_tokens"] / figures["core_seconds"]
