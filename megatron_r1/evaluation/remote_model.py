@@ -154,7 +154,15 @@ class RemoteModel:
         )
 
     async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
-        """Raise AssertionError: `check` refuses episodes."""
+        """Refuse an episode, as `check` does before.
+
+        Args:
+            agents: the environment.
+            prompt: its first question.
+            seed: the seed of its sampling.
+
+        Raises:
+            AssertionError: always."""
         raise AssertionError("refused by check()")
 
     async def close(self) -> None:

@@ -182,9 +182,12 @@ def block_specs(
 ) -> tuple[TransformerBlockSubmodules, MultiTokenPredictionBlockSubmodules | None]:
     """Return this stage's decoder spec and, where the stage holds MTP layers, their spec, or None.
 
-    config.transformer_impl "transformer_engine" uses Megatron's Transformer Engine classes as they
-    are, but for the attention of a model that `shares_prompts`; "local" uses Megatron's own linear
-    layers with our RMSNorm and CoreAttention."""
+    Args:
+        config: Megatron's. With transformer_impl "transformer_engine" the layers are Megatron's
+            Transformer Engine classes as they are, but for the attention of a model that shares
+            prompts; with "local" Megatron's own linear layers, our RMSNorm and CoreAttention.
+        vp_stage: the virtual pipeline stage; None without virtual stages.
+        shares_prompts: whether responses of one prompt attend to one copy of it."""
     transformer_engine = config.transformer_impl == "transformer_engine"
     block = get_gpt_decoder_block_spec(
         config, transformer_engine, normalization="RMSNorm", vp_stage=vp_stage

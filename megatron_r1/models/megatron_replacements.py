@@ -42,11 +42,20 @@ def route_tokens(
     router_replay: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Return each token's weight of each expert and whether it is routed there, (T, experts), in
-    the logits' dtype and bool.
+    the logits' dtype and bool, as Megatron's topk_routing_with_score_function does.
 
-    The arguments are those of Megatron's topk_routing_with_score_function. `logits` is (T,
-    experts). With `use_pre_softmax` the weights are the scores as they are, instead of normalized
-    over the chosen experts. `expert_bias`, (experts,), counts in the choice only."""
+    Args:
+        logits: (T, experts).
+        topk: experts per token.
+        use_pre_softmax: whether the weights are the scores as they are, instead of normalized over
+            the chosen experts.
+        num_groups: groups of experts of which the best are chosen first; None: one.
+        group_topk: how many of them.
+        scaling_factor: what the weights are multiplied with; None: 1.
+        score_function: "softmax" or "sigmoid".
+        expert_bias: (experts,), added to the scores for the choice alone.
+        fused: False.
+        router_replay: the recorded choice to follow; None: choose."""
     assert not fused, "no model here sets moe_router_fusion"
     fp32_logits = logits.float()
     scores = fp32_logits.softmax(-1) if score_function == "softmax" else fp32_logits.sigmoid()

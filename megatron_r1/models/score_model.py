@@ -69,5 +69,6 @@ class ScoreModel(SchedulableModel):
         return self.score(hidden_states).transpose(0, 1).contiguous()
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        """Skip GPTModel's version, which handles an output layer and tied embeddings."""
+        """Skip GPTModel's version, which handles an output layer and tied embeddings; arguments and
+        result are those of Megatron's module."""
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

@@ -54,12 +54,22 @@ class SetFailedError(ConnectionError):
 
 
 def write_value(store: Store, key: str, value: Any) -> None:
-    """Write a value, as `read_value` reads it."""
+    """Write a value, as `read_value` reads it.
+
+    Args:
+        store: where to.
+        key: its name there.
+        value: what msgspec encodes."""
     store.set(key, msgspec.msgpack.encode(value))  # type: ignore[arg-type]  # the stubs say str
 
 
 def read_value(store: Store, key: str, kind: Any) -> Any:
-    """Return the value, of type `kind`; wait until it is there."""
+    """Return a value that another process writes; wait until it is there.
+
+    Args:
+        store: where from.
+        key: its name there.
+        kind: its type."""
     return msgspec.msgpack.decode(store.get(key), type=kind)
 
 

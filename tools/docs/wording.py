@@ -147,6 +147,28 @@ def find_long_summaries(source: str) -> Iterator[tuple[int, str, str]]:
             yield node.body[0].lineno, " ".join(words[:4]), advice
 
 
+MOST_WITHOUT_SECTION = 2
+"""Parameters of a public function that its first sentence may describe."""
+SAME_ARGUMENTS = re.compile(r"[Aa]rguments\b[\w\s]*\bare\s+those\s+of")
+
+
+def find_undescribed_parameters(source: str) -> Iterator[tuple[int, str, str]]:
+    """Yield public functions of many parameters without a section for them; overrides and kernels,
+    whose comments describe them, excepted."""
+    for node in _public_definitions(parse(source)):
+        if isinstance(node, ast.ClassDef):
+            continue
+        arguments = node.args
+        parameters = {x.arg for x in _function_parameters(node) if x is not arguments.kwarg}
+        parameters -= {"self", "cls"}
+        decorators = {ast.unparse(decorator) for decorator in node.decorator_list}
+        text = ast.get_docstring(node) or ""
+        is_described = "Args:\n" in text or SAME_ARGUMENTS.search(text)
+        is_exempt = decorators & {"override", "triton.jit"}
+        if len(parameters) > MOST_WITHOUT_SECTION and not is_described and not is_exempt:
+            yield node.lineno, node.name, "an `Args:` section with an entry per parameter"
+
+
 RAISES = re.compile(r"\bRaises\s+\S+|;\s+raises?\s+\S+")
 """A sentence, or the last part of one, that says which errors a function raises."""
 
@@ -284,6 +306,8 @@ def _readers_of_file(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, st
         if name.parts[0] == "tests":
             return (find_in_module, find_long_summaries)
         name_checks = (find_vague_names,) if name.as_posix().startswith(NAMED_PACKAGES) else ()
+        is_product = name.as_posix().startswith(NAMED_PACKAGES[:-1])
+        parameter_checks = (find_undescribed_parameters,) if is_product else ()
         # The patterns above are such texts.
         text_checks = (find_in_texts,) if name != Path("tools/docs/wording.py") else ()
         return (
@@ -292,6 +316,7 @@ def _readers_of_file(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, st
             find_in_module,
             find_long_summaries,
             find_in_public_docstrings,
+            *parameter_checks,
             find_in_raising_docstrings,
             find_in_sections,
         )

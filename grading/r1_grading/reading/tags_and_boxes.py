@@ -307,7 +307,12 @@ def make_extraction(answer: str, source: str = "", around: str = "") -> Extracti
 
 
 def delimiters_enclose(left: str, right: str, answer: str) -> bool:
-    """Whether the delimiter `left` at the start of `answer` belongs to `right` at its end."""
+    """Whether the delimiter at the start of an answer belongs to that at its end.
+
+    Args:
+        left: the opening delimiter.
+        right: the closing one.
+        answer: the text, which need not have them."""
     if not (answer.startswith(left) and answer.endswith(right)):
         return False
     if right == "}":

@@ -55,7 +55,12 @@ def engine_rank_bytes(config: Config, hf_config: HFConfig) -> int:
 def bytes_of_first_rank(
     sharding: PredictedSharding, layout: EngineLayout, count_bytes: CountBytes
 ) -> int:
-    """Return the bytes that the first rank of an engine needs, which has the most."""
+    """Return the bytes that the first rank of an engine needs, which has the most.
+
+    Args:
+        sharding: which regions each rank of the engine needs.
+        layout: the engine's parallel layout.
+        count_bytes: the bytes of a region, from its tensor's name and dtype."""
     return sum(
         count_bytes(item.name, item.rule.dtype, region)
         for item, region in sharding.regions_of(layout.coordinate(0))

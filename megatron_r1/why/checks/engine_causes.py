@@ -47,7 +47,12 @@ def stale_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
 
 
 def older_weights(gaps: EngineGaps, version: int, engine: ExplainedEngine) -> ExplainedDeparture:
-    """Return that an engine has the weights of an earlier version, as the trainer may too."""
+    """Return that an engine has the weights of an earlier version, as the trainer may too.
+
+    Args:
+        gaps: how far engines and trainer are from the recomputed log-probabilities.
+        version: the policy version that the engine computed with.
+        engine: the engine and its gap."""
     if _trainer_agrees(gaps):
         return ExplainedDeparture(
             f"engines and trainer computed with the weights of version {version}, not "

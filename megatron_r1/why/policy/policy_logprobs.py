@@ -223,7 +223,12 @@ class PolicyLogprobs:
 def logprobs_by_temperature(
     model: Any, rows: Sequence[TokenRow], temperatures: Sequence[float]
 ) -> list[list[Tensor]]:
-    """Return what `token_logprobs.sampled_logprobs` returns, of a whole or of a streamed model."""
+    """Return what `token_logprobs.sampled_logprobs` returns.
+
+    Args:
+        model: a whole model, or a streamed one.
+        rows: prompts with responses.
+        temperatures: those of each result."""
     if isinstance(model, StreamedModel):
         return streamed_model.sampled_logprobs(model, rows, temperatures)
     return token_logprobs.sampled_logprobs(model, rows, temperatures)

@@ -193,9 +193,7 @@ def fit_clip(
     settings: OptimizerConfig,
 ) -> float | None:
     """Return the norm to which each gradient was clipped; None where they were clipped to different
-    ones, or one was not clipped.
-
-    Args: as of `fit_norms`."""
+    ones, or one was not clipped. The arguments are those of `fit_norms`."""
     norms, traces = fit_norms(make_updates, logged_norms, before, after, settings)
     if not all(norms):
         return None

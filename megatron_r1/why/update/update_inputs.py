@@ -282,7 +282,15 @@ class UpdateInputs:
     def old_and_ref_logprobs(
         self, substitution: Substitution, rows: Sequence[TokenRow], loss: LossRules
     ) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Return log-probabilities of the rows under old policy and reference."""
+        """Return log-probabilities of the rows under old policy and reference.
+
+        Args:
+            substitution: what is computed otherwise than in the run.
+            rows: prompts with responses.
+            loss: the rules of the loss; its temperature counts.
+
+        Returns:
+            Both, a tensor per row; the second None without a reference."""
         is_own = loss.temperature == self.policies.temperature and not substitution.trains_prompts
         old_logprobs, temperatures = self.policies.all_old_logprobs, [loss.temperature]
         if not is_own or substitution.routes_itself:

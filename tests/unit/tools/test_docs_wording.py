@@ -13,6 +13,7 @@ from tools.docs.wording import (
     find_in_settings,
     find_in_texts,
     find_long_summaries,
+    find_undescribed_parameters,
     find_vague_names,
     main,
 )
@@ -53,6 +54,27 @@ def test_every_string_of_a_module_is_read_but_its_docstrings():
         '"""beside"""\nraise ValueError(\n    f"{name} is none of {name}"\n)\nprint("beside")\n'
     )
     assert lines(find_in_texts(source)) == [(3, "is none of"), (5, "beside")]
+
+
+DESCRIBED = (
+    'def f(a, b, c):\n    """Do it.\n\n    Args:\n        a: 1.\n        b: 2.\n        c: 3."""\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (DESCRIBED, []),
+        ('def f(a, b, c):\n    """Do it."""\n', ["f"]),
+        ('def f(a, b):\n    """Do it."""\n', []),
+        ('def _f(a, b, c):\n    """Do it."""\n', []),
+        ('class A:\n    def f(self, a, b, *c):\n        """Do it."""\n', ["f"]),
+        ('class A:\n    @override\n    def f(self, a, b, c):\n        """Do it."""\n', []),
+        ('def f(a, b, c):\n    """Do it. Arguments and result are those of `g`."""\n', []),
+    ],
+)
+def test_public_functions_of_three_parameters_describe_them(source, found):
+    assert [name for _, name in lines(find_undescribed_parameters(source))] == found
 
 
 def summary_of(words, end):
