@@ -55,6 +55,15 @@ OWN_VERBS = {
 """Verbs with a command line of their own: modules with `main(arguments)`, which returns the exit
 status."""
 KEYS_MODULE = "megatron_r1.commands.keys"
+OTHER_WORDS = {
+    "train": "rl, sft or reward-model",
+    **dict.fromkeys(("grpo", "ppo"), "rl"),
+    "finetune": "sft",
+    **dict.fromkeys(("generate", "infer"), "sample, or chat for one question"),
+    **dict.fromkeys(("evaluate", "benchmark"), "eval"),
+    "export": "convert to-hf",
+}
+"""What verbs of other programs are called here."""
 HELP = {"-h", "--help"}
 DRY_RUN = "--dry-run"
 """The option of `rl` that calls `dry_run(config)` instead of `run(config)`."""
@@ -125,6 +134,9 @@ def _dispatch_command(arguments: list[str]) -> int:
         arguments = [arguments[1], "--help"]
     if arguments and arguments[0] in OWN_VERBS:
         return importlib.import_module(OWN_VERBS[arguments[0]]).main(arguments[1:])
+    if arguments[:1] == ["keys"] and HELP & set(arguments):
+        print(importlib.import_module(KEYS_MODULE).__doc__)
+        return 0
     if not arguments or arguments[0] == "help" or HELP & set(arguments):
         topics = [argument for argument in arguments if argument not in {"help", *HELP}]
         print(_verb_help(topics[0]) if topics and topics[0] in VERB_MODULES else USAGE)
@@ -139,8 +151,10 @@ def _dispatch_command(arguments: list[str]) -> int:
     if verb in PLAIN_VERBS:
         return _run_plain_verb(verb, words)
     if verb not in VERB_MODULES:
-        known_verbs = [*VERB_MODULES, *OWN_VERBS]
-        hint = did_you_mean(verb, known_verbs, "{}") or f"; use one of {', '.join(known_verbs)}"
+        known_verbs = [*VERB_MODULES, *OWN_VERBS, "keys"]
+        verbs = OTHER_WORDS.get(verb)
+        hint = f"; here it is {verbs}" if verbs else did_you_mean(verb, known_verbs, "{}")
+        hint = hint or f"; use one of {', '.join(known_verbs)}"
         raise UserError(f"unknown verb {verb}{hint}", key="verb", cause=Cause.UNKNOWN)
     if not words or words[0].startswith("--"):
         raise UserError(

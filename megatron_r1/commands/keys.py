@@ -1,4 +1,9 @@
-"""The keys of all recipes: `megatron-r1 keys [SECTION …]`."""
+"""Prints the keys of recipes with defaults and meanings.
+
+megatron-r1 keys                  all
+megatron-r1 keys rollout rl.loss  sections and keys
+megatron-r1 keys num_generations  what other libraries' settings are called here, and keys with
+                                  the word in their name or meaning"""
 
 from collections.abc import Sequence
 

@@ -5,6 +5,7 @@ pipeline, every stage that trains or samples. See docs/rehearse.md."""
 import signal
 import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     jobs = rehearsal_jobs(path, recipe_overrides, verbs, IMPLIED_BY_VERB, settings.stages)
     for job in jobs:
         check_full_size(job.config, job.verb)
+    if any(job.verb in ("rl", "sample") for job in jobs) and not find_spec("vllm"):
+        raise UserError(
+            f"vllm, whose engines the rehearsal starts, is not installed in {sys.prefix}",
+            key="rehearsal",
+            cause=Cause.NOT_INSTALLED,
+        )
     if settings.on == "gpu" and not gpu.is_usable():
         raise UserError(
             "rehearsal.on: gpu, and there is none here; use null-gpu or cpu",

@@ -8,6 +8,7 @@ the placement that `init` writes, and that a recipe without one is refused with.
 import math
 import os
 import subprocess
+from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
@@ -115,6 +116,7 @@ def check_settings(config: Config) -> None:
     check_engines(config, hf_config)
     check_local_engines(config.rollout)
     check_cpu_kernels(config.rollout, hf_config)
+    check_folder(config)
     check_arguments(config.rollout, "rollout")
     check_room(config.rollout)
     check_pushes(config, hf_config, torchrun.world_size(config))
@@ -138,6 +140,22 @@ def check_settings(config: Config) -> None:
     check_gpu_memory(config, hf_config)
     if config.rollout.placement == "hosts":
         hosts_address(config.rollout)
+
+
+def check_folder(config: Config) -> None:
+    """Refuse a run folder that is a file; a dry run does not write into it.
+
+    Args:
+        config: the recipe.
+
+    Raises:
+        UserError: it is a file."""
+    if Path(config.run.folder).is_file():
+        raise UserError(
+            f"run.folder {config.run.folder}: it is a file; choose another",
+            key="run.folder",
+            cause=Cause.MALFORMED,
+        )
 
 
 def check_sampling(config: Config) -> None:

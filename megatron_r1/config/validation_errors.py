@@ -171,6 +171,8 @@ def _describe_mistake(
         return f"unknown key {key}{_unknown_key_hint(location, root, known_keys)}"
     if error["type"] == "missing":
         return f"{key} must be set"
+    if error["type"] in ("model_type", "dict_type"):
+        return f"{key}: it has keys below it, as {key}.KEY, got {error.get('input')!r}"
     if error["type"] == "value_error":
         message = str(error["ctx"]["error"])
         return message if message.startswith(key) else f"{key}: {message}"

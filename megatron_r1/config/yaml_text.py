@@ -42,8 +42,9 @@ def read_sections(
     try:
         tree = _parse_yaml(prepare(path.read_text(encoding="utf-8")), path.name) or {}
     except yaml.YAMLError as error:
+        remedy = "; indent with spaces instead of tabs" if r"character '\t'" in str(error) else ""
         raise UserError(
-            f"{source} {path}: not YAML: {error}", key=source, cause=Cause.MALFORMED
+            f"{source} {path}: not YAML: {error}{remedy}", key=source, cause=Cause.MALFORMED
         ) from None
     except UserError as error:
         raise UserError(f"{source} {path}: {error}", key=error.key, cause=error.cause) from None
@@ -51,7 +52,8 @@ def read_sections(
         raise UserError(f"{source} {path}: {error}", key=source, cause=Cause.MALFORMED) from None
     if not isinstance(tree, dict):
         raise UserError(
-            f"{source} {path}: must be a mapping of sections, found {type(tree).__name__}",
+            f"{source} {path}: it has no sections, such as `model:` with keys below it, but "
+            f"{'a list' if isinstance(tree, list) else 'one value'}",
             key=source,
             cause=Cause.MALFORMED,
         )

@@ -102,8 +102,11 @@ def run(args: Namespace) -> int:
         UserError: the folder is no supported model, or the disk has too little room.
     """
     if not is_hf(args.hf):
+        fault = "has no config.json" if args.hf.is_dir() else "is not a folder"
+        if (args.hf / "metadata.json").is_file():
+            fault = "is a Megatron checkpoint, which to-hf converts"
         raise UserError(
-            f"{args.hf} has no config.json: give a Hugging Face model folder",
+            f"{args.hf} {fault}: give a Hugging Face model folder",
             key="hf",
             cause=Cause.NOT_FOUND,
         )

@@ -111,6 +111,12 @@ def _check_arguments(model: str, path: Path) -> None:
             key=MODEL_ARGUMENT,
             cause=Cause.MALFORMED,
         )
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder; give a file, as --out {path / 'recipe.yaml'}",
+            key="--out",
+            cause=Cause.MALFORMED,
+        )
     if path.exists():
         raise UserError(
             f"{path} exists already; remove it, or give --out ANOTHER.yaml",

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 
 from r1_grading import Grade, RewardPool
 from r1_grading.remote.service import ServiceError
+from r1_grading.rewards import resolve_reward
 from r1_grading.terms import RUN_ARGUMENTS, reward_arguments
 
 from megatron_r1.base.errors import Cause, RunError, UserError
@@ -100,6 +101,7 @@ def run(
             key=name,
             cause=Cause.CONFLICT,
         )
+    _check_files(config, source, target)
     try:
         with _open_source(source) as lines, _open_target(target) as output:
             scoring = asyncio.run(_score_lines(config, lines, output))
@@ -203,7 +205,7 @@ class _Scoring:
         seconds = format_duration(time.perf_counter() - self._start)
         line = f"score: {', '.join(parts)}; mean reward {', '.join(means) or '-'}; {seconds}"
         if self.num_ungraded:
-            line += f"\nscore: the first that could not: {self.first_ungraded}"
+            line += f"\nscore: the first of these: {self.first_ungraded}"
         return line
 
     async def grade(self, number: int, line: bytes | None) -> tuple[dict[str, Any], Grade]:
@@ -227,9 +229,11 @@ class _Scoring:
     async def _grade_record(self, record: dict[str, Any]) -> Grade:
         for name in ("kind", "response"):
             if not isinstance(record.get(name), str):
-                actual = f"is {type(record[name]).__name__}" if name in record else "is missing"
-                remedy = "; --data.kind math is for lines without one" if name == "kind" else ""
-                return Grade.ungraded(f"{name!r} must be a string, it {actual}{remedy}")
+                fault = "it is missing"
+                if name in record:
+                    fault = f"must be a string, not {type(record[name]).__name__}"
+                remedy = "; set --data.kind, as math, for lines without it" * (name == "kind")
+                return Grade.ungraded(f"{name!r}: {fault}{remedy}")
         if isinstance(record.get("opened"), bool):  # it would count for nothing
             return Grade.ungraded("'opened' is called 'thought_opened'")
         kind, truth = record["kind"], record.get("truth")
@@ -279,6 +283,24 @@ async def _line_batches(lines: BinaryIO) -> AsyncIterator[list[bytes | None]]:
         yield [take_line()]
 
 
+def _check_files(config: Config, source: str, target: str) -> None:
+    """Raise UserError for an unknown `data.kind`, or a target that is the source: its rewards would
+    be lost."""
+    if config.data.kind is not None:
+        try:
+            resolve_reward(config.data.kind)
+        except UserError as error:
+            raise UserError(f"data.kind: {error}", key="data.kind", cause=error.cause) from None
+    is_pipe = PIPE in (source, target)
+    if not is_pipe and os.path.exists(target) and os.path.samefile(source, target):
+        raise UserError(
+            f"{target}: it is {ARGUMENTS[0]}, whose own rewards would be lost; write to another "
+            "file",
+            key=ARGUMENTS[1],
+            cause=Cause.CONFLICT,
+        )
+
+
 def _open_source(name: str) -> contextlib.AbstractContextManager[BinaryIO]:
     if name == PIPE:
         return contextlib.nullcontext(sys.stdin.buffer)
@@ -286,7 +308,9 @@ def _open_source(name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         return open(name, "rb")
     except OSError as error:
         raise UserError(
-            f"{name}: {error.strerror}", key=ARGUMENTS[0], cause=Cause.UNREADABLE
+            f"{name}: {error.strerror} (relative to {Path.cwd()})",
+            key=ARGUMENTS[0],
+            cause=Cause.UNREADABLE,
         ) from None
 
 

@@ -32,6 +32,8 @@ def here(tmp_path, monkeypatch):
     save_file({}, "model/model.safetensors")
     Path("r.yaml").write_text("run: {folder: runs/x}\nmodel: {path: m}\n")
     Path("wrong.yaml").write_text("rl: {groupsize: 4}\n")
+    Path("tab.yaml").write_text("run:\n\tfolder: x\n")
+    Path("text.yaml").write_text("run: x\n")
     Path("in.jsonl").write_text("{}\n")
     Path("empty.jsonl").touch()
     with Path("sums.csv").open("w", newline="") as file:

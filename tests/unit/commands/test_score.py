@@ -230,8 +230,8 @@ def test_the_output_appears_whole_or_not_at_all(folder, monkeypatch):
         assert main(["score", "in.jsonl", "out.jsonl"]) == 130
     assert (folder / "out.jsonl").read_text() == "before\n"
     assert [path.name for path in folder.iterdir() if path.suffix == ".tmp"] == []
-    assert main(["score", "in.jsonl", "in.jsonl"]) == 0
-    assert (folder / "in.jsonl").read_text().count('"reward": 1.0') == 3
+    assert main(["score", "in.jsonl", "out.jsonl"]) == 0
+    assert (folder / "out.jsonl").read_text().count('"reward": 1.0') == 3
 
 
 def run_piped(folder, lines):
