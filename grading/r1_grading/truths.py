@@ -10,7 +10,8 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 from r1_grading.base.values import decode_literal
-from r1_grading.code.problem import is_tests, parse_problem
+from r1_grading.code.problem import parse_problem
+from r1_grading.code.public_formats import is_tests
 from r1_grading.reading.tags_and_boxes import MARKER, last_boxed, unwrap_answer
 from r1_grading.rewards import REWARD_KINDS, find_non_finite
 

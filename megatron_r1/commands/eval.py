@@ -25,7 +25,8 @@ from megatron_r1.config import Config
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.evaluation_plot import write_figure
 from megatron_r1.evaluation.evaluation_report import print_table, write_report
-from megatron_r1.evaluation.identity import identity_settings, package_versions
+from megatron_r1.evaluation.identity import identity_settings
+from megatron_r1.evaluation.package_versions import package_versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, load_prompt_sets, prompt_digest
 from megatron_r1.evaluation.response import SamplingSettings, TextResponse, TextResponseGrader
 from megatron_r1.evaluation.response_log import ResponseLog

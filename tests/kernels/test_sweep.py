@@ -12,8 +12,8 @@ from formulae import near
 from r1_kernels.examples import ExampleSizes, example_launches
 from r1_kernels.registry import KERNELS, load_primitives
 from r1_kernels_bench import sweep
+from r1_kernels_bench.command import add_options
 from r1_kernels_bench.measure import CPUMeter
-from r1_kernels_bench.supervisor import add_options
 from test_registry import cloned, tensors
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,8 @@ import pytest
 from r1_grading import RewardPool, RewardTerms, code, exact_match
 from r1_grading import math as math_reward
 from r1_grading.code.outputs import same_output
-from r1_grading.code.problem import parse_language, parse_problem
+from r1_grading.code.problem import parse_problem
+from r1_grading.code.public_formats import parse_language
 from r1_grading.terms import RewardUnusable
 from r1_grading.truths import NO_TRUTH, is_missing
 from refusals import refused

@@ -11,13 +11,8 @@ import pytest
 import yaml
 
 from megatron_r1.agents import turn_parsing
-from megatron_r1.agents.parser_worker import (
-    ParseJob,
-    ParserOptions,
-    TurnParser,
-    find_dropped_text,
-    tool_call,
-)
+from megatron_r1.agents.dropped_text import find_dropped_text
+from megatron_r1.agents.parser_worker import ParseJob, ParserOptions, TurnParser, tool_call
 from tests.harness.chat_tokenizer import chat_tokenizer
 
 FORMS = yaml.safe_load((Path(__file__).parent / "tool_call_forms.yaml").read_text(encoding="utf-8"))

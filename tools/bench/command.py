@@ -40,7 +40,7 @@ IN_FOLDERS = {
     "controller": "tools.bench.controller.rollout",
     "corrections": "tools.bench.corrections.comparison",
     "fp8": "tools.bench.fp8.losses",
-    "kernels": "r1_kernels_bench.supervisor",
+    "kernels": "r1_kernels_bench.command",
     "push": "tools.bench.push.local",
     "rewards": "tools.bench.rewards.pool",
     "step": "tools.bench.step.speed",

@@ -36,13 +36,10 @@ from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
 from megatron_r1.engines.server.errors import EngineError, describe_failure
 from megatron_r1.engines.server.model_config import max_positions
-from megatron_r1.engines.server.recipe_checks import (
-    check_cpu_kernels,
-    check_engines,
-    check_local_engines,
-)
+from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
 from megatron_r1.engines.server.settings import engine_settings
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import require_weights

@@ -21,7 +21,7 @@ from r1_grading.sandbox import require_sandbox
 import megatron_r1
 from megatron_r1.base.errors import UserError
 from megatron_r1.config import Config
-from megatron_r1.evaluation.identity import package_versions
+from megatron_r1.evaluation.package_versions import package_versions
 from megatron_r1.models import platform
 from megatron_r1.rehearse.preflight.facts import MemoryUsage, RankPlacement
 

@@ -16,13 +16,10 @@ from megatron_r1.base.transports import BACKEND_PREFIX
 from megatron_r1.config import Config
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
 from megatron_r1.engines.server.errors import EngineError, describe_failure
 from megatron_r1.engines.server.model_config import max_positions
-from megatron_r1.engines.server.recipe_checks import (
-    check_cpu_kernels,
-    check_engines,
-    check_local_engines,
-)
+from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models.hf_config import load_config

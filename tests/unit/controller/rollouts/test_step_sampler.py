@@ -7,7 +7,8 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse_recipe
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
-from megatron_r1.controller.rollouts.step_sampler import RolloutStream, collect_informative
+from megatron_r1.controller.rollouts.rollout_stream import RolloutStream
+from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 

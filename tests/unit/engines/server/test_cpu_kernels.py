@@ -8,7 +8,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import RolloutConfig
-from megatron_r1.engines.server import gpu, recipe_checks
+from megatron_r1.engines.server import cpu_kernel_checks, gpu
 from megatron_r1.engines.server.recipe_checks import check_ranks
 
 QWEN = {
@@ -52,22 +52,22 @@ def no_gpu(monkeypatch):
 def test_a_size_that_vllm_lacks_on_a_cpu_is_named(hf_config, key, size, cause, monkeypatch):
     hf_config = hf_config | {key: size}
     with refused(key, cause, f"{key}={size}"):
-        recipe_checks.check_cpu_kernels(RolloutConfig(), hf_config)
-    recipe_checks.check_cpu_kernels(RolloutConfig(placement="hosts"), hf_config)
+        cpu_kernel_checks.check_cpu_kernels(RolloutConfig(), hf_config)
+    cpu_kernel_checks.check_cpu_kernels(RolloutConfig(placement="hosts"), hf_config)
     monkeypatch.setattr(gpu, "is_usable", lambda: True)
-    recipe_checks.check_cpu_kernels(RolloutConfig(), hf_config)
+    cpu_kernel_checks.check_cpu_kernels(RolloutConfig(), hf_config)
 
 
 def test_a_head_without_a_size_of_its_own_is_computed():
     with refused("hidden_size / num_attention_heads", Cause.UNSUPPORTED, 12):
-        recipe_checks.check_cpu_kernels(RolloutConfig(), QWEN | {"head_dim": None})
+        cpu_kernel_checks.check_cpu_kernels(RolloutConfig(), QWEN | {"head_dim": None})
 
 
 def test_ranks_share_the_width_of_an_expert():
-    recipe_checks.check_cpu_kernels(RolloutConfig(tensor_parallel=2), OSS)
-    recipe_checks.check_cpu_kernels(RolloutConfig(tensor_parallel=4, expert_parallel=True), OSS)
+    cpu_kernel_checks.check_cpu_kernels(RolloutConfig(tensor_parallel=2), OSS)
+    cpu_kernel_checks.check_cpu_kernels(RolloutConfig(tensor_parallel=4, expert_parallel=True), OSS)
     with refused("intermediate_size", Cause.INDIVISIBLE, 64, "4 ranks"):
-        recipe_checks.check_cpu_kernels(RolloutConfig(tensor_parallel=4), OSS)
+        cpu_kernel_checks.check_cpu_kernels(RolloutConfig(tensor_parallel=4), OSS)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_ranks_share_the_width_of_an_expert():
     ],
 )
 def test_other_sizes_and_unknown_or_incomplete_configurations_pass(hf_config):
-    recipe_checks.check_cpu_kernels(RolloutConfig(), hf_config)
+    cpu_kernel_checks.check_cpu_kernels(RolloutConfig(), hf_config)
 
 
 def test_the_sizes_are_those_of_the_installed_vllm():
@@ -91,10 +91,10 @@ def test_the_sizes_are_those_of_the_installed_vllm():
         pytest.skip("no vLLM: make setup")
     package = Path(spec.origin).parent
     attention = (package / "v1/attention/backends/cpu_attn.py").read_text()
-    listed = [size for size in recipe_checks.HEAD_SIZES if size != 48]
+    listed = [size for size in cpu_kernel_checks.HEAD_SIZES if size != 48]
     assert f"return {listed}" in attention
     experts = (package / "model_executor/layers/fused_moe/experts/cpu_moe.py").read_text()
-    assert f"output_alignment = {recipe_checks.CPU_EXPERT_ALIGNMENT}" in experts
+    assert f"output_alignment = {cpu_kernel_checks.CPU_EXPERT_ALIGNMENT}" in experts
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,6 @@ def test_experts_in_no_layer_are_refused_where_vllm_needs_one(changes):
 
 
 def test_latents_of_any_size_are_computed_as_keys_and_values(monkeypatch):
-    monkeypatch.setattr(recipe_checks.gpu, "is_usable", lambda: False)
+    monkeypatch.setattr(cpu_kernel_checks.gpu, "is_usable", lambda: False)
     monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
-    recipe_checks.check_cpu_kernels(RolloutConfig(), LATENT | {"kv_lora_rank": 256})
+    cpu_kernel_checks.check_cpu_kernels(RolloutConfig(), LATENT | {"kv_lora_rank": 256})
