@@ -115,7 +115,7 @@ MOVES_PER_NEEDED = 10
 RELATIVE_ERROR = Fraction(1, 1000)
 
 
-def _numbers_given(answer: str, entry: dict[str, Any]) -> str:
+def _refuse_other_numbers(answer: str, entry: dict[str, Any]) -> str:
     """Refuse a formula of other numbers: the scorer asks for any four in range, `6*4*1*1`."""
     operands = Counter(int(number) for number in re.findall(r"\d+", answer))
     numbers = Counter(entry["metadata"]["numbers"])
@@ -127,7 +127,7 @@ def _refuse_non_finite(answer: str, entry: dict[str, Any]) -> str:
     return "" if COMPLEX.fullmatch(answer) else "no complex number"
 
 
-def _truth_value(answer: str, entry: dict[str, Any]) -> str:
+def _refuse_non_boolean(answer: str, entry: dict[str, Any]) -> str:
     """Refuse all but the words: the scorer takes any text that is not empty for True."""
     expected = str(entry["answer"])
     is_same = answer.strip(" .").lower() == expected.lower()
@@ -146,7 +146,7 @@ def _refuse_coarse_probability(answer: str, entry: dict[str, Any]) -> str:
     return "" if abs(value - expected) <= RELATIVE_ERROR * expected else "another probability"
 
 
-def _the_number(answer: str, entry: dict[str, Any]) -> str:
+def _refuse_other_number(answer: str, entry: dict[str, Any]) -> str:
     """Refuse another number, and words around one: the scorer reads the first, without its sign."""
     match = ONE_NUMBER.fullmatch(answer)
     if match is None:
@@ -155,7 +155,7 @@ def _the_number(answer: str, entry: dict[str, Any]) -> str:
     return "" if is_same else "another number"
 
 
-def _as_many_words(answer: str, entry: dict[str, Any]) -> str:
+def _refuse_extra_words(answer: str, entry: dict[str, Any]) -> str:
     """Refuse additions: the scorer compares the beginning."""
     expected = str(entry["answer"]).replace(",", " ").split()
     answer_words = answer.replace(",", " ").split()
@@ -186,7 +186,7 @@ def _refuse_extra_statements(answer: str, entry: dict[str, Any]) -> str:
     return "" if is_plain else f"it is not {count} statements, each <name> is a <role>"
 
 
-def _flat_actions(answer: str, entry: dict[str, Any]) -> str:
+def _refuse_malformed_actions(answer: str, entry: dict[str, Any]) -> str:
     """Refuse JSON that is no list of steps, each with actions by agent, as the question asks."""
     try:
         steps = json.loads(answer)
@@ -197,7 +197,7 @@ def _flat_actions(answer: str, entry: dict[str, Any]) -> str:
     return "it is not a list of steps, each {agent: action}"
 
 
-def _few_moves(answer: str, entry: dict[str, Any]) -> str:
+def _refuse_many_moves(answer: str, entry: dict[str, Any]) -> str:
     """Refuse random walks, which end at the exit now and then.
 
     The scorer sets no limit, and passes over moves that are not possible."""
@@ -212,31 +212,31 @@ GUARDS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "advanced_geometry": _pattern_guard(
         rf"{NUMBER_PATTERN}\s*°?|\(?\s*{NUMBER_PATTERN}\s*,\s*{NUMBER_PATTERN}\s*\)?", "one value"
     ),
-    "boxnet": _flat_actions,
+    "boxnet": _refuse_malformed_actions,
     "coin_flip": _refuse_coarse_probability,
     "complex_arithmetic": _refuse_non_finite,
     "fraction_simplification": _pattern_guard(
         r"\$?\s*(?:\\[dt]?frac\s*\{\s*-?\d+\s*\}\s*\{\s*-?\d+\s*\}|-?\d+\s*/\s*-?\d+)\s*\$?\.?",
         "one fraction",
     ),
-    "game_of_life_halting": _truth_value,
-    "gsm_symbolic": _the_number,
+    "game_of_life_halting": _refuse_non_boolean,
+    "gsm_symbolic": _refuse_other_number,
     "kakurasu": _pattern_guard(r"[01\s]*", "rows of 0 and 1"),
     "knights_knaves": _refuse_extra_statements,
-    "letter_jumble": _as_many_words,
+    "letter_jumble": _refuse_extra_words,
     "polynomial_equations": _pattern_guard(
         rf"{NUMBER_PATTERN}(?:\s*,\s*{NUMBER_PATTERN})*|", "numbers between commas"
     ),
-    "puzzle24": _numbers_given,
+    "puzzle24": _refuse_other_numbers,
     "quantum_lock": _pattern_guard(r"[A-Ca-c\s,→>-]*", "buttons between arrows"),
-    "rush_hour": _few_moves,
+    "rush_hour": _refuse_many_moves,
     "sokoban": _pattern_guard(r"[UDLRudlr\s]*", "moves"),
     "survo": _pattern_guard(r"[\d\s-]*", "rows of numbers"),
     "spell_backward": _refuse_longer,
     "time_intervals": _pattern_guard(
         r"(?:\d+ days?)?[\s,]*(?:\d+:\d+(?::\d+(?:\.\d+)?)?)?", "days, or a time"
     ),
-    "word_sorting": _as_many_words,
+    "word_sorting": _refuse_extra_words,
 }
 """The guard of each task: it returns why an answer is refused, or "". A guard raises for a faulty
 entry only, never for an answer: the response would be left out instead of getting 0."""

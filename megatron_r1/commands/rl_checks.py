@@ -113,7 +113,7 @@ def check_settings(config: Config) -> None:
     check_engines(config, hf_config)
     check_local_engines(config.rollout)
     check_cpu_kernels(config.rollout, hf_config)
-    check_folder(config)
+    check_folder_is_no_file(config)
     check_arguments(config.rollout, "rollout")
     check_room(config.rollout)
     check_pushes(config, hf_config, torchrun.world_size(config))
@@ -139,7 +139,7 @@ def check_settings(config: Config) -> None:
         hosts_address(config.rollout)
 
 
-def check_folder(config: Config) -> None:
+def check_folder_is_no_file(config: Config) -> None:
     """Refuse a run folder that is a file; a dry run does not write into it.
 
     Args:

@@ -72,7 +72,7 @@ def _load_from_folder(folder: Path) -> Any:
         settings = read_json(folder / TOKENIZER_CONFIG, TOKENIZER_CONFIG)
         if "auto_map" not in settings:
             model_type = read_json(folder / CONFIG, CONFIG).get("model_type")
-            if (known_class := _known_class(model_type, settings)) is not None:
+            if (known_class := _tokenizer_class(model_type, settings)) is not None:
                 return known_class.from_pretrained(folder)
     from transformers import AutoTokenizer
 
@@ -80,7 +80,7 @@ def _load_from_folder(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _known_class(model_type: str | None, settings: dict[str, Any]) -> Any:
+def _tokenizer_class(model_type: str | None, settings: dict[str, Any]) -> Any:
     """Return the tokenizer's class without reading the tokenizer; None if not known. It is the
     class that AutoTokenizer chooses for every DeepSeek-V3 and Qwen2, and for a Llama whose settings
     name it; for Kimi-K2, whose type transformers does not know, that of DeepSeek-V3."""

@@ -269,12 +269,12 @@ class Versions(PolicyLogprobs):
         (MOE, lambda made: made.logprobs_after(1)),
         (
             MOE,
-            lambda made: SubstitutedLogprobs(made).with_old_expert(
+            lambda made: SubstitutedLogprobs(made).logprobs_with_old_expert(
                 "model.layers.0.mlp.experts", 2, 1
             ),
         ),
-        (DEEPSEEK, lambda made: SubstitutedLogprobs(made).without_router_bias()),
-        (TIED, lambda made: SubstitutedLogprobs(made).with_head_apart()),
+        (DEEPSEEK, lambda made: SubstitutedLogprobs(made).logprobs_without_router_bias()),
+        (TIED, lambda made: SubstitutedLogprobs(made).logprobs_with_head_apart()),
         (TIED, lambda made: made.packed_logprobs([[0, 2], [3], [1]], restarts=False)),
         (TIED, lambda made: made.shifted_logprobs()),
     ],
@@ -298,7 +298,7 @@ def test_what_needs_a_whole_model_says_so(tmp_path):
     for needs_whole in (
         lambda: ChangedWeights(made),
         substituted.bfloat16_logprobs,
-        lambda: substituted.with_experts(layer, {0: 1, 1: 0}),
+        lambda: substituted.logprobs_with_experts(layer, {0: 1, 1: 0}),
     ):
         with pytest.raises(NotInMemory, match="does not fit into memory"):
             needs_whole()

@@ -87,7 +87,7 @@ def other_adapter_scale(gaps: EngineGaps) -> ExplainedDeparture | None:
     if (lora := gaps.step.run_config.model.lora) is None:
         return None
     for scale, noun in adapter_scales(lora).items():
-        logprobs = gaps.substituted.with_adapter_scale(scale)
+        logprobs = gaps.substituted.logprobs_with_adapter_scale(scale)
         engine = None if logprobs is None else gaps.explained_engine(logprobs)
         # Weights of an earlier version are near smaller adapters, but not as near as rounding.
         if engine is not None and engine.mean_gap <= gaps.tolerance < engine.unexplained_gap:
@@ -114,7 +114,7 @@ def adapter_scales(lora: LoraConfig) -> dict[float, str]:
 
 def missing_router_bias(gaps: EngineGaps) -> ExplainedDeparture | None:
     """Try routers without the bias that balances their experts."""
-    logprobs = gaps.substituted.without_router_bias()
+    logprobs = gaps.substituted.logprobs_without_router_bias()
     if logprobs is None or (engine := gaps.explained_engine(logprobs)) is None:
         return None
     return ExplainedDeparture(

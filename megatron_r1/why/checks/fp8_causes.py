@@ -152,7 +152,7 @@ class FP8Search:
         yield Hypothesis("plain", newest_version), policies.trainer.old_logprobs
         versions = self._gaps.earlier_versions
         for version in versions[:1] if policies.models.is_streamed else versions:
-            if (model := policies.models.with_scales_of(version)) is not None:
+            if (model := policies.models.model_with_scales_of_step(version)) is not None:
                 yield Hypothesis("scales", version), policies.logprobs_under(model)
             if (logprobs := policies.logprobs_after(version)) is not None:
                 yield Hypothesis("weights", version), logprobs
@@ -194,7 +194,7 @@ class FP8Search:
         sequences = [self._policies.computed_sequences[index] for index in self._tried_sequences]
         fits = {}
         for version in sorted({max(0, newest_version - 1), 0} - {newest_version}, reverse=True):
-            scaled_model = self._policies.models.with_scales_of(version)
+            scaled_model = self._policies.models.model_with_scales_of_step(version)
             values_by_kind: dict[Kind, dict[str, Tensor] | None] = {
                 "scales": None if scaled_model is None else weights.other_tensors(scaled_model),
                 "weights": weights.version_tensors(version),

@@ -160,7 +160,7 @@ def _candidate_explanations(step: RecordedStep, recomputation: Recomputation) ->
                 f"with adapters times {scale:g} ({noun})",
                 "model.lora: the trainer adds the product of adapters with a scale other than "
                 "alpha / rank",
-                partial(substituted.with_adapter_scale, scale),
+                partial(substituted.logprobs_with_adapter_scale, scale),
             )
             for scale, noun in (adapter_scales(lora).items() if lora else ())
         ),
@@ -173,7 +173,7 @@ def _candidate_explanations(step: RecordedStep, recomputation: Recomputation) ->
             "with the tied head as the run began with it",
             "parallel.pipeline: first and last stage hold copies of the embedding, the tied head's "
             "is not trained with it",
-            substituted.with_head_apart,
+            substituted.logprobs_with_head_apart,
         ),
         *(
             (

@@ -300,10 +300,10 @@ def refine_by_reruns(
             continue
         report.insert(comparison, rerun.refines)
         if refined_comparison.differs:
-            report.replace(refined_comparison, _with_conclusion(refined_comparison, verdict))
+            report.replace(refined_comparison, _add_rerun_verdict(refined_comparison, verdict))
 
 
-def _with_conclusion(comparison: ComparedQuantity, verdict: RerunVerdict) -> ComparedQuantity:
+def _add_rerun_verdict(comparison: ComparedQuantity, verdict: RerunVerdict) -> ComparedQuantity:
     """Return a departure with what its rerun says; without a cause of its own the remedy is the
     rerun's."""
     before, hint, _ = comparison.remedy.partition(HINT)

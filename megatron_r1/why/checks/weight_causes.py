@@ -297,7 +297,7 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
         suspects = []
     for layer, expert, other_expert in _exchangeable_expert_pairs(gaps, suspects):
         sources = {expert: other_expert, other_expert: expert}
-        engine = gaps.explained_engine(gaps.substituted.with_experts(layer, sources))
+        engine = gaps.explained_engine(gaps.substituted.logprobs_with_experts(layer, sources))
         if engine is not None:
             return ExplainedDeparture(
                 f"experts {min(sources)} and {max(sources)} of {_layer_name(layer)} are exchanged "
@@ -335,7 +335,7 @@ def experts_by_gap(gaps: EngineGaps) -> list[ExpertGap]:
 
 def _stale_expert(gaps: EngineGaps, layer: str, expert: int) -> ExplainedDeparture | None:
     """Try the expert's weights of earlier versions."""
-    stale = gaps.stale_version(partial(gaps.substituted.with_old_expert, layer, expert))
+    stale = gaps.stale_version(partial(gaps.substituted.logprobs_with_old_expert, layer, expert))
     if stale is None:
         return None
     version, engine = stale

@@ -33,11 +33,11 @@ class SubstitutedLogprobs:
     def __init__(self, policies: PolicyLogprobs) -> None:
         self._policies, self._models, self._step = policies, policies.models, policies.step
 
-    def without_router_bias(self) -> list[np.ndarray] | None:
-        """Return those under the policy before the step with routers that have no correction bias;
-        None for a model without such a bias."""
+    def logprobs_without_router_bias(self) -> list[np.ndarray] | None:
+        """Return log-probabilities under the step's policy with routers that have no correction
+        bias; None for a model without such a bias."""
         if self._models.is_streamed:
-            return self._without_router_bias_streamed()
+            return self._streamed_logprobs_without_router_bias()
         names = [
             name
             for name in self._models.policy.state_dict()
@@ -51,9 +51,9 @@ class SubstitutedLogprobs:
                 model.state_dict()[name].zero_()
         return self._policies.logprobs_under(model)
 
-    def with_adapter_scale(self, scale: float) -> list[np.ndarray] | None:
-        """Return those under the policy before the step with adapters that are added with another
-        scale; None for a model without adapters.
+    def logprobs_with_adapter_scale(self, scale: float) -> list[np.ndarray] | None:
+        """Return log-probabilities under the step's policy with adapters that are added with
+        another scale; None for a model without adapters.
 
         Args:
             scale: in place of alpha / rank."""
@@ -65,8 +65,8 @@ class SubstitutedLogprobs:
         model = self._models.policy.skeleton if self._models.is_streamed else self._models.policy
         return len(next(model.get_submodule(layer).parameters()))
 
-    def with_experts(self, layer: str, sources: Mapping[int, int]) -> list[np.ndarray]:
-        """Return those under the policy before the step with some experts' weights exchanged.
+    def logprobs_with_experts(self, layer: str, sources: Mapping[int, int]) -> list[np.ndarray]:
+        """Return log-probabilities under the step's policy with some experts' weights exchanged.
 
         Args:
             layer: the module of routed experts.
@@ -79,8 +79,10 @@ class SubstitutedLogprobs:
                     parameter[target] = values[source]
         return self._policies.logprobs_under(model)
 
-    def with_old_expert(self, layer: str, expert: int, step: int) -> list[np.ndarray] | None:
-        """Return those under the policy before the step with one expert's weights after another
+    def logprobs_with_old_expert(
+        self, layer: str, expert: int, step: int
+    ) -> list[np.ndarray] | None:
+        """Return log-probabilities under the step's policy with one expert's weights after another
         step; None where they are not kept.
 
         Args:
@@ -111,7 +113,7 @@ class SubstitutedLogprobs:
                     parameter[expert] = 0
         return self._policies.logprobs_under(model)
 
-    def with_head_apart(self) -> list[np.ndarray] | None:
+    def logprobs_with_head_apart(self) -> list[np.ndarray] | None:
         """Return those with the head that a tied model had when the run began; None for a model
         that is not tied."""
         begin = weights_after(self._step.folder, self._step.run_config, 0)
@@ -128,12 +130,12 @@ class SubstitutedLogprobs:
         return self._policies.logprobs_under(model)
 
     def bfloat16_logprobs(self) -> list[np.ndarray]:
-        """Return those under the policy before the step computed in bfloat16."""
+        """Return log-probabilities under the step's policy computed in bfloat16."""
         return self._policies.logprobs_under(
             copy.deepcopy(require_in_memory(self._models.policy)).to(torch.bfloat16)
         )
 
-    def _without_router_bias_streamed(self) -> list[np.ndarray] | None:
+    def _streamed_logprobs_without_router_bias(self) -> list[np.ndarray] | None:
         shapes = self._models.policy.source.shapes
         names = [name for name in shapes if name.endswith(routed_experts.ROUTER_BIAS)]
         if not names:
@@ -141,7 +143,7 @@ class SubstitutedLogprobs:
         return self._logprobs_with({name: partial(torch.zeros, shapes[name]) for name in names})
 
     def _logprobs_with(self, values: Mapping[str, Callable[[], Tensor]]) -> list[np.ndarray]:
-        """Return those under the streamed policy before the step with some other tensors.
+        """Return log-probabilities under the step's streamed policy with some other tensors.
 
         Args:
             values: functions that return the others, by published name."""

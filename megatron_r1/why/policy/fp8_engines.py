@@ -89,7 +89,7 @@ class FP8EngineModels(PolicyModels):
         rescaled = source.with_adapters(source.adapters._replace(scale=scale))
         return self._model_of(rescaled)
 
-    def with_scales_of(self, step: int) -> Any | None:
+    def model_with_scales_of_step(self, step: int) -> Any | None:
         """Return the model with the newest 8-bit values and the scales of the weights after another
         step; None where these are not kept.
 

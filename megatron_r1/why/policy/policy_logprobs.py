@@ -114,7 +114,7 @@ class PolicyLogprobs:
         return [self.models.rows[index] for index in self.computed_sequences]
 
     def logprobs_at_temperatures(self, temperatures: Sequence[float]) -> list[list[np.ndarray]]:
-        """Return those under the policy before the step, by temperature."""
+        """Return log-probabilities under the step's policy, by temperature."""
         by_temperature = logprobs_by_temperature(
             self.models.policy, self._computed_rows, temperatures
         )
@@ -124,7 +124,7 @@ class PolicyLogprobs:
         ]
 
     def logprobs_after(self, step: int) -> list[np.ndarray] | None:
-        """Return those under the weights after another step; None where they are not kept."""
+        """Return log-probabilities under the weights after another step; None without them."""
         path = weights_after(self.step.folder, self.step.run_config, step)
         if path is None:
             return None
@@ -166,7 +166,7 @@ class PolicyLogprobs:
         return routed_experts.chosen_experts(self.models.policy, rows)
 
     def without_replay(self) -> list[np.ndarray] | None:
-        """Return those under the policy before the step with the experts that it chooses itself;
+        """Return log-probabilities under the step's policy with the experts that it chooses itself;
         None where the engine's are not replayed."""
         if not self.step.config.rl.routing_replay:
             return None
@@ -183,7 +183,7 @@ class PolicyLogprobs:
         return self._logprobs_of(rows, self.models.policy, self.temperature)
 
     def plain_logprobs(self) -> list[np.ndarray]:
-        """Return those under the policy before the step at temperature 1, over the whole
+        """Return log-probabilities under the step's policy at temperature 1, over the whole
         vocabulary."""
         rows = [replace(row, kept_ids=None) for row in self._computed_rows]
         return self._logprobs_of(rows, self.models.policy, 1.0)
