@@ -39,8 +39,9 @@ from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_func
 from megatron_r1.sample.decontamination import find_contaminated, load_avoided
 from megatron_r1.sample.filter_settings import FILTER_NAMES, active_filters, check_filters
 from megatron_r1.sample.filters import PooledFilters
-from megatron_r1.sample.judged_rows import PreferencePairs, SafetyLabels
+from megatron_r1.sample.preference_pairs import PreferencePairs
 from megatron_r1.sample.response_judges import ResponseJudge, make_judge
+from megatron_r1.sample.safety_labels import SafetyLabels
 from megatron_r1.sample.second_pass import OUTPUT_FILES, Decide, decide_all, write_outputs
 from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
 from megatron_r1.sample.sft_examples import Rendering, SFTKeeper, cached_rewriter

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
-
-from r1_grading.pool import LEVELS
 
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.stopping import StopRequest
@@ -21,11 +16,9 @@ from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.metrics import mean_of_updates, response_lines, rollout_metrics
 from megatron_r1.controller.rollouts.rollout import Rollout
-from megatron_r1.controller.rollouts.step_sampler import StepSampler
+from megatron_r1.controller.run_checkpoints import RunCheckpoints
 from megatron_r1.controller.run_recorder import RunRecorder
-from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_step, complete_checkpoints
-from megatron_r1.trainer.operations import ModelOperations
+from megatron_r1.controller.step_meter import StepMeter
 
 
 class RLRun:
@@ -153,99 +146,3 @@ class RLRun:
         await self.engines.wait_for_probes()
         async with self.engines.free_for_trainer():
             await self.run_checkpoints.save(self.step, self.engines.sampled_step.sampler_state)
-
-
-class RunCheckpoints:
-    """Saves and restores what a run keeps across restarts, in checkpoints and in the sample log:
-    the trainer's state, the position in the prompts, and the counts of rewards.
-
-    `resume` comes first.
-
-    Args:
-        recorder: has the run's folder, its state and its series of checkpoints.
-        trainer: saves and loads what its ranks hold.
-        step_sampler: has the position in the prompts, and the sample log."""
-
-    def __init__(self, recorder: RunRecorder, trainer: TrainerClient, step_sampler: StepSampler):
-        self.recorder, self.trainer, self.step_sampler = recorder, trainer, step_sampler
-        self._rewards_before: Counter[str] = Counter()
-
-    async def resume(self, uses_reference: bool) -> None:
-        """Load the newest checkpoint into the trainer, and its state into the prompt sampler;
-        without one, keep the first policy as the reference, where the run has one."""
-        state, view = self.recorder.state, self.recorder.view
-        if self.recorder.is_resumed:
-            view.show_phase("loading checkpoint")
-            await self.recorder.load(self.trainer, with_reference=uses_reference)
-            counts = ", ".join(f"{n:,} {name}" for name, n in state.rewards.items() if n) or "none"
-            view.show_message(f"calls of rewards so far, one for each response and term: {counts}")
-            self.step_sampler.prompt_sampler.load_state_dict(state.sampler_state)
-        elif uses_reference:
-            await self.trainer.call(ModelOperations.refresh_reference)
-        # The pool may be older than this `RLRun`: its counts until now are not of this one.
-        self._rewards_before = Counter(state.rewards)
-        self._rewards_before.subtract(self._num_rewards())
-
-    async def save(self, step: int, sampler_state: dict[str, Any]) -> None:
-        """Start a checkpoint after `step`.
-
-        Args:
-            step: the newest finished step.
-            sampler_state: the position in the prompts after that step."""
-        state = self.recorder.state
-        state.step, state.sampler_state = step, sampler_state
-        state.rewards = dict(self._rewards_before + Counter(self._num_rewards()))
-        await self.recorder.save(self.trainer)
-
-    async def prune_samples(self, keep: int) -> None:
-        """Delete the samples of steps before the newest checkpoints, which are not repeated.
-
-        Args:
-            keep: how many of the newest checkpoints count."""
-        newest_checkpoints = complete_checkpoints(self.recorder.folder.checkpoints)[-keep:]
-        if self.step_sampler.sample_log and newest_checkpoints:
-            await self.step_sampler.sample_log.prune(checkpoint_step(newest_checkpoints[0]))
-
-    def _num_rewards(self) -> dict[str, int]:
-        snapshot = self.step_sampler.collector.pool.snapshot()
-        return {name: n for name, n in snapshot.items() if name not in LEVELS}
-
-
-class StepMeter:
-    """Measures the seconds and the rewards of a step, from its creation on."""
-
-    def __init__(self, collector: RolloutCollector):
-        self._teachers = collector.teachers
-        self._seconds: dict[str, float] = {}
-        self._meter = collector.pool.start_meter()
-        self._start = time.perf_counter()
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Measure the seconds spent in phase `name`."""
-        start = time.perf_counter()
-        with timeline.span(f"phase/{name}"):
-            yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def metrics(self) -> dict[str, float]:
-        """Return the numbers of the reward workers, and of the teachers if there are any."""
-        metrics = dict(self._meter.read())
-        if self._teachers is not None:
-            numbers = self._teachers.metrics().items()
-            metrics |= {f"teacher/{name}": value for name, value in numbers}
-        return metrics
-
-    def times(self, rollout: Rollout) -> dict[str, float]:
-        """Return the seconds of each part of the step."""
-        times = {
-            "time/rollout": rollout.rollout_seconds,
-            "time/wait": self._seconds["rollout"],
-            "time/reward": rollout.reward_seconds,
-            "time/train": self._seconds["train"],
-            "time/push": self._seconds["push"],
-            "time/step": time.perf_counter() - self._start,
-        }
-        if self._teachers is not None:
-            times["time/teacher"] = rollout.teacher_seconds
-        return times

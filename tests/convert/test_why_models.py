@@ -10,7 +10,7 @@ from small_models import MODELS
 from megatron_r1.models.transformers_model import load_with_transformers
 from megatron_r1.why.policy.checkpoint_model import MOMENT_NAMES, STATE_PREFIX, read_model
 from megatron_r1.why.policy.routed_experts import chosen_experts
-from megatron_r1.why.policy.token_logprobs import TokenRow as Sequence
+from megatron_r1.why.policy.token_rows import TokenRow as Sequence
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:

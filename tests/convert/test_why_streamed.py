@@ -31,7 +31,8 @@ from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import NotInMemory, PolicyModels
 from megatron_r1.why.policy.streamed_model import StreamedModel, StreamMemory, stream_memory
 from megatron_r1.why.policy.tensor_source import AdapterTensors, TensorSource
-from megatron_r1.why.policy.token_logprobs import TokenRow, join_rows, sampled_logprobs
+from megatron_r1.why.policy.token_logprobs import sampled_logprobs
+from megatron_r1.why.policy.token_rows import TokenRow, join_rows
 from megatron_r1.why.policy.transformers_adapters import attach_adapters
 
 AMPLE = StreamMemory(10**9, 1000, reads_experts=False)

@@ -35,7 +35,7 @@ from megatron_r1.agents.gateway.session import (
 from megatron_r1.agents.turn_parsing import Parser, TurnReader, require_finished
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.responses import truncate_at_stop, truncate_response
+from megatron_r1.engines.server.stop_strings import truncate_at_stop, truncate_response
 
 MAX_BODY_BYTES = 64 * 2**20
 BYTES_PER_TOKEN = 32

@@ -30,7 +30,8 @@ from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.episodes import Episode, EpisodeResult, Generate, Player
 from megatron_r1.engines.fleet.dispatch import Affinity
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.responses import Response, truncate_at_stop
+from megatron_r1.engines.server.responses import Response
+from megatron_r1.engines.server.stop_strings import truncate_at_stop
 
 
 @dataclass

@@ -17,7 +17,7 @@ from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import routed_experts, streamed_model, token_logprobs
 from megatron_r1.why.policy.policy_models import PolicyModels
 from megatron_r1.why.policy.streamed_model import StreamedModel
-from megatron_r1.why.policy.token_logprobs import (
+from megatron_r1.why.policy.token_rows import (
     TokenRow,
     join_rows,
     rows_with_own_experts,

@@ -29,7 +29,7 @@ from megatron_r1.why.policy import (
 )
 from megatron_r1.why.policy.streamed_model import StreamedModel, stream_memory
 from megatron_r1.why.policy.tensor_source import AdapterTensors, TensorSource
-from megatron_r1.why.policy.token_logprobs import TokenRow
+from megatron_r1.why.policy.token_rows import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 from megatron_r1.why.record.step_sequences import TokenSequence
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_r1.why.policy.token_logprobs import TokenRow, length_batches, token_logits
+from megatron_r1.why.policy.token_logprobs import length_batches, token_logits
+from megatron_r1.why.policy.token_rows import TokenRow
 
 ROUTER_BIAS = "e_score_correction_bias"
 

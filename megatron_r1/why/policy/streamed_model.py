@@ -27,12 +27,12 @@ from megatron_r1.why.policy.token_logprobs import (
     BYTES_PER_LOGIT,
     LOGITS_AT_ONCE,
     TOKENS_AT_ONCE,
-    TokenRow,
     forward_inputs,
     length_batches,
     row_replay,
     token_logprobs_and_entropies,
 )
+from megatron_r1.why.policy.token_rows import TokenRow
 
 Note = Callable[[list[int], Mapping[str, Tensor]], None]
 LAYER_BYTES, OUTER_BYTES = 6, 8

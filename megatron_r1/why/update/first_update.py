@@ -10,12 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron_r1.why.policy.routed_experts import seen_experts
-from megatron_r1.why.policy.token_logprobs import (
-    LOGITS_AT_ONCE,
-    TokenRow,
-    length_batches,
-    token_logits,
-)
+from megatron_r1.why.policy.token_logprobs import LOGITS_AT_ONCE, length_batches, token_logits
+from megatron_r1.why.policy.token_rows import TokenRow
 from megatron_r1.why.policy.transformers_adapters import trained_parameters
 from megatron_r1.why.update.adam import Moments
 from megatron_r1.why.update.loss_formulas import Update

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron_r1.why.policy.token_logprobs import TokenRow
+from megatron_r1.why.policy.token_rows import TokenRow
 
 MAX_LOG_RATIO = 20.0
 """Where exponents are capped, as in the kernels: those of a policy that has collapsed."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.why import formulas
-from megatron_r1.why.policy.token_logprobs import TokenRow
+from megatron_r1.why.policy.token_rows import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.adam import Moments
 from megatron_r1.why.update.loss_formulas import LossRules

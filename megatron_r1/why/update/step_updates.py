@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_r1.why.policy.routed_experts import RouterBiases
-from megatron_r1.why.policy.token_logprobs import (
-    TokenRow,
-    length_batches,
-    token_logprobs_and_entropies,
-)
+from megatron_r1.why.policy.token_logprobs import length_batches, token_logprobs_and_entropies
+from megatron_r1.why.policy.token_rows import TokenRow
 from megatron_r1.why.policy.transformers_adapters import trained_parameters
 from megatron_r1.why.update.adam import Adam, AdamRules, Moments
 from megatron_r1.why.update.first_update import (

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_r1.why.policy.token_logprobs import TokenRow
+from megatron_r1.why.policy.token_rows import TokenRow
 from megatron_r1.why.policy.transformers_adapters import trained_parameters
 from megatron_r1.why.update.adam import Adam
 from megatron_r1.why.update.checkpoint_after import CheckpointAfter

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.config.engine_mask import EngineMask
-from megatron_r1.why.policy.token_logprobs import TokenRow
+from megatron_r1.why.policy.token_rows import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 ADVANTAGE_MASKS = ("token", "sequence")

@@ -18,7 +18,7 @@ from megatron_r1.models.compute_cost import sample_cost
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, token_logprobs
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
-from megatron_r1.why.policy.token_logprobs import TokenRow, row_with_prompt, rows_with_own_experts
+from megatron_r1.why.policy.token_rows import TokenRow, row_with_prompt, rows_with_own_experts
 from megatron_r1.why.policy.transformers_adapters import trained_parameters
 from megatron_r1.why.record.recorded_step import weights_after
 from megatron_r1.why.update.adam import AdamRules, Moments

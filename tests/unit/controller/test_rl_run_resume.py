@@ -12,7 +12,8 @@ from r1_grading.pool import RewardMeter
 from megatron_r1.base.errors import TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.policy_engines import PolicyEngines
-from megatron_r1.controller.rl_run import RLRun, RunCheckpoints
+from megatron_r1.controller.rl_run import RLRun
+from megatron_r1.controller.run_checkpoints import RunCheckpoints
 from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.sampler import PromptSampler

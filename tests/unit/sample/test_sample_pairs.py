@@ -19,14 +19,14 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config.sample import PairsConfig, SampleConfig
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
-from megatron_r1.sample.judged_rows import (
+from megatron_r1.sample.preference_pairs import (
     PreferencePairs,
-    SafetyLabels,
     log_ratio,
     make_pairs,
     pairs_to_drop,
 )
 from megatron_r1.sample.response_judges import FunctionJudge, make_judge
+from megatron_r1.sample.safety_labels import SafetyLabels
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused_judges.yaml").read_text())
 

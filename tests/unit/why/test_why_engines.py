@@ -16,7 +16,8 @@ from megatron_r1.why.policy import changed_weights, policy_logprobs
 from megatron_r1.why.policy.changed_weights import merged_copy
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import PolicyModels
-from megatron_r1.why.policy.token_logprobs import TokenRow, sampled_logprobs
+from megatron_r1.why.policy.token_logprobs import sampled_logprobs
+from megatron_r1.why.policy.token_rows import TokenRow
 
 NEWEST = 2
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}

@@ -24,7 +24,8 @@ from megatron_r1.why.policy import (
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs, pushed_values
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.policy_models import PolicyModels
-from megatron_r1.why.policy.token_logprobs import TokenRow, sampled_logprobs
+from megatron_r1.why.policy.token_logprobs import sampled_logprobs
+from megatron_r1.why.policy.token_rows import TokenRow
 
 NEWEST, VOCABULARY = 2, 23
 NUMBERS = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()

@@ -5,7 +5,8 @@ import pytest
 import torch
 from test_why_engines import NEWEST, Recomputed, dense_model, rows_of
 
-from megatron_r1.why.policy.token_logprobs import join_rows, sampled_logprobs
+from megatron_r1.why.policy.token_logprobs import sampled_logprobs
+from megatron_r1.why.policy.token_rows import join_rows
 
 
 def test_one_row_attends_to_the_rows_before():

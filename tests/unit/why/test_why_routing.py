@@ -12,7 +12,8 @@ from megatron_r1.why.checks.routing import compare_routing
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.routed_experts import seen_experts
-from megatron_r1.why.policy.token_logprobs import rows_with_own_experts, token_logits
+from megatron_r1.why.policy.token_logprobs import token_logits
+from megatron_r1.why.policy.token_rows import rows_with_own_experts
 
 
 def step_with(agreement: float | None, version: int = 2, routing_replay: bool = True):

@@ -18,7 +18,8 @@ from megatron_r1.trainer.token_advantages import (
     sums_for_standardization,
 )
 from megatron_r1.why.comparison import CannotRecompute
-from megatron_r1.why.policy.token_logprobs import TokenRow, sampled_logprobs
+from megatron_r1.why.policy.token_logprobs import sampled_logprobs
+from megatron_r1.why.policy.token_rows import TokenRow
 from megatron_r1.why.update.adam import Adam, AdamRules
 from megatron_r1.why.update.loss_formulas import LossRules
 from megatron_r1.why.update.recomputation import Recomputation
