@@ -94,7 +94,7 @@ def test_what_is_beside_a_box_may_change_it(label, responses, reading):
     for response in responses:
         grade = math.grade(f"<think>I add.</think>{response}", "13", reading=reading)
         assert grade.reward == label, (response, grade.reason)
-        assert label or "beside" in grade.reason
+        assert label or "next to the box" in grade.reason
     assert math.grade(r"-\boxed{13}", "-13", reading=reading).reward == 0
     assert math.grade(r"about \boxed{3.14}", "3.14", reading=reading).reward == 1
 
@@ -117,5 +117,5 @@ def test_the_last_lines_that_models_write_are_paid(place):
 def test_a_changed_box_is_no_answer_in_logic_and_votes_either():
     sums = {"question": "2 + 11", "answer": "13", "metadata": {}}
     grade = logic.grade(r"It is $-\boxed{13}$", task="chain_sum", entry=sums, reading="boxed")
-    assert grade.reward == 0 and "beside" in grade.reason
+    assert grade.reward == 0 and "next to the box" in grade.reason
     assert read_vote(r"It is $-\boxed{13}$", kind="math") is None
