@@ -202,9 +202,9 @@ kernel-files: setup
 	$(BIN)/python tools/kernel_table.py
 	$(BIN)/python tools/bench resources --json docs/benchmarks/kernel-resources.json
 
-# The structure of the code in figures; with WALKS=--walks also what a run of one step passes through.
+# The structure of the code in figures, and after `make demo` what a run of one step passes through.
 house: $(INSTALLED)
-	$(BIN)/python tools/house $(WALKS)
+	$(BIN)/python tools/house
 
 # make -s losses > before; change the code; make -s losses > after; diff before after
 losses: $(INSTALLED)

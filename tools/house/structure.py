@@ -101,6 +101,14 @@ def num_words(root: Path, with_code_blocks: bool = True) -> int:
     return sum(len(text.split()) for text in texts)
 
 
+def num_markdown_words(root: Path) -> int:
+    """Return the words of every Markdown file that git tracks, the changelogs included."""
+    listing = ["git", "-C", str(root), "ls-files", "-z", "--", "*.md"]
+    names = subprocess.run(listing, check=True, capture_output=True, text=True).stdout
+    pages = (root / name for name in filter(None, names.split("\0")))
+    return sum(len(page.read_text(encoding="utf-8").split()) for page in pages)
+
+
 def num_layers(root: Path) -> int:
     contracts = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
     layers = contracts["tool"]["importlinter"]["contracts"][0]["layers"]
@@ -130,5 +138,6 @@ def table(root: Path) -> str:
     rows["Python files outside tests"] = num_modules(root)
     rows["words of README, CONTRIBUTING and docs/"] = num_words(root)
     rows["of them outside code blocks"] = num_words(root, with_code_blocks=False)
+    rows["words of all tracked Markdown"] = num_markdown_words(root)
     rows["lines of tests"] = num_lines((root / "tests").rglob("*.py"))
     return "\n".join(f"{name:44} {value:8,}" for name, value in rows.items())
