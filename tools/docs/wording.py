@@ -74,13 +74,15 @@ def find_in_settings(text: str) -> Iterator[tuple[int, str, str]]:
 def find_in_texts(source: str) -> Iterator[tuple[int, str, str]]:
     """Yield what the texts have that a program shows: all strings but docstrings."""
     tree = parse(source)
-    strings = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ]
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for line, text in sorted({(s.lineno, s.value) for s in strings if id(s) not in docstrings}):
+    texts = {
+        (node.lineno, node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in docstrings
+    }
+    for line, text in sorted(texts):
         for _, words, advice in find_wordings(text, PLAIN_WORDINGS):
             yield line, words, advice
 
