@@ -51,10 +51,10 @@ VERB_MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
 OWN_VERBS = {
     "plan": "megatron_r1.commands.plan",
     "convert": "megatron_r1.commands.convert.verb",
+    "keys": "megatron_r1.commands.keys",
 }
 """Verbs with a command line of their own: modules with `main(arguments)`, which returns the exit
 status."""
-KEYS_MODULE = "megatron_r1.commands.keys"
 OTHER_WORDS = {
     "train": "rl, sft or reward-model",
     **dict.fromkeys(("grpo", "ppo"), "rl"),
@@ -134,9 +134,6 @@ def _dispatch_command(arguments: list[str]) -> int:
         arguments = [arguments[1], "--help"]
     if arguments and arguments[0] in OWN_VERBS:
         return importlib.import_module(OWN_VERBS[arguments[0]]).main(arguments[1:])
-    if arguments[:1] == ["keys"] and HELP & set(arguments):
-        print(importlib.import_module(KEYS_MODULE).__doc__)
-        return 0
     if not arguments or arguments[0] == "help" or HELP & set(arguments):
         topics = [argument for argument in arguments if argument not in {"help", *HELP}]
         print(_verb_help(topics[0]) if topics and topics[0] in VERB_MODULES else USAGE)
@@ -144,14 +141,11 @@ def _dispatch_command(arguments: list[str]) -> int:
     if arguments[0] in ("version", "--version"):
         print(f"megatron-r1 {metadata.version('megatron-r1')}")
         return 0
-    if arguments[0] == "keys":
-        print(_describe_keys(arguments[1:]))
-        return 0
     verb, *words = arguments
     if verb in PLAIN_VERBS:
         return _run_plain_verb(verb, words)
     if verb not in VERB_MODULES:
-        known_verbs = [*VERB_MODULES, *OWN_VERBS, "keys"]
+        known_verbs = [*VERB_MODULES, *OWN_VERBS]
         verbs = OTHER_WORDS.get(verb)
         hint = f"; here it is {verbs}" if verbs else did_you_mean(verb, known_verbs, "{}")
         hint = hint or f"; use one of {', '.join(known_verbs)}"
@@ -329,7 +323,7 @@ def _parse_settings(options: list[str], extra_options: Sequence[str] = ()) -> di
 
 
 def _describe_keys(names: Sequence[str]) -> str:
-    return importlib.import_module(KEYS_MODULE).describe_all_keys(names)
+    return importlib.import_module(OWN_VERBS["keys"]).describe_all_keys(names)
 
 
 def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
