@@ -54,7 +54,7 @@ class PushAssumptions:
     """44.26 GB/s per GPU over 400 Gb/s while 64 GPUs push to 32 (prime-rl#3341)"""
     nvlink: ByteRate = 200e9
     """H800, in each direction (arXiv 2412.19437, 3.1)"""
-    nvlink_efficiency: Annotated[float, ""] = 0.78
+    nvlink_efficiency: Annotated[float, ""] = PLAN.link_efficiency
     """as megatron-r1 plan (link_efficiency)"""
     device_pack: ByteRate = 90e9
     """conversion, copy and `weighted_sum` touch 22 B of HBM per byte, at 0.6 of 3.35 TB/s"""
