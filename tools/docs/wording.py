@@ -230,7 +230,9 @@ def find_in_sections(source: str) -> Iterator[tuple[int, str, str]]:
             seen_names.add(entry[1])
 
 
-NAMED_PACKAGES = ("grading/r1_grading/", "kernels/r1_kernels/", "megatron_r1/", "tools/")
+PRODUCT_PACKAGES = ("grading/r1_grading/", "kernels/r1_kernels/", "megatron_r1/")
+"""Whose public functions describe their parameters."""
+NAMED_PACKAGES = (*PRODUCT_PACKAGES, "tools/")
 """Whose parameters and variables have names that say what they are."""
 VAGUE_NAMES = frozenset(
     ("asked", "both", "chosen", "done", "found", "given", "here", "into", "kept", "known", "made")
@@ -308,7 +310,7 @@ def _readers_of_file(name: Path) -> tuple[Callable[[str], Iterator[tuple[int, st
         if name.parts[0] == "tests":
             return (find_in_module, find_long_summaries)
         name_checks = (find_vague_names,) if name.as_posix().startswith(NAMED_PACKAGES) else ()
-        is_product = name.as_posix().startswith(NAMED_PACKAGES[:-1])
+        is_product = name.as_posix().startswith(PRODUCT_PACKAGES)
         parameter_checks = (find_undescribed_parameters,) if is_product else ()
         # The patterns above are such texts.
         text_checks = (find_in_texts,) if name != Path("tools/docs/wording.py") else ()

@@ -83,9 +83,13 @@ def num_lines(paths: Iterable[Path]) -> int:
 
 def num_modules(root: Path) -> int:
     """Return the tracked Python files outside tests."""
-    command = ["git", "ls-files", "*.py"]
+    return sum(not name.startswith("tests/") for name in _tracked_files(root, "*.py"))
+
+
+def _tracked_files(root: Path, pattern: str) -> list[str]:
+    command = ["git", "ls-files", pattern]
     output = subprocess.run(command, cwd=root, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return sum(not name.startswith("tests/") for name in output.splitlines())
+    return output.splitlines()
 
 
 def num_words(root: Path, with_code_blocks: bool = True) -> int:
@@ -95,18 +99,19 @@ def num_words(root: Path, with_code_blocks: bool = True) -> int:
         root: the folder of the repository.
         with_code_blocks: whether commands, recipes and outputs in fences count."""
     pages = [root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").rglob("*.md")]
-    texts = (page.read_text(encoding="utf-8") for page in pages)
-    if not with_code_blocks:
-        texts = (re.sub(r"```.*?```", "", text, flags=re.S) for text in texts)
-    return sum(len(text.split()) for text in texts)
+    return _num_words(pages, with_code_blocks)
 
 
 def num_markdown_words(root: Path) -> int:
     """Return the words of every Markdown file that git tracks, the changelogs included."""
-    listing = ["git", "-C", str(root), "ls-files", "-z", "--", "*.md"]
-    names = subprocess.run(listing, check=True, capture_output=True, text=True).stdout
-    pages = (root / name for name in filter(None, names.split("\0")))
-    return sum(len(page.read_text(encoding="utf-8").split()) for page in pages)
+    return _num_words(root / name for name in _tracked_files(root, "*.md"))
+
+
+def _num_words(pages: Iterable[Path], with_code_blocks: bool = True) -> int:
+    texts = (page.read_text(encoding="utf-8") for page in pages)
+    if not with_code_blocks:
+        texts = (re.sub(r"```.*?```", "", text, flags=re.S) for text in texts)
+    return sum(len(text.split()) for text in texts)
 
 
 def num_layers(root: Path) -> int:
