@@ -1,4 +1,4 @@
-"""One RL run around the algorithm: its begin, steps and end, and what it keeps across restarts."""
+"""One RL run around the algorithm: its begin, steps and end."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def route_tokens(
         topk: experts per token.
         use_pre_softmax: whether the weights are the scores as they are, instead of normalized over
             the chosen experts.
-        num_groups: groups of experts of which the best are chosen first; None: one.
-        group_topk: how many of them.
+        num_groups: the number of groups of experts; None: without groups.
+        group_topk: the number of groups, those with the best scores, whose experts may be chosen.
         scaling_factor: what the weights are multiplied with; None: 1.
         score_function: "softmax" or "sigmoid".
         expert_bias: (experts,), added to the scores for the choice alone.

@@ -7,9 +7,7 @@ from typing import Any
 
 from r1_grading.base.errors import Cause, UserError, did_you_mean
 from r1_grading.base.values import read_scalar
-from r1_grading.rewards import (
-    resolve_reward,
-)
+from r1_grading.rewards import resolve_reward
 
 ACCURACY = "accuracy"
 """The term that each prompt's own kind of reward grades."""
