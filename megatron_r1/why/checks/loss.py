@@ -47,6 +47,9 @@ MOMENT_TOLERANCE, MOMENT_TOLERANCE_16_BITS = {"float32": 2.0**-9, "bfloat16": 0.
 CLEAR_EXPLANATION_FACTOR = 64
 """An explanation whose distance is the tolerance over this, or less, is clear: other values of its
 setting are not tried."""
+ESTIMATE_DIGITS = 3
+"""Decimal places of an estimate. Those that differ by less, by rounding, are of candidates that do
+the same, as the group's deviation and a factor of 2 do where every deviation is 1/2."""
 MAX_OTHER_VALUES = 3
 """Other values of one setting that are tried where one explains a departure."""
 TOLERANCE_SOURCES = {"float32": "measured (docs/why.md), with a margin", "bfloat16": "a choice"}
@@ -291,17 +294,17 @@ def find_explanation(
 ) -> tuple[Substitution, RecomputedUpdates] | None:
     """Return the first substitution that explains what was recorded, and the updates with it.
 
-    Candidates are tried in the order of an estimate that needs no model. Several values of one
-    setting may be within the tolerance; the one nearest to the checkpoint after the step is
-    returned. The norm that gradients were clipped to comes last, as it takes several recomputations
-    to fit.
+    Candidates are tried in the order of an estimate that needs no model, those of equal estimates
+    in the order given. Several values of one setting may be within the tolerance; the one nearest
+    to the checkpoint after the step is returned. The norm that gradients were clipped to comes
+    last, as it takes several recomputations to fit.
 
     Args:
         step: what the run recorded of it.
         recomputation: its updates.
         candidates: `candidate_substitutions` of the step."""
     estimates = [
-        recomputation.estimates.distance(substitution, step.metrics_row)
+        round(recomputation.estimates.distance(substitution, step.metrics_row), ESTIMATE_DIGITS)
         for substitution in candidates
     ]
     order = sorted(range(len(candidates)), key=lambda index: (estimates[index], index))

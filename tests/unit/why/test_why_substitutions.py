@@ -12,12 +12,14 @@ from test_why_updates import ADAM, RULES, Model, rows
 
 from megatron_r1.config import parse_recipe
 from megatron_r1.why.checks.checkpoints import _missing_updates
+from megatron_r1.why.checks.loss import find_explanation
 from megatron_r1.why.policy import checkpoint_model
 from megatron_r1.why.policy.token_logprobs import sampled_logprobs
 from megatron_r1.why.update.adam import Adam
 from megatron_r1.why.update.advantage_substitutions import advantage_substitutions
 from megatron_r1.why.update.checkpoint_after import CheckpointTraces
 from megatron_r1.why.update.loss_formulas import Totals, row_loss
+from megatron_r1.why.update.step_substitution import Substitution
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.substitution_candidates import _kl_substitutions, _loss_substitutions
 from megatron_r1.why.update.substitution_candidates import (
@@ -217,6 +219,26 @@ def test_other_advantages_are_tried(planted):  # noqa: F811
         "a penalty of long responses that is added to their rewards, with the other sign,"
     )
     assert penalized != advantages
+
+
+def test_a_value_of_a_setting_is_tried_before_a_factor_that_does_the_same(planted):  # noqa: F811
+    """Where every group's deviation is 1/2, dividing by it doubles, as a factor of 2 does."""
+    step = planted.read()
+    metrics = {"loss": 0.5, "kl": 0.0, "entropy": 1.0}
+    step.metrics_row.update(metrics)
+    names = ["advantages divided by the deviation of: group", "advantages times 2"]
+    distances = dict(zip(names, (1 + 3e-5, 1 + 1e-5), strict=True)) | {"far": 2.0}
+    updates = SimpleNamespace(metrics=metrics, update_distance=None, moment_distance=None)
+    recomputation = SimpleNamespace(
+        estimates=SimpleNamespace(distance=lambda tried, _: distances[tried.name]),
+        run=lambda tried, _: updates,
+    )
+    candidates = [Substitution(name) for name in ("far", *names)]
+    found, _ = find_explanation(step, recomputation, candidates)
+    assert found.name == names[0]
+    distances[names[0]] = 1.01  # further off by more than rounding
+    found, _ = find_explanation(step, recomputation, candidates)
+    assert found.name == names[1]
 
 
 @pytest.mark.parametrize(
