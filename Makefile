@@ -183,7 +183,7 @@ test-faults: setup
 # tests/nullgpu: a driver and a CUDA runtime whose memory is the host's and whose kernels do nothing, below the real
 # packages. What only hardware can tell is left to gpu-check.
 test-cuda: setup-cuda
-	$(CUDA_BIN)/python tools/cuda_record.py --run --durations 0
+	$(CUDA_BIN)/python -m tools.cuda_record --run --durations 0
 
 lint: setup
 	$(BIN)/ruff check .

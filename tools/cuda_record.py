@@ -1,38 +1,37 @@
 """Runs the tests on a null GPU and records how they ended; says whether the record is current.
 
-    .venv-cuda/bin/python tools/cuda_record.py --run    as `make test-cuda` does
-    python tools/cuda_record.py                         compares the record with the files it covers
+    .venv-cuda/bin/python -m tools.cuda_record --run    as `make test-cuda` does
+    python -m tools.cuda_record                         compares the record with the files it covers
 
-The record, tests/nullgpu/passed.json, has the commit, the date, the numbers of tests that passed
-and failed, and a digest of the covered files. These tests need 9 GB of packages, so CI does not run
-them: its last line says which of these files have changed since they last passed."""
+The record, tests/nullgpu/passed.json, has the commit, the date and the numbers of tests that passed
+and failed. These tests need 9 GB of packages, so CI does not run them: one of its last lines says
+which of the covered files compute something else since (`tools.evidence.records.CodeChanges`)."""
 
 import argparse
-import ast
 import datetime
-import hashlib
-import io
 import json
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 from typing import Any
+
+from tools.evidence.records import PRIMITIVES, CodeChanges
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path("tests/nullgpu/passed.json")
 COVERED_PATHS = (
-    "kernels/r1_kernels",
-    "megatron_r1/models",
-    "megatron_r1/trainer",
-    "megatron_r1/engines/plugin",
-    "megatron_r1/controller/push",
-    "megatron_r1/push",
+    "kernels/r1_kernels/",
+    PRIMITIVES,
+    "megatron_r1/models/",
+    "megatron_r1/trainer/",
+    "megatron_r1/engines/plugin/",
+    "megatron_r1/controller/push/",
+    "megatron_r1/push/",
     "requirements/cuda.lock",
     "tests/gpu/test_push_cuda_ipc.py",
-    "tests/nullgpu",
-    "tests/unit/null_gpu",
-    "tools/null_gpu",
+    "tests/nullgpu/",
+    "tests/unit/null_gpu/",
+    "tools/null_gpu/",
 )
 """Files and folders whose code runs in these tests."""
 
@@ -56,44 +55,8 @@ class Counts:
             self.passed += 1
 
 
-def digests(root: Path = ROOT) -> dict[str, str]:
-    """Return a digest of each of `COVERED_PATHS`: of names and code of its tracked files."""
-    return {covered: _code_digest(root, covered) for covered in COVERED_PATHS}
-
-
-def _code_digest(root: Path, covered: str) -> str:
-    names = _git_output(root, "ls-files", "-z", "--", covered).split("\0")
-    digest = hashlib.blake2b(digest_size=8)
-    for name in sorted(filter(None, names)):
-        if Path(name) != RECORD and (root / name).exists():
-            content = (root / name).read_bytes()
-            if name.endswith(".py"):
-                content = code_of(content.decode()).encode()
-            digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
-
-
-def code_of(text: str) -> str:
-    """Return a Python file without comments, docstrings and empty lines, which compute nothing.
-
-    Raises:
-        SyntaxError: The text is not Python.
-    """
-    lines = text.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            first, last = node.lineno - 1, node.end_lineno or node.lineno
-            if isinstance(node.value.value, str):  # a docstring
-                lines[first:last] = [""] * (last - first)
-    return "\n".join(line.rstrip() for line in lines if line.strip())
-
-
 def record_state(root: Path = ROOT) -> str:
-    """Return a sentence that says whether the record is of the present files."""
+    """Return a sentence that says whether the record is of the present code."""
     remedy = "run `make test-cuda`"
     try:
         record = json.loads((root / RECORD).read_text(encoding="utf-8"))
@@ -101,29 +64,36 @@ def record_state(root: Path = ROOT) -> str:
         return f"null GPU: no record of a run; {remedy}"
     run = f"{record['passed']} passed, {record['failed']} failed at {record['commit']}, "
     run += record["date"]
-    present = digests(root)
-    changed = [name for name in present if record["files"].get(name) != present[name]]
+    changed = CodeChanges(root).files(record["commit"], list(COVERED_PATHS))
+    if changed is None:
+        return f"null GPU: {run}; this clone does not have the commit to compare with"
+    changed = [name for name in changed if name != RECORD.as_posix()]
     if changed:
         return f"null GPU: the record is old ({run}): {', '.join(changed)} changed; {remedy}"
     return f"null GPU: the record is current: {run}"
 
 
 def run(arguments: list[str]) -> int:
-    """Run the tests and write the record; return pytest's exit code."""
+    """Run the tests and write the record; return pytest's exit code.
+
+    Nothing is recorded of code that is not committed, as the record names a commit."""
     import pytest
 
-    counts, file_digests = Counts(), digests()
+    counts, commit = Counts(), _git_output("rev-parse", "--short=12", "HEAD").strip()
+    uncommitted = CodeChanges(ROOT).files(commit, list(COVERED_PATHS))
     code = pytest.main([str(ROOT / "tests/nullgpu"), *arguments], plugins=[counts])
+    if uncommitted:
+        print(f"{RECORD} stays as it is: not committed: {', '.join(uncommitted)}")
+        return code
     if not counts.is_whole or not counts.passed + counts.failed:
         print(f"{RECORD} stays as it is: not all of the tests have run")
         return code or 1
     record = {
-        "commit": _git_output(ROOT, "rev-parse", "--short=12", "HEAD").strip(),
+        "commit": commit,
         "date": datetime.date.today().isoformat(),
         "passed": counts.passed,
         "failed": counts.failed,
         "skipped": counts.skipped,
-        "files": file_digests,
     }
     unfinished = ROOT / f"{RECORD}.new"
     unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -131,8 +101,8 @@ def run(arguments: list[str]) -> int:
     return code
 
 
-def _git_output(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
+def _git_output(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

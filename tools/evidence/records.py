@@ -146,43 +146,69 @@ class State:
         return self.name + count + failed
 
 
-def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
-    """Return the state of each claim by its name, of the tracked files as they are in `root`.
+class CodeChanges:
+    """Which files compute something else than at an earlier commit.
 
     Of Python files only instructions count: comments, docstrings, formatting, names of local
-    variables, and moves and renames of definitions in files that the claim depends on, compute
-    nothing.
-    """
-    changes = cache(lambda commit: changes_since(root, commit))
-    former_names = cache(lambda commit: _former_names(root, commit))
-    gone = cache(lambda commit: _gone_modules(root, commit))
-    names_now = cache(lambda: _names_now(root))
-    is_same = cache(lambda commit, names: have_same_code(root, commit, names))
-    is_same_but_for_names = cache(
-        lambda commit, names: have_same_code(root, commit, names, names_now)
-    )
-    claim_states = {}
-    for claim in claims:
-        failed = claim.failed.date if claim.failed else ""
-        if claim.measured is None:
-            claim_states[claim.id] = State("not measured", failed=failed)
-            continue
-        changed = changed_files(changes(claim.measured.commit), claim.paths)
+    variables, and moves and renames of definitions in the files that are compared, compute nothing.
+
+    Args:
+        root: the repository, whose tracked files are compared as they are."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._changes = cache(lambda commit: changes_since(root, commit))
+        self._former_names = cache(lambda commit: _former_names(root, commit))
+        self._gone_modules = cache(lambda commit: _gone_modules(root, commit))
+        self._names_now = cache(lambda: _names_now(root))
+        self._is_same = cache(lambda commit, names: have_same_code(root, commit, names))
+        self._is_same_but_for_names = cache(
+            lambda commit, names: have_same_code(root, commit, names, self._names_now)
+        )
+
+    def files(self, commit: str, paths: list[str]) -> list[str] | None:
+        """Return the files of `paths` that compute something else than at `commit`; None where the
+        clone does not have the commit."""
+        changed = changed_files(self._changes(commit), paths)
         if changed is None:
-            claim_states[claim.id] = State("unknown", failed=failed)
-        else:
-            commit = claim.measured.commit
-            modules = {name for name in changed if name.endswith(".py")}
-            modules |= {old for new, old in former_names(commit).items() if new in modules}
-            joined = _joined_to(root, modules, gone(commit), names_now()) if modules else set()
-            if modules and any(
-                is_same_but_for_names(commit, tuple(sorted(names)))
-                for names in (modules, modules | joined)
-            ):
-                changed = [name for name in changed if name not in modules]
-            changed = [name for name in changed if not is_same(commit, (name,))]
-            claim_states[claim.id] = State("stale" if changed else "fresh", tuple(changed), failed)
-    return claim_states
+            return None
+        modules = {name for name in changed if name.endswith(".py")}
+        former_names = self._former_names(commit).items()
+        modules |= {old for new, old in former_names if new in modules}
+        joined = self._joined_to(commit, modules) if modules else set()
+        if modules and any(
+            self._is_same_but_for_names(commit, tuple(sorted(names)))
+            for names in (modules, modules | joined)
+        ):
+            changed = [name for name in changed if name not in modules]
+        return [name for name in changed if not self._is_same(commit, (name,))]
+
+    def _joined_to(self, commit: str, modules: set[str]) -> set[str]:
+        """Return those of the files that are gone of which every definition that the project still
+        has is in `modules`."""
+        texts = (_text_in(self._root, name) or "" for name in modules)
+        defined_now = {name for text in texts for name in defined_in(text)}
+        left = {
+            name: defined & self._names_now().defined
+            for name, defined in self._gone_modules(commit).items()
+        }
+        return {name for name, defined in left.items() if defined and defined <= defined_now}
+
+
+def states(root: Path, claims: Iterable[Claim]) -> dict[str, State]:
+    """Return the state of each claim by its name, of the tracked files as they are in `root`."""
+    changes = CodeChanges(root)
+    return {claim.id: _claim_state(claim, changes) for claim in claims}
+
+
+def _claim_state(claim: Claim, changes: CodeChanges) -> State:
+    failed = claim.failed.date if claim.failed else ""
+    if claim.measured is None:
+        return State("not measured", failed=failed)
+    changed = changes.files(claim.measured.commit, claim.paths)
+    if changed is None:
+        return State("unknown", failed=failed)
+    return State("stale" if changed else "fresh", tuple(changed), failed)
 
 
 def head(root: Path) -> str:
@@ -228,16 +254,6 @@ def _gone_modules(root: Path, commit: str) -> dict[str, frozenset[str]]:
         _git_output(root, "diff", *options, "--no-relative", commit, "--", "*.py") or ""
     ).split("\0")
     return {name: defined_in(text_at(root, commit, name) or "") for name in names if name}
-
-
-def _joined_to(
-    root: Path, modules: set[str], gone: dict[str, frozenset[str]], names_now: ProjectNames
-) -> set[str]:
-    """Return those of the files that are gone of which every definition that the project still has
-    is in `modules`."""
-    defined_now = {name for each in modules for name in defined_in(_text_in(root, each) or "")}
-    left = {name: defined & names_now.defined for name, defined in gone.items()}
-    return {name for name, defined in left.items() if defined and defined <= defined_now}
 
 
 def changed_files(changes: Iterable[tuple[str, ...]] | None, paths: list[str]) -> list[str] | None:

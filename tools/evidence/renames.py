@@ -26,8 +26,8 @@ class ProjectNames(NamedTuple):
 
     Attributes:
         used: all names; of a commit also the words of comments and texts.
-        defined: those of modules, classes, functions and attributes; of a commit also of what is
-            only set."""
+        defined: those of modules, classes, functions, attributes and parameters; of a commit those
+            of what is only set, but of no parameters alone."""
 
     used: frozenset[str]
     defined: frozenset[str]
@@ -161,14 +161,16 @@ def without_annotations(tree: ast.Module) -> ast.Module:
 
 
 def defined_in(text: str) -> frozenset[str]:
-    """Return the names of classes, functions, attributes and a module's variables in a text.
-    Parameters and local variables are not among them."""
+    """Return the names of classes, functions, parameters, attributes and a module's variables in a
+    text. Local variables are not among them."""
     names: set[str] = set()
     for node in ast.walk(_parsed_module(text)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             names.add(node.name)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             names.add(node.attr)
+        if isinstance(node, ast.arg):
+            names.add(node.arg)
         if isinstance(node, ast.Module | ast.ClassDef):
             names |= {name for statement in node.body for name in _target_names(statement)}
     return frozenset(names)

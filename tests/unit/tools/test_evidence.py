@@ -175,6 +175,7 @@ USE_COUNTER = """from part.counter import Counter
 
 
 def count(values):
+    values = list(values)
     counter = Counter(number=1)
     for value in values:
         counter.add(value)
@@ -193,7 +194,10 @@ def count(values):
         ({"add": "total", "number": "total"}, {}, "stale"),
         # a name that was somewhere in the project, though not in these files
         ({"add": "elsewhere"}, {}, "stale"),
-        # a parameter, which callers that are not watched may name
+        # a parameter that is set somewhere; then a caller that is not watched has its old name
+        ({"values": "increments"}, {}, "fresh"),
+        ({"values": "increments"}, {"elsewhere": "elsewhere = count(values=[1])\n"}, "stale"),
+        # a parameter that is set nowhere: it could be another library's
         ({"value": "increment"}, {}, "stale"),
         # renamed in one of the files alone: the old name is still in use
         ({"Counter": "Sum"}, {"part__use": USE_COUNTER}, "stale"),
