@@ -78,11 +78,9 @@ async def train_policy(run: RLRun) -> None:
         with run.phase("rollout"):
             rollout = await engines.rollout(run.step)
         groups, algorithm = rollout.groups, policy_trainer.algorithm
-        rewards_or_advantages = response_rewards_or_advantages(groups, algorithm, config, run.step)
+        advantages_by_group = outcome_advantages(groups, algorithm, config, run.step)
         # Not in the event loop: a rollout of 8,192 x 30,000 tokens is copied here.
-        samples_by_response = await asyncio.to_thread(
-            training_samples, groups, rewards_or_advantages
-        )
+        samples_by_response = await asyncio.to_thread(training_samples, groups, advantages_by_group)
         # By seed and step alone, so that a step that is repeated has the same mini-batches.
         random.Random(f"{config.run.seed}:{run.step}").shuffle(samples_by_response)
 
@@ -131,11 +129,11 @@ async def update_networks(
     return metrics
 
 
-def response_rewards_or_advantages(
+def outcome_advantages(
     groups: list[Group], algorithm: Algorithm, config: Config, step: int
 ) -> list[list[float]]:
-    """Return the advantages of a rollout's responses, or the rewards that the trainer computes the
-    advantages of their tokens from.
+    """Return the advantages of a rollout's responses by their outcome: those of all tokens of a
+    response, or what `token_advantages` begin from.
 
     Args:
         groups: the graded responses.
@@ -144,17 +142,17 @@ def response_rewards_or_advantages(
         step: its number, from 1.
 
     Returns:
-        A number per response, a list per group; NaN: not trained on."""
+        An advantage per response, a list per group; NaN: not trained on."""
     if config.rl.reward_normalization == "each":
         weights = weights_at(config.rewards.weights, step)
         values = reward_normalization.advantages(
-            groups, algorithm.response_rewards_or_advantages, config, weights
+            groups, algorithm.outcome_advantages, config, weights
         )
     else:
         rewards = [
             [training_reward(graded, config) for graded in group.responses] for group in groups
         ]
-        values = algorithm.response_rewards_or_advantages(rewards, config.rl)
+        values = algorithm.outcome_advantages(rewards, config.rl)
     if config.rl.truncated == "mask":
         values = mask_truncated(values, groups)
     return values

@@ -44,9 +44,9 @@ class PackedBatch:
     """(T,) bool: whether the target is a response token that is trained on."""
     response_positions: Tensor
     """int64: the positions where it is."""
-    response_rewards_or_advantages: Tensor
-    """(T,) fp32: what the controller sent for the response (`Sample.reward_or_advantage`) on each
-    of its tokens, 0 elsewhere."""
+    outcome_advantages: Tensor
+    """(T,) fp32: the `Sample.outcome_advantage` of the response on each of its tokens, 0
+    elsewhere."""
     advantages: Tensor
     """(T,) fp32: the advantage of each response token, 0 elsewhere: the response's, until
     `RolloutBatches.store_targets` puts those of an algorithm's `token_advantages` here."""

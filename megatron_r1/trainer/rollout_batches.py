@@ -39,7 +39,7 @@ class WholeResponses:
 
     Attributes:
         is_response: (T,) bool, the tokens that are trained on.
-        rewards: (T,), on each token the `Sample.reward_or_advantage` of its response: the reward,
+        rewards: (T,), on each token the `Sample.outcome_advantage` of its response: the reward,
             less the baseline of an algorithm that has one.
         last_response_positions: (T,) int64, the position of the last response token of each token's
             sample, or -1.
@@ -52,7 +52,7 @@ class WholeResponses:
         self.counts_samples = self._rank == 0
         self._cu_seqlens = batch.cu_seqlens.long() * self._ranks
         self.is_response = self.gather(batch.is_response.to(torch.uint8)).bool()
-        self.rewards = self.gather(batch.response_rewards_or_advantages)
+        self.rewards = self.gather(batch.outcome_advantages)
         lengths = self._cu_seqlens.diff()
         self._sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         self.last_response_positions = self._last_of_each()

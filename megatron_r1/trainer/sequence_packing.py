@@ -61,7 +61,7 @@ def pack_batch(
     on_device = partial(to_device, device=device)
     local_positions = positions_of_rank(cu_seqlens, *split.context_rank_and_size)
     values = _response_values(samples, layout)
-    is_response, rewards_or_advantages, rollout_logprobs, teacher, weights = (
+    is_response, advantages, rollout_logprobs, teacher, weights = (
         tensor[local_positions] for tensor in values
     )
     positions, params = _positions_and_params(layout, local_positions, split, on_device)
@@ -82,7 +82,7 @@ def pack_batch(
         )
     # One tensor for two fields: `advantages` is replaced, never written into, once the rollout
     # has log-probabilities, and the algorithm computes what replaces it from the other.
-    response_rewards_or_advantages = on_device(rewards_or_advantages)
+    outcome_advantages = on_device(advantages)
     return PackedBatch(
         input_ids=on_device(tokens[local_positions][None]),
         position_ids=positions[None],
@@ -92,8 +92,8 @@ def pack_batch(
         is_response=on_device(is_response),
         response_positions=on_device(is_response.nonzero()[:, 0]),
         num_responses=num_responses if split.context_rank == 0 else 0,
-        response_rewards_or_advantages=response_rewards_or_advantages,
-        advantages=response_rewards_or_advantages,
+        outcome_advantages=outcome_advantages,
+        advantages=outcome_advantages,
         rollout_logprobs=on_device(rollout_logprobs),
         last_token_positions=on_device(_last_tokens(samples, layout, local_positions)),
         labels=on_device(torch.tensor([s.label for s in samples], dtype=torch.float32)),
@@ -176,11 +176,11 @@ def _packed_tokens(samples: list[Sample], layout: PackedLayout) -> Tensor:
 
 
 def _response_values(samples: list[Sample], layout: PackedLayout) -> tuple[Tensor, ...]:
-    """Return the whole micro-batch's is_response (bool), rewards or advantages, rollout_logprobs,
+    """Return the whole micro-batch's is_response (bool), outcome_advantages, rollout_logprobs,
     teacher and sequence_weights (fp32), (T,) each, 0 outside responses; see `PackedBatch`."""
     total = int(layout.cu_seqlens[-1])
     is_response = torch.zeros(total, dtype=torch.bool)
-    rewards_or_advantages, rollout_logprobs, teacher, weights = per_token = torch.zeros(4, total)
+    advantages, rollout_logprobs, teacher, weights = per_token = torch.zeros(4, total)
     for sample, start in zip(samples, layout.starts, strict=True):
         if not sample.is_trained:
             continue
@@ -189,7 +189,7 @@ def _response_values(samples: list[Sample], layout: PackedLayout) -> tuple[Tenso
         if sample.is_sampled:
             is_sampled = torch.frombuffer(bytearray(sample.is_sampled), dtype=torch.uint8)
             is_response[response] = is_sampled.bool()
-        rewards_or_advantages[response] = sample.reward_or_advantage
+        advantages[response] = sample.outcome_advantage
         weights[response] = sample.weight / max(1, int(is_response[response].sum()))
         for values, encoded_values in (
             (rollout_logprobs, sample.rollout_logprobs),

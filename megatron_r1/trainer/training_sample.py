@@ -27,9 +27,9 @@ class Sample(msgspec.Struct, frozen=True):
         prompt_length: tokens of the prompt; the rest of `token_ids` is the response.
         rollout_logprobs: float32 bytes, the rollout engine's, one per response token; empty for
             SFT.
-        reward_or_advantage: the advantage of every response token; with an algorithm's
-            token_advantages, the reward less its baseline, if any, from which these are computed.
-            NaN: the sample is not trained on.
+        outcome_advantage: the advantage by the response's reward, that of every response token or
+            what an algorithm's `token_advantages` begin from (there the reward itself where the
+            algorithm has no baseline). NaN: the sample is not trained on.
         routing: indices [rows, moe layers, topk] of the experts the engine chose, of 1 or 2 bytes
             each (`models.experts`), for the tokens before the last; empty without replay.
         teacher_logprobs: float32 bytes, the teacher's log-probabilities of the response, or None.
@@ -47,7 +47,7 @@ class Sample(msgspec.Struct, frozen=True):
     token_ids: bytes
     prompt_length: int
     rollout_logprobs: bytes = b""
-    reward_or_advantage: float = 0.0
+    outcome_advantage: float = 0.0
     routing: bytes = b""
     teacher_logprobs: bytes | None = None
     label: float = 0.0
@@ -62,7 +62,7 @@ class Sample(msgspec.Struct, frozen=True):
         prompt: Sequence[int],
         response: Sequence[int],
         rollout_logprobs: Sequence[float] | None = None,
-        reward_or_advantage: float = 0.0,
+        outcome_advantage: float = 0.0,
         routing: Buffer = b"",
         teacher_logprobs: Sequence[float] | None = None,
         label: float = 0.0,
@@ -74,8 +74,7 @@ class Sample(msgspec.Struct, frozen=True):
             prompt: token ids, at least one.
             response: token ids.
             rollout_logprobs: the rollout engine's, one per response token; None for SFT.
-            reward_or_advantage: the advantage of all response tokens, or the reward that
-                `token_advantages` computes theirs from.
+            outcome_advantage: `Sample.outcome_advantage`.
             routing: bytes of the experts that the engine chose; empty without replay.
             teacher_logprobs: the teacher's log-probability of each response token, or None.
             label: for a reward model, 1 for a good text, 0 for a bad one.
@@ -98,7 +97,7 @@ class Sample(msgspec.Struct, frozen=True):
         teacher_floats = None if teacher_logprobs is None else _to_bytes("f", teacher_logprobs)
         rows = cast(bytes, routing)
         encoded_mask = cast(bytes, sampling_mask)
-        fields = ids, len(prompt), floats, reward_or_advantage, rows, teacher_floats, label
+        fields = ids, len(prompt), floats, outcome_advantage, rows, teacher_floats, label
         return cls(*fields, sampling_mask=encoded_mask)
 
     @classmethod
@@ -107,7 +106,7 @@ class Sample(msgspec.Struct, frozen=True):
         token_ids: Sequence[int],
         is_sampled: bytes,
         rollout_logprobs: Sequence[float],
-        reward_or_advantage: float,
+        outcome_advantage: float,
         *,
         weight: float,
         num_responses: int,
@@ -123,7 +122,7 @@ class Sample(msgspec.Struct, frozen=True):
             token_ids: the whole branch.
             is_sampled: a byte per token, 1 where it is trained on.
             rollout_logprobs: one per token.
-            reward_or_advantage: as in `pack`, of every sampled token.
+            outcome_advantage: `Sample.outcome_advantage`.
             weight: `Sample.weight`.
             num_responses: `Sample.num_responses`.
             routing: the routing of all tokens but the last.
@@ -153,7 +152,7 @@ class Sample(msgspec.Struct, frozen=True):
             prompt,
             response,
             rollout_logprobs[first:end],
-            reward_or_advantage=reward_or_advantage,
+            outcome_advantage=outcome_advantage,
             routing=routing,
             teacher_logprobs=teacher_logprobs,
             sampling_mask=response_mask,
@@ -170,7 +169,7 @@ class Sample(msgspec.Struct, frozen=True):
     @property
     def is_trained(self) -> bool:
         """Whether its response is in the sums and denominators of a loss."""
-        return not math.isnan(self.reward_or_advantage)
+        return not math.isnan(self.outcome_advantage)
 
 
 def _to_bytes(typecode: str, numbers: Sequence[float]) -> bytes:

@@ -38,7 +38,7 @@ def config(policy: Path, scored: Path, grid: str) -> Config:
 
 def load(trainer, grid_position) -> list[list[int]]:
     """The rollout, with returns; which samples this rank's micro-batches are of."""
-    samples = [Sample.pack(p, r, reward_or_advantage=target) for p, r, target in rollout()]
+    samples = [Sample.pack(p, r, outcome_advantage=target) for p, r, target in rollout()]
     plan = pack_samples([len(s) for s in samples], grid_position.data_parallel_size, 60).shares[
         grid_position.data_rank
     ]

@@ -151,7 +151,7 @@ def test_b33_a_summary_begins_a_branch_and_the_weights_add_up(num_turns):
     prompt, node = session.ask([*begun, said("The answer is 408."), asked("next")], said("Done."))
     sampled += len(session.tree.nodes[node].token_ids)
     episode, samples = graded_episode(session.tree)
-    assert len(samples) == 2 and {sample.reward_or_advantage for sample in samples} == {0.5}
+    assert len(samples) == 2 and {sample.outcome_advantage for sample in samples} == {0.5}
     assert sum(sample.weight for sample in samples) == pytest.approx(1.0)
     assert sum(sample.num_responses for sample in samples) == 1
     assert sum(branch.is_sampled.count(1) for branch in episode.branches) == sampled

@@ -54,7 +54,7 @@ def terms_of(name, groups, settings, temperature=1.0, hidden=None, split=False):
     prompt = make_prompt("1 + 1?", "math", "2", {})
     made = [Group(prompt, [1, 2], [graded(*each) for each in group]) for group in groups]
     rewards = [[reward for _, reward in group] for group in groups]
-    numbers = algorithm.response_rewards_or_advantages(rewards, config.rl)
+    numbers = algorithm.outcome_advantages(rewards, config.rl)
     [samples] = split_into_minibatches(training_samples(made, numbers), 1)
     parts = [[sample] for sample in samples] if split else [samples]
     batches = [pack_batch(part, TokenSplit(), torch.device("cpu")) for part in parts]
@@ -155,7 +155,7 @@ def test_b03_loss_and_gradient_do_not_depend_on_micro_batches(average):
 def advantages_of(name, rewards, **settings):
     rl = {"group_size": len(rewards), "minibatches": 1, **settings}
     config = Config(rl={"algorithm": name, **rl})
-    return algorithms.find_algorithm(name).response_rewards_or_advantages([rewards], config.rl)[0]
+    return algorithms.find_algorithm(name).outcome_advantages([rewards], config.rl)[0]
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 0.0])

@@ -122,7 +122,7 @@ async def _audit_responses(
 
 
 def _advantages_of(rl: RLConfig) -> Advantages:
-    compute_advantages = algorithms.find_algorithm(rl.algorithm).response_rewards_or_advantages
+    compute_advantages = algorithms.find_algorithm(rl.algorithm).outcome_advantages
     return lambda rewards: compute_advantages(rewards, rl)
 
 

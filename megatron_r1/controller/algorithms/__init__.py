@@ -34,10 +34,11 @@ class Algorithm:
     Attributes:
         name: the value of `rl.algorithm`.
         rules: which settings it takes, and their defaults.
-        response_rewards_or_advantages: maps the rewards of a rollout's groups, None for an ungraded
-            response, to a number per response: the advantage of all its tokens or, with
-            `token_advantages`, what these are computed from, the module's `response_rewards` or
-            `advantages`. NaN for a response that is not trained on (`nan_where_ungraded`).
+        outcome_advantages: maps the rewards of a rollout's groups, None for an ungraded
+            response, to the advantage of each response by its outcome (DeepSeekMath, section
+            4.1.2): the module's `advantages`, or its `response_rewards`, an advantage without a
+            baseline. All tokens of the response have it, or `token_advantages` begin from it. NaN
+            for a response that is not trained on (`nan_where_ungraded`).
         loss: "module:function" of a `trainer.losses.Loss`, called on the trainer ranks.
         token_advantages: "module:function" of a `trainer.rollout_batches.TokenAdvantages`, called
             there once the rollout has log-probabilities; None where all tokens of a response share
@@ -46,7 +47,7 @@ class Algorithm:
 
     name: str
     rules: AlgorithmRules
-    response_rewards_or_advantages: Advantages
+    outcome_advantages: Advantages
     loss: str
     token_advantages: str | None = None
 

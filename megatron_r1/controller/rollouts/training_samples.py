@@ -11,29 +11,29 @@ from megatron_r1.trainer.training_sample import Sample
 
 
 def training_samples(
-    groups: list[Group], rewards_or_advantages: list[list[float]]
+    groups: list[Group], advantages_by_group: list[list[float]]
 ) -> list[list[Sample]]:
     """Return the trainer's samples of every response, in the groups' order.
 
-    A response is one sample with its reward or advantage; an episode of several turns has one for
+    A response is one sample with its advantage; an episode of several turns has one for
     each of its branches. A response of no token, which has nothing to learn, is not trained on
     (NaN)."""
     with timeline.span("controller/samples"):
         return [
             _split_into_samples(group.prompt_ids, graded, value)
-            for group, group_values in zip(groups, rewards_or_advantages, strict=True)
+            for group, group_values in zip(groups, advantages_by_group, strict=True)
             for graded, value in zip(group.responses, group_values, strict=True)
         ]
 
 
 def _split_into_samples(
-    prompt_ids: list[int], graded: GradedResponse, reward_or_advantage: float
+    prompt_ids: list[int], graded: GradedResponse, outcome_advantage: float
 ) -> list[Sample]:
     response, teacher_logprobs = graded.response, graded.teacher_logprobs
     branches = graded.episode.branches if graded.episode else []
     if not branches:  # a single turn, or an episode in which nothing was sampled
         token_fields = prompt_ids, response.token_ids, response.logprobs
-        value = reward_or_advantage if len(response.token_ids) else math.nan
+        value = outcome_advantage if len(response.token_ids) else math.nan
         return [
             Sample.pack(
                 *token_fields,
@@ -49,7 +49,7 @@ def _split_into_samples(
             branch.token_ids,
             branch.is_sampled,
             branch.logprobs,
-            reward_or_advantage,
+            outcome_advantage,
             weight=count / sum(counts),
             num_responses=int(number == 0),
             routing=branch.routing,

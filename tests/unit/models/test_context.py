@@ -46,8 +46,8 @@ def test_spans_by_hand():
 def test_the_shares_of_a_batch_are_the_batch_padded_sample_by_sample(ranks):
     cpu = torch.device("cpu")
     samples = [
-        Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], reward_or_advantage=2.0),
-        Sample.pack([5], [6, 1, 2, 4, 3, 2, 1, 9], [-1.0] * 8, reward_or_advantage=-1.0),
+        Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], outcome_advantage=2.0),
+        Sample.pack([5], [6, 1, 2, 4, 3, 2, 1, 9], [-1.0] * 8, outcome_advantage=-1.0),
     ]
     shares = [
         pack_batch(samples, TokenSplit(tensor_size=2, context_size=ranks, context_rank=rank), cpu)

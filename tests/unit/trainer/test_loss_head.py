@@ -30,7 +30,7 @@ def micro_batch(samples=SAMPLES, seed=0, kept=None):
     g = torch.Generator().manual_seed(seed)
     masks = kept or [b""] * len(samples)
     made = [
-        Sample.pack(p, r, [-2.0] * len(r), reward_or_advantage=a, sampling_mask=mask)
+        Sample.pack(p, r, [-2.0] * len(r), outcome_advantage=a, sampling_mask=mask)
         for (p, r, a), mask in zip(samples, masks, strict=True)
     ]
     batch = pack_batch(made, TokenSplit(tensor_size=4), torch.device("cpu"))
@@ -146,7 +146,7 @@ def test_the_branches_of_an_episode_share_one_mean():
 
     first = branch([7, 8, 9], 2, of=3, num_responses=1)
     second = branch([5, 6], 1, of=3, num_responses=0)
-    whole = Sample.pack([3, 4], [12, 11], [-2.0, -2.0], reward_or_advantage=-1.0)
+    whole = Sample.pack([3, 4], [12, 11], [-2.0, -2.0], outcome_advantage=-1.0)
     batch = pack_batch([first, second, whole], TokenSplit(), torch.device("cpu"))
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(len(batch.targets), HIDDEN, generator=g)

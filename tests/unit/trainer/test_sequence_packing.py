@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 
 
 def batch(multiple_of=1):
-    first = Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], reward_or_advantage=2.0)
-    second = Sample.pack([5], [6, 1, 2], [-1.0, -2.0, -3.0], reward_or_advantage=-1.0)
+    first = Sample.pack([7, 8, 9], [10, 11], [-0.5, -0.25], outcome_advantage=2.0)
+    second = Sample.pack([5], [6, 1, 2], [-1.0, -2.0, -3.0], outcome_advantage=-1.0)
     return pack_batch([first, second], TokenSplit(tensor_size=multiple_of), CPU)
 
 

@@ -89,7 +89,7 @@ def test_a_branch_is_packed_from_its_first_to_its_last_sampled_token():
     assert sample.is_sampled == bytes([1, 1, 0, 1]) and sample.routing == routing[: 5 * 2]
     assert sample.rollout_logprobs == array("f", [-1, -2, 0, -3]).tobytes()
     assert sample.teacher_logprobs == array("f", [-4, -5, 0, -6]).tobytes()
-    assert (sample.reward_or_advantage, sample.weight, sample.num_responses) == (0.5, 0.25, 0)
+    assert (sample.outcome_advantage, sample.weight, sample.num_responses) == (0.5, 0.25, 0)
 
 
 def test_a_branch_of_one_turn_is_a_single_turn_s_sample():

@@ -898,7 +898,7 @@ def test_advantages_are_those_of_the_algorithms_module(algorithm):
     made = formulas.advantages(
         groups, ALGORITHMS[algorithm], rl.advantage_std, rl.advantage_epsilon
     )
-    expected = algorithms.find_algorithm(algorithm).response_rewards_or_advantages(groups, rl)
+    expected = algorithms.find_algorithm(algorithm).outcome_advantages(groups, rl)
     assert [*itertools.chain(*made)] == pytest.approx([*itertools.chain(*expected)])
 
 

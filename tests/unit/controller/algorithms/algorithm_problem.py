@@ -89,7 +89,7 @@ class Problem:
 
         trained = [i for i in members if not math.isnan(numbers[i])]
         own = [self.responses[i] for i in trained]
-        batch.response_rewards_or_advantages = batch.advantages = spread(
+        batch.outcome_advantages = batch.advantages = spread(
             [
                 torch.full((len(o),), numbers[i], dtype=torch.float64)
                 for i, o in zip(trained, own, strict=True)
@@ -124,7 +124,7 @@ def ours(problem, name, settings, form=unchanged, corrected=unchanged, metrics=N
     rl = {"group_size": 4, "prompts_per_rollout": 4, "minibatches": 2, **settings}
     config = Config(rl={"algorithm": name, **rl}, rollout={"max_response_tokens": LIMIT})
     algorithm = algorithms.find_algorithm(name)
-    by_group = corrected(algorithm.response_rewards_or_advantages(REWARDS, config.rl))
+    by_group = corrected(algorithm.outcome_advantages(REWARDS, config.rl))
     numbers = [number for group in by_group for number in group]
     mask = MASK_FUNCTIONS.get(config.rl.engine_mask)
     first_old = algorithm.token_advantages is not None or mask is not None

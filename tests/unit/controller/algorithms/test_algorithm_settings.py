@@ -110,11 +110,9 @@ def test_long_responses_are_penalized_before_advantages_are_computed():
     config = Config(rl=rl, rollout={"max_response_tokens": 40})
     # The last 20 of 40 tokens: 1, 1 - 2, 0 - 2 x 0.75; mean -0.5
     rewards = [training_reward(each, config) for each in responses]
-    advantages = algorithms.find_algorithm("dr_grpo").response_rewards_or_advantages(
-        [rewards], config.rl
-    )
+    advantages = algorithms.find_algorithm("dr_grpo").outcome_advantages([rewards], config.rl)
     samples = training_samples([group], advantages)
-    assert [sample.reward_or_advantage for [sample] in samples] == pytest.approx(
+    assert [sample.outcome_advantage for [sample] in samples] == pytest.approx(
         [1.5, -0.5, -1.0, math.nan], nan_ok=True
     )
 
@@ -138,7 +136,7 @@ def test_an_episode_s_branches_stay_in_one_minibatch_and_weigh_as_one_response()
     assert [len(each) for each in samples] == [2, 1, 1, 1]
     first, second = split_into_minibatches(samples, 2)
     assert [s.is_trained for s in first + second] == [True, True, False, True, True]
-    assert [s.reward_or_advantage for s in first[:2] + second] == [1.0, 1.0, 2.0, 3.0]
+    assert [s.outcome_advantage for s in first[:2] + second] == [1.0, 1.0, 2.0, 3.0]
     assert [s.weight for s in first] == [0.75, 0.25, 1.0]
     assert [s.num_responses for s in first + second] == [1, 0, 1, 1, 1]
     logprobs = [array("f", [-1, 0, -2, -3]), array("f", [-4])]

@@ -173,7 +173,7 @@ def test_rewards_that_are_all_equal_are_normalized_to_0():
 def test_a_group_of_equal_rewards_has_no_leave_one_out_advantage():
     rl = Config(rl={"algorithm": "rloo"}).rl
     third = 0.1 + 0.2
-    equal, alone, mixed = algorithms.find_algorithm("rloo").response_rewards_or_advantages(
+    equal, alone, mixed = algorithms.find_algorithm("rloo").outcome_advantages(
         [[third] * 7, [None, 0.4, None], [1.0, None, 0.0, 0.5]], rl
     )
     assert equal == [0.0] * 7
@@ -212,11 +212,9 @@ def test_a_micro_batch_without_samples_is_left_as_it_is():
 def test_rewards_that_are_no_numbers_are_refused(name):
     rl = Config(rl={"algorithm": name}).rl
     with pytest.raises(ValueError, match="inf"):
-        algorithms.find_algorithm(name).response_rewards_or_advantages(
-            [[1.0, 0.0], [math.inf, 0.0]], rl
-        )
+        algorithms.find_algorithm(name).outcome_advantages([[1.0, 0.0], [math.inf, 0.0]], rl)
     with pytest.raises(ValueError, match="reward"):
-        algorithms.find_algorithm(name).response_rewards_or_advantages([[]], rl)
+        algorithms.find_algorithm(name).outcome_advantages([[]], rl)
 
 
 @pytest.mark.parametrize("name", ALGORITHM_NAMES)

@@ -97,8 +97,8 @@ class Episodes(Problem):
             return whole
 
         exact = torch.cat([torch.full_like(self.responses[i].old, numbers[i]) for i in trained])
-        batch.response_rewards_or_advantages = batch.response_rewards_or_advantages.double()
-        batch.response_rewards_or_advantages[batch.is_response] = exact
+        batch.outcome_advantages = batch.outcome_advantages.double()
+        batch.outcome_advantages[batch.is_response] = exact
         batch.logprobs |= {"ref": spread("ref"), "teacher": spread("teacher")}
         batch.values = spread("values", outside=7.0)
         if first_old or members[0] in self.minibatches[1]:

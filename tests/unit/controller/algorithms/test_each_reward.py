@@ -9,7 +9,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse_recipe
 from megatron_r1.controller import algorithms
-from megatron_r1.controller.loop import response_rewards_or_advantages
+from megatron_r1.controller.loop import outcome_advantages
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
@@ -84,9 +84,7 @@ def assert_same(made, wanted):
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_each_reward_is_normalized_alone_and_their_sum_over_the_rollout(name):
     config = recipe(algorithm=name, reward_normalization="each")
-    made = response_rewards_or_advantages(
-        groups_of(ROLLOUT), algorithms.find_algorithm(name), config, 1
-    )
+    made = outcome_advantages(groups_of(ROLLOUT), algorithms.find_algorithm(name), config, 1)
     assert_same(made, by_definition([(1.0, lambda row: row[0]), (0.5, lambda row: row[1])]))
     assert made[1][1] > 0.5 > -0.5 > made[1][0] and made[2] == pytest.approx([0.0] * 4)
 
@@ -96,7 +94,7 @@ def test_the_penalty_of_long_responses_is_a_reward_of_its_own():
         return -min(1.0, max(0.0, (row[2] - 32) / 8))
 
     rl = {"overlong_buffer": 0.2, "overlong_penalty": 0.3, "reward_normalization": "each"}
-    made = response_rewards_or_advantages(
+    made = outcome_advantages(
         groups_of(ROLLOUT), algorithms.find_algorithm("grpo"), recipe(**rl), 1
     )
     columns = [(1.0, lambda row: row[0]), (0.5, lambda row: row[1]), (0.3, penalty)]
@@ -111,7 +109,7 @@ def test_a_weight_counts_in_its_steps_only():
         }
     )
     grpo, groups = algorithms.find_algorithm("grpo"), groups_of(ROLLOUT)
-    early, late = (response_rewards_or_advantages(groups, grpo, config, step) for step in (2, 3))
+    early, late = (outcome_advantages(groups, grpo, config, step) for step in (2, 3))
     assert_same(early, by_definition([(1.0, lambda row: row[0])]))
     assert_same(late, by_definition([(1.0, lambda row: row[0]), (0.5, lambda row: row[1])]))
 
@@ -120,8 +118,8 @@ def test_the_default_changes_no_bit():
     config, grpo = recipe(), algorithms.find_algorithm("grpo")
     groups = groups_of(ROLLOUT)
     sums = [[r.reward if r.is_graded else None for r in group.responses] for group in groups]
-    made = response_rewards_or_advantages(groups, grpo, config, 1)
-    assert repr(made) == repr(grpo.response_rewards_or_advantages(sums, config.rl))
+    made = outcome_advantages(groups, grpo, config, 1)
+    assert repr(made) == repr(grpo.outcome_advantages(sums, config.rl))
 
 
 @pytest.mark.parametrize(

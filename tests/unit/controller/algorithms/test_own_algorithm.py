@@ -91,9 +91,9 @@ def test_losses_and_token_advantages_reach_the_trainer_as_names(folder):
     assert plain.token_advantages == "several:token_advantages"
     assert (plain.rules.critic, critic.rules.critic) == (False, True)
     rewards = [[1.0, 0.0, 0.5]]
-    assert plain.response_rewards_or_advantages(rewards, RLConfig()) == algorithms.find_algorithm(
+    assert plain.outcome_advantages(rewards, RLConfig()) == algorithms.find_algorithm(
         "grpo"
-    ).response_rewards_or_advantages(rewards, RLConfig())
+    ).outcome_advantages(rewards, RLConfig())
 
 
 def test_options_of_its_own_have_defaults_and_reach_its_functions(folder):
@@ -107,7 +107,7 @@ def test_options_of_its_own_have_defaults_and_reach_its_functions(folder):
     given = {"algorithm": "top:RULES", "options": {"keep": 0.5}}
     rl = RLConfig(**given)
     assert rl.options == {"keep": 0.5, "ties": False}
-    assert algorithms.find_algorithm("top:RULES").response_rewards_or_advantages(
+    assert algorithms.find_algorithm("top:RULES").outcome_advantages(
         [[1.0, 4.0, 3.0, 2.0]], rl
     ) == [[0, 1, 1, 0]]
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode(rl.loss_settings(8)), type=LossSettings)
@@ -187,7 +187,7 @@ def test_an_advantage_that_is_not_finite_is_refused(folder, value):
         "def advantages(groups, rl):\n"
         f"    return [[{value} if r == 1.0 else 0.0 for r in g] for g in groups]\n"
     )
-    find = algorithms.find_algorithm("divided:RULES").response_rewards_or_advantages
+    find = algorithms.find_algorithm("divided:RULES").outcome_advantages
     with pytest.raises(RunError, match=r"divided:RULES .* (nan|inf) .* reward 1.0, in group 1"):
         find([[0.0, None], [0.5, 1.0]], RLConfig())
     ungraded = find([[0.0, None]], RLConfig())[0][1]
@@ -202,4 +202,4 @@ def test_token_advantages_may_start_from_rewards(folder):
         "def token_advantages(rollout, settings): ...\n"
     )
     algorithm = algorithms.find_algorithm("to_go:RULES")
-    assert algorithm.response_rewards_or_advantages([[1.0, 0.25]], RLConfig()) == [[1.0, 0.25]]
+    assert algorithm.outcome_advantages([[1.0, 0.25]], RLConfig()) == [[1.0, 0.25]]

@@ -11,7 +11,7 @@ from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.config import parse_recipe
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections.truncation_mask import mask_truncated
-from megatron_r1.controller.loop import response_rewards_or_advantages, split_into_minibatches
+from megatron_r1.controller.loop import outcome_advantages, split_into_minibatches
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.data.prompt import make_prompt
@@ -67,11 +67,11 @@ def test_the_setting_leaves_them_out_of_what_the_trainer_gets():
     rl = {"algorithm": "dr_grpo", "group_size": 4, "prompts_per_rollout": 1, "minibatches": 2}
     groups, algorithm = groups_of(rows), algorithms.find_algorithm("dr_grpo")
     config, third = parse_recipe({"rl": rl}), 1 / 3
-    trained = response_rewards_or_advantages(groups, algorithm, config, 1)
+    trained = outcome_advantages(groups, algorithm, config, 1)
     assert trained[0] == pytest.approx([1 - third, -third, -third, math.nan], nan_ok=True)
-    plain_ones = algorithm.response_rewards_or_advantages([[1.0, 0.0, 0.0, None]], config.rl)
+    plain_ones = algorithm.outcome_advantages([[1.0, 0.0, 0.0, None]], config.rl)
     assert repr(trained) == repr(plain_ones), "the default changes no bit"
-    masked = response_rewards_or_advantages(
+    masked = outcome_advantages(
         groups, algorithm, parse_recipe({"rl": {**rl, "truncated": "mask"}}), 1
     )
     assert masked[0] == pytest.approx([1 - third, math.nan, -third, math.nan], nan_ok=True)
@@ -85,9 +85,7 @@ def test_the_setting_leaves_them_out_of_what_the_trainer_gets():
 def test_too_few_responses_that_are_not_cut_off_stop_the_run():
     groups = groups_of([[(1.0, False), (0.0, True), (0.0, True), (0.0, True)]])
     config = parse_recipe({"rl": {"truncated": "mask", "algorithm": "dr_grpo"}})
-    advantages = response_rewards_or_advantages(
-        groups, algorithms.find_algorithm("dr_grpo"), config, 1
-    )
+    advantages = outcome_advantages(groups, algorithms.find_algorithm("dr_grpo"), config, 1)
     samples = training_samples(groups, advantages)
     with pytest.raises(RunError, match=r"1 of 4 .*rl.minibatches: 2.*rl.truncated"):
         split_into_minibatches(samples, 2)

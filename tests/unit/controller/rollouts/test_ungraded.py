@@ -85,9 +85,7 @@ def test_ungraded_answers_are_left_out_of_advantages_and_means():
     ]
     config = Config()
     rewards = [[training_reward(each, config) for each in group.responses] for group in groups]
-    advantages = sum(
-        algorithms.find_algorithm("grpo").response_rewards_or_advantages(rewards, config.rl), []
-    )
+    advantages = sum(algorithms.find_algorithm("grpo").outcome_advantages(rewards, config.rl), [])
     wanted = [0.5**0.5, math.nan, -(2**0.5), 0.5**0.5, 0.0, math.nan, math.nan, 0.0]
     assert advantages == pytest.approx(wanted, rel=1e-5, nan_ok=True)
     metrics = rollout_metrics(Rollout(groups, 1.0, 1.0), policy_version=0)
