@@ -26,7 +26,8 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.evaluation.engine_model import EngineModel
-from megatron_r1.evaluation.response import SamplingSettings, TextResponse
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.sampling_settings import SamplingSettings
 from megatron_r1.trainer.checkpoints.checkpoint_folders import complete_checkpoints
 
 ARGUMENTS = ("RUN_OR_FOLDER",)

@@ -12,9 +12,9 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
 from megatron_r1.config.parallel import DEFAULT_TOKENS
 from megatron_r1.config.rollout import RolloutConfig
-from megatron_r1.config.teacher import TeacherEngines
+from megatron_r1.config.teacher import TeacherEngineConfig
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.hf_config import HFConfig, load_config, sparse_layers
+from megatron_r1.models.hf_config import HFConfig, load_raw_hf_config, sparse_layers
 from megatron_r1.models.memory import (
     BYTES,
     checkpoint_bytes,
@@ -129,7 +129,7 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
     parallel, rollout = config.parallel, config.rollout
     weight_bytes = _state_bytes(config, hf_config, world_size, with_reference=has_engines)
     if has_engines and find_rules(config.rl.algorithm).critic:
-        critic = config.critic_recipe()
+        critic = config.critic_run_config()
         score_config = read_hf_config(critic.model.path, "score", "critic.path")
         weight_bytes += _state_bytes(critic, score_config, world_size, with_reference=False)
     shape = weight_table(hf_config).head[0].sources[0].shape
@@ -170,7 +170,7 @@ def cpu_memory(config: Config, world_size: int, *, has_engines: bool) -> CPUMemo
     )
 
 
-def _engines_other_bytes(engines: RolloutConfig | TeacherEngines) -> int:
+def _engines_other_bytes(engines: RolloutConfig | TeacherEngineConfig) -> int:
     """Return bytes of KV caches and processes of all engines."""
     ranks = (
         engines.engines
@@ -219,7 +219,7 @@ def _num_stored_parameters(folder: str, key: str) -> int:
     Args:
         folder: the model folder.
         key: the folder's key in the recipe, for messages."""
-    hf_config = load_config(folder, key)
+    hf_config = load_raw_hf_config(folder, key)
     width = BYTES.get(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16", 2)
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) // width
 

@@ -16,20 +16,15 @@ from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.cpu_memory import cpu_memory
 from megatron_r1.commands.rl_prompts import explain_renamed_columns
-from megatron_r1.commands.rollout_roles import open_player
+from megatron_r1.commands.rollout_services import open_player
 from megatron_r1.commands.run_facts import describe_stop_tokens
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import warmup_note
 from megatron_r1.controller.advice import find_advice
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
-from megatron_r1.controller.rollouts.rollout import (
-    Group,
-    Rollout,
-    RolloutSampling,
-    all_responses,
-    check_grades,
-)
+from megatron_r1.controller.rollouts.rollout import Group, Rollout, RolloutSampling, all_responses
+from megatron_r1.controller.rollouts.rollout_grade_checks import check_grades
 from megatron_r1.controller.rollouts.sample_log import encode, to_record
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer

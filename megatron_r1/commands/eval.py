@@ -28,10 +28,12 @@ from megatron_r1.evaluation.evaluation_report import print_table, write_report
 from megatron_r1.evaluation.identity import identity_settings
 from megatron_r1.evaluation.package_versions import package_versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, load_prompt_sets, prompt_digest
-from megatron_r1.evaluation.response import SamplingSettings, TextResponse, TextResponseGrader
+from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import ResponseSampler
+from megatron_r1.evaluation.sampling_settings import SamplingSettings
 from megatron_r1.evaluation.summary import Summary, summarize_benchmark
+from megatron_r1.evaluation.text_response_grader import TextResponseGrader
 from megatron_r1.reporting.run_folder import RunFolder
 
 REQUIRED_KEYS = ("run.folder", "eval.benchmarks")

@@ -18,10 +18,10 @@ from typing import Any
 
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import infer_verb
-from megatron_r1.config.hardware import GIB
 from megatron_r1.config.yaml_text import format_value as as_yaml
 from megatron_r1.plan.calibration import calibrate_from
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.hardware import GIB
 from megatron_r1.plan.job import PlannedJob, check_trainer
 from megatron_r1.plan.published_runs import published_table
 from megatron_r1.plan.push import check_engines_and_push

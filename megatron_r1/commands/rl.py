@@ -14,7 +14,7 @@ from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands.preloads import preload_megatron, preload_vllm
 from megatron_r1.commands.rl_checks import check_settings, engines_share_gpus
 from megatron_r1.commands.rl_prompts import read_prompts
-from megatron_r1.commands.rollout_roles import RolloutRoles, open_rollouts
+from megatron_r1.commands.rollout_services import RolloutServices, open_rollouts
 from megatron_r1.commands.run_facts import describe_kind_weights, describe_teachers, run_facts
 from megatron_r1.commands.trained_model import next_commands
 from megatron_r1.commands.training_run import TrainingRun, show_trainer, training_run
@@ -32,7 +32,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.engines.fleet.placement import accepting_hosts
+from megatron_r1.engines.fleet.joining_hosts import accepting_hosts
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.evaluation.model_folder import require_weights
@@ -120,7 +120,7 @@ async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
 
 
 def _rl_run(
-    config: Config, training: TrainingRun, rollout_roles: RolloutRoles, prompts: PromptSplit
+    config: Config, training: TrainingRun, rollout_roles: RolloutServices, prompts: PromptSplit
 ) -> RLRun:
     """Return the run, which begins at the newest checkpoint."""
     collector, trainer, recorder = rollout_roles.collector, training.trainer, training.recorder

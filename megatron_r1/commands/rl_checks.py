@@ -25,9 +25,9 @@ from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
 from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.parallel_checks import check_divisions
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.push.plan.recipe_plan import check_pushes
 

@@ -28,11 +28,13 @@ from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.few_shot import FewShotExamples
 from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.data.prompts import load_prompts, prompt_options
+from megatron_r1.evaluation.evaluated_model import EvaluatedModel
 from megatron_r1.evaluation.package_versions import package_versions
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.evaluation.response import EvaluatedModel, SamplingSettings, TextResponseGrader
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import ResponseSampler
+from megatron_r1.evaluation.sampling_settings import SamplingSettings
+from megatron_r1.evaluation.text_response_grader import TextResponseGrader
 from megatron_r1.reporting.formatting import format_count
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function

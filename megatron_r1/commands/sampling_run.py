@@ -15,11 +15,12 @@ from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.few_shot import FewShotExamples
+from megatron_r1.evaluation.evaluated_model import EvaluatedModel
 from megatron_r1.evaluation.identity import require_same_identity
 from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.evaluation.remote_model import RemoteModel
-from megatron_r1.evaluation.response import EvaluatedModel, SamplingSettings
 from megatron_r1.evaluation.response_log import ResponseLog
+from megatron_r1.evaluation.sampling_settings import SamplingSettings
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import checkpoint_folders
 from megatron_r1.trainer.operations import CheckpointOperations

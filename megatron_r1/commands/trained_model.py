@@ -21,9 +21,10 @@ SPEAKER = re.compile(r"\S+: ")
 
 
 def guess_template(prompts: Sequence[str]) -> str | None:
-    """Return the template of prompts, one of `TEMPLATES` or one of a speaker; None for others. That
-    of a speaker is of prompts which begin with the same speaker and end with the same line,
-    "User: …\\nAssistant: "."""
+    """Return the template that prompts were made with, or None where they show none.
+
+    It is one of `TEMPLATES`, or a template of two speakers, as "User: …\\nAssistant: ": prompts
+    that begin with the same speaker and end with the same line."""
     for name, text in TEMPLATES.items():
         head, _, tail = text.partition(PLACEHOLDER)
         if all(prompt.startswith(head) and prompt.endswith(tail) for prompt in prompts):

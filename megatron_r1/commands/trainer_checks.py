@@ -40,16 +40,17 @@ def check_trainer(config: Config, verb: str) -> None:
     if config.parallel.overlap_expert_exchange:
         check_exchange_overlap(config, read_hf_config(config.model.path, config.model.head))
         if verb == "rl" and find_rules(config.rl.algorithm).critic:
-            critic_recipe = config.critic_recipe()
+            critic_run_config = config.critic_run_config()
             check_exchange_overlap(
-                critic_recipe, read_hf_config(critic_recipe.model.path, "score", "critic.path")
+                critic_run_config,
+                read_hf_config(critic_run_config.model.path, "score", "critic.path"),
             )
     for _, settings in config.schedule_parts():
         check_batches(settings, verb, world_size)
 
 
 def check_folder(config: Config) -> None:
-    """Raise UserError for the folder of a sampling or an evaluation.
+    """Refuse to train in a folder that belongs to a sampling or an evaluation.
 
     Args:
         config: the recipe, whose `run.folder` is checked."""

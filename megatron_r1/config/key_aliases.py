@@ -255,7 +255,9 @@ ALIASES = (
 
 
 def find_aliases(text: str, *, exact: bool = False) -> list[KeyAlias]:
-    """Return the rows that have `text` as a name, else those with a name that has its words.
+    """Return the rows of the table that a name of another system means.
+
+    They are the rows with that very name, else those with a name that contains all of its words.
 
     `exact` leaves out the latter. Case, dashes, underscores and a path of sections before the name
     do not count."""

@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config.key_aliases import KeyAlias, describe_aliases, find_aliases
-from megatron_r1.config.section import is_within
+from megatron_r1.config.setting_keys import is_within
 from megatron_r1.config.yaml_text import format_value
 
 ENTRY = {list: "[]", dict: ".NAME"}

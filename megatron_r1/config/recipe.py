@@ -19,6 +19,7 @@ from megatron_r1.config.checkpoint import CheckpointConfig
 from megatron_r1.config.critic import CriticConfig
 from megatron_r1.config.data import DataConfig
 from megatron_r1.config.eval import EvalConfig
+from megatron_r1.config.former_keys import check_removed_keys, drop_removed_keys
 from megatron_r1.config.fp8 import FP8Config
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.optimizer import OptimizerConfig
@@ -26,29 +27,16 @@ from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.config.push import PushConfig
 from megatron_r1.config.reward_model import RewardModelConfig
 from megatron_r1.config.rewards import RewardsConfig
-from megatron_r1.config.rl import (
-    RLConfig,
-    changes_at,
-    check_schedule_keys,
-)
+from megatron_r1.config.rl import RLConfig
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.run import RunConfig
 from megatron_r1.config.sample import SampleConfig
-from megatron_r1.config.section import (
-    Resumable,
-    ResumableMark,
-    ScheduledMark,
-    Section,
-    is_within,
-    marked_keys,
-)
+from megatron_r1.config.schedule import changes_at, check_schedule_keys
+from megatron_r1.config.section import Resumable, ResumableMark, ScheduledMark, Section, marked_keys
+from megatron_r1.config.setting_keys import is_within
 from megatron_r1.config.sft import SFTConfig
 from megatron_r1.config.teacher import TeacherConfig
-from megatron_r1.config.validation_errors import (
-    check_removed_keys,
-    drop_removed_keys,
-    recipe_error,
-)
+from megatron_r1.config.validation_errors import recipe_error
 from megatron_r1.config.yaml_text import dump_yaml, read_sections, set_nested
 
 
@@ -212,7 +200,7 @@ class Config(Section):
         }
         return self.model_copy(update=changed_sections)
 
-    def critic_recipe(self) -> Self:
+    def critic_run_config(self) -> Self:
         """Return the recipe of the critic: the same run with it as the model, trained whole."""
         critic = self.critic
         model: dict[str, Any] = {"head": "score", "lora": None}

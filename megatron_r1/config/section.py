@@ -1,10 +1,8 @@
-"""The base of every section of a recipe, its marks, and settings by their dotted keys.
+"""The base of every section of a recipe, and the marks of its settings.
 
-Marks are of settings that may change during a run or when it is resumed; two sets of settings are
-compared by their keys."""
+A mark says that a setting may change during a run, or when the run is resumed."""
 
-import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -78,48 +76,3 @@ def marked_keys(model: type[BaseModel], mark_type: type[Mark], prefix: str = "")
             entry = get_args(field.annotation)[1]
             if isinstance(entry, type) and issubclass(entry, BaseModel):
                 yield from marked_keys(entry, mark_type, f"{key}.*.")
-
-
-_ABSENT = object()
-
-
-def flatten_sections(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested sections as one mapping of dotted keys, in order; lists stay values."""
-    flat_settings: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            flat_settings.update(flatten_sections(value, f"{prefix}{key}."))
-        else:
-            flat_settings[f"{prefix}{key}"] = value
-    return flat_settings
-
-
-def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Return the keys whose values differ, or that only one side has.
-
-    Those of `after` come first."""
-    return [
-        key
-        for key in dict.fromkeys([*after, *before])
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
-    ]
-
-
-def value_text(values: Mapping[str, Any], key: str, absent: str = "not set") -> str:
-    """Return the value of a key as a message quotes it, `absent` where there is none.
-
-    Args:
-        values: the values by dotted key.
-        key: the dotted key.
-        absent: the text for a key that is not there."""
-    return repr(values[key]) if key in values else absent
-
-
-def is_within(key: str, names: Collection[str]) -> bool:
-    """Return whether a dotted key is one of `names` or lies in a section or list that is.
-
-    Args:
-        key: the dotted key.
-        names: dotted keys; in `a.*.b` the star stands for any entry of a mapping."""
-    patterns = (re.escape(name).replace(r"\*", ".+") for name in names)
-    return any(re.match(rf"{pattern}(?:[.[]|\Z)", key) for pattern in patterns)

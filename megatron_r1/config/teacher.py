@@ -16,7 +16,7 @@ SOURCE_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")
 """A name that every tracker accepts as a part of a metric's name."""
 
 
-class TeacherEngines(EngineConfig):
+class TeacherEngineConfig(EngineConfig):
     """The engines of one teacher, which compute log-probabilities of the student's samples."""
 
     path: str = ""
@@ -36,16 +36,16 @@ class TeacherEngines(EngineConfig):
     """limit for the start of an engine, and for a url to be reached"""
 
 
-class TeacherConfig(TeacherEngines):
+class TeacherConfig(TeacherEngineConfig):
     """The teacher of on-policy distillation, or several: one for each source of questions."""
 
-    by_source: dict[str, TeacherEngines] = {}
+    by_source: dict[str, TeacherEngineConfig] = {}
     """further teachers: {SOURCE: {path: FOLDER, engines: 1, …}}, with the keys of this section.
     SOURCE is what a row's data_source, source or dataset says, or the kind of its reward, where
     its source has no teacher; questions without either have path's teacher"""
 
     @property
-    def sections(self) -> dict[str, TeacherEngines]:
+    def sections(self) -> dict[str, TeacherEngineConfig]:
         """Every teacher by the key of its settings; empty for a run without a teacher.
 
         A key is "teacher" or "teacher.by_source.SOURCE"."""
@@ -53,7 +53,7 @@ class TeacherConfig(TeacherEngines):
             return {}
         return {source_key(name): self.engines_of(name) for name in (DEFAULT, *self.by_source)}
 
-    def engines_of(self, name: str) -> TeacherEngines:
+    def engines_of(self, name: str) -> TeacherEngineConfig:
         """Return the teacher of a key of `by_source`, or of `DEFAULT`."""
         return self.by_source[name] if name else self
 
@@ -91,7 +91,7 @@ def source_key(name: str) -> str:
     return f"teacher.by_source.{name}" if name else "teacher"
 
 
-def _check_engines(engines: TeacherEngines, key: str) -> None:
+def _check_engines(engines: TeacherEngineConfig, key: str) -> None:
     """Check the settings of one teacher.
 
     Args:

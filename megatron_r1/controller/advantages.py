@@ -1,6 +1,7 @@
-"""Arithmetic of rewards, on plain numbers: a list per group, in it one reward or advantage per
-response. None is the reward of a response that could not be graded: the mask of every mean and
-deviation here, which are over graded responses."""
+"""Advantages of responses, computed from their rewards.
+
+Rewards and advantages are a list per group, with one number per response. The reward of a response
+that could not be graded is None; means and deviations are over graded responses."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.config import Config
 from megatron_r1.controller.checkpoint_series import CheckpointSeries
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.reporting.formatting import shown_metrics
 from megatron_r1.reporting.live import LiveView
+from megatron_r1.reporting.metric_table import shown_metrics
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.trackers.tensorboard_log import TensorBoardLog
 from megatron_r1.reporting.trackers.tracker import TrackedRun

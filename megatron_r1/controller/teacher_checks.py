@@ -8,15 +8,15 @@ from megatron_r1.config.algorithms import find_rules
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server import model_config, recipe_checks
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.models.hf_config import HFConfig, language_settings, load_config
+from megatron_r1.models.hf_config import HFConfig, language_settings, load_raw_hf_config
 
 NUM_SHOWN = 5
 """Differing tokens that an error names."""
 
 
 def check_teachers(config: Config) -> None:
-    """Raise UserError for a teacher that cannot compute the student's responses, that the algorithm
-    does not use, or that it needs and that is not set.
+    """Refuse a teacher that cannot compute the student's responses or that the algorithm does not
+    use, and a missing teacher that the algorithm needs.
 
     A teacher needs a model folder, at least the student's context length, and the student's ids for
     all of the student's tokens. The student must sample at temperature 1 from the whole
@@ -32,7 +32,7 @@ def check_teachers(config: Config) -> None:
             cause=Cause.CONFLICT if path else Cause.MISSING,
         )
     for key, teacher in config.teacher.sections.items():
-        hf_config = load_config(teacher.path, f"{key}.path")
+        hf_config = load_raw_hf_config(teacher.path, f"{key}.path")
         if not teacher.url:
             recipe_checks.check_ranks(teacher, hf_config, key)
             check_arguments(teacher, key)
@@ -83,7 +83,7 @@ def _check_vocabulary(config: Config, path: str, key: str, hf_config: HFConfig) 
         path: the teacher's folder.
         key: its key in the recipe.
         hf_config: its config.json."""
-    student = load_config(config.model.path)
+    student = load_raw_hf_config(config.model.path)
     student_size, teacher_size = (
         language_settings(values).get("vocab_size", 0) for values in (student, hf_config)
     )

@@ -14,7 +14,7 @@ from megatron_r1.data.chats import Message
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question.
+    """A question with its truth, and how it is sampled and graded.
 
     Attributes:
         id: hash of the question's text, for an environment of text and fields; the same in all

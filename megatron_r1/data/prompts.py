@@ -2,7 +2,8 @@
 train and held-out.
 
 A *prompt* is one row to respond to. Its *question* is the text that a data set has for it; a
-template (`text`) makes of it the text, and then the token ids, that the policy continues.
+template (`prompt_tokenizer`) makes of it the text, and then the token ids, that the policy
+continues.
 
 A question is held out or not by the hash of its text alone. So the two sides stay disjoint for any
 seed, size, order and file: a base model trained on one set of questions has not seen the held-out

@@ -17,12 +17,8 @@ from megatron_r1.data.chats import Message
 from megatron_r1.data.few_shot import FewShotExamples, FewShotTokenizer
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.engines.fleet.placement import (
-    accepting_hosts,
-    check_room,
-    open_host_pool,
-    server_maker,
-)
+from megatron_r1.engines.fleet.joining_hosts import accepting_hosts
+from megatron_r1.engines.fleet.placement import check_room, open_host_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
@@ -33,8 +29,9 @@ from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.engines.server.stop_strings import truncate_at_stop
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import fingerprint_model, require_weights
-from megatron_r1.evaluation.response import SamplingSettings, TextResponse
-from megatron_r1.models.hf_config import describe_config_changes, load_config
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.sampling_settings import SamplingSettings
+from megatron_r1.models.hf_config import describe_config_changes, load_raw_hf_config
 
 ATTEMPTS = 3
 """Episodes that are tried for one sample: one that fails by no fault of the model is repeated."""
@@ -75,7 +72,7 @@ class EngineModel:
         )
         self._max_model_len = max_model_len(config)
         check_room(rollout)
-        hf_config = load_config(model)
+        hf_config = load_raw_hf_config(model)
         check_engines(config, hf_config)
         check_local_engines(rollout)
         check_cpu_kernels(rollout, hf_config)

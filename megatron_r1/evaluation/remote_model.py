@@ -29,7 +29,8 @@ from megatron_r1.data.prompt_tokenizer import (
     render_template,
     system_text,
 )
-from megatron_r1.evaluation.response import SamplingSettings, TextResponse
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.sampling_settings import SamplingSettings
 
 TINY_QUESTION = "1 + 1 ="
 CONNECT_SECONDS = 5.0

@@ -1,18 +1,11 @@
-"""A sampled response as text, its sampling parameters, the protocol of what responds, and the
-grader of `eval` and `sample`: rewards of a single response, summed by constant weights."""
+"""A sampled response as text."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
 
-from r1_grading import RewardPool, RewardTerms
 from r1_grading.reading import THINK, Part, chain_of_thought, response_part
 from r1_grading.rewards import UNGRADED
-from r1_grading.terms import ACCURACY, Options, combine
-
-from megatron_r1.config import AgentsConfig, RolloutConfig
-from megatron_r1.data.chats import Message
-from megatron_r1.data.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -103,126 +96,3 @@ def is_thought_opened(line: Mapping[str, Any]) -> bool:
 def is_ungraded(line: Mapping[str, Any]) -> bool:
     """Whether the grader of a line of samples.jsonl failed; older lines say so in the reason."""
     return line.get("ungraded", line["reason"].startswith(UNGRADED))
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """Sampling parameters.
-
-    Attributes:
-        temperature: 0 is greedy.
-        top_p: the share of the distribution that is drawn from.
-        max_tokens: the most tokens of a response.
-        stop: strings that end a response, besides the model's end tokens.
-        stop_token_ids: tokens that end a response, besides the model's end tokens.
-        top_k: the most tokens of a draw, or None.
-        min_p: the least probability of a token, as a share of the likeliest one's."""
-
-    temperature: float
-    top_p: float
-    max_tokens: int
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    top_k: int | None = None
-    min_p: float = 0.0
-
-    @classmethod
-    def from_rollout(cls, rollout: RolloutConfig) -> Self:
-        """Return those of a recipe's `rollout`, as it samples for training."""
-        limits = rollout.temperature, rollout.top_p, rollout.max_response_tokens
-        return replace(cls.from_options(rollout, *limits), top_k=rollout.top_k, min_p=rollout.min_p)
-
-    @classmethod
-    def from_options(
-        cls, rollout: RolloutConfig, temperature: float, top_p: float, max_tokens: int
-    ) -> Self:
-        """Return those of a recipe's `rollout` with this temperature, cut and limit.
-
-        Args:
-            rollout: the recipe's section.
-            temperature: 0: greedy.
-            top_p: the cut of the distribution.
-            max_tokens: the most of a response.
-        """
-        ends = tuple(rollout.stop), tuple(rollout.stop_token_ids)
-        return cls(temperature, top_p, max_tokens, *ends)
-
-
-class EvaluatedModel(Protocol):
-    """A model that answers questions.
-
-    Attributes:
-        concurrency: the number of requests that keep it busy.
-        identity: JSON values that must be the same when a run is resumed."""
-
-    concurrency: int
-    identity: dict[str, Any]
-
-    async def start(self) -> None:
-        """Make the model ready, before the first question.
-
-        Raises:
-            RunError: the model cannot be made ready.
-        """
-
-    async def respond(
-        self, question: str, seed: int, before: Sequence[Message] = ()
-    ) -> TextResponse:
-        """Sample one response.
-
-        Args:
-            question: the user's last message.
-            seed: the same gives the same response, as far as the engine can reproduce it.
-            before: the messages before the question.
-        """
-
-    async def check(self, agents: AgentsConfig, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError where episodes of these prompts cannot be played."""
-
-    async def play(self, agents: AgentsConfig, prompt: Prompt, seed: int) -> TextResponse:
-        """Play one episode in the environment of `agents`, which may grade the episode.
-
-        Args:
-            agents: the environment and its limits.
-            prompt: the prompt that the episode begins with.
-            seed: the seed of the first turn.
-
-        Raises:
-            RunError: episodes fail again and again by no fault of the model."""
-
-    async def close(self) -> None:
-        """Release everything. May be called twice, and without `start`."""
-
-
-class TextResponseGrader:
-    """Grades a `TextResponse` by constant weights.
-
-    Args:
-        pool: the workers that grade.
-        weights: reward term → weight in the sum.
-        options: the options of each kind of reward.
-    """
-
-    def __init__(self, pool: RewardPool, weights: Mapping[str, float], options: Options) -> None:
-        self._rewards, self._weights = RewardTerms(pool, options), weights
-        self._terms = list(dict.fromkeys((ACCURACY, *weights)))
-
-    async def grade(self, prompt: Prompt, response: TextResponse) -> TextResponse:
-        """Return the response with its rewards; with the reason alone if a grader failed on it.
-
-        Raises:
-            ValueError: a reward that cannot be used.
-            RunError: the service of a reward is down.
-        """
-        grades = await self._rewards.grade(
-            self._terms, prompt, response.text, response.num_tokens, response.thought_opened
-        )
-        reward = combine(grades, self._weights)
-        if failed := [t for t in reward.ungraded if t == ACCURACY or self._weights.get(t)]:
-            reason = grades[failed[0]].reason
-            return replace(response, rewards={}, reward=None, reason=reason, is_ungraded=True)
-        return replace(response, rewards=reward.terms, reward=reward.total, reason=reward.reason)
-
-    async def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise UserError for a reward that cannot be used."""
-        await self._rewards.check(self._terms, prompts)

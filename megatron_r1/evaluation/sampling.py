@@ -11,9 +11,11 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.prompt import Prompt
+from megatron_r1.evaluation.evaluated_model import EvaluatedModel
 from megatron_r1.evaluation.prompt_sets import PromptSet, prompt_digest
-from megatron_r1.evaluation.response import EvaluatedModel, TextResponse, TextResponseGrader
+from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import PromptKey, ResponseLog
+from megatron_r1.evaluation.text_response_grader import TextResponseGrader
 from megatron_r1.reporting.formatting import format_duration
 
 MAX_UNGRADED = 20

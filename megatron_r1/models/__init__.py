@@ -1,16 +1,18 @@
 """Models on Megatron-Core, built from Hugging Face configurations.
 
 - `families`: the table of architectures, where one made of known parts is a new entry.
-- `hf_config`, `support_checks`, `attention_fields`, `experts`: what `config.json` says.
+- `hf_config`, `support_checks`, `attention_fields`, `experts`, `routing_shape`: what `config.json`
+  says.
 - `parallel_checks`: which settings of `parallel` a model refuses.
 - `megatron_config`, `build`: Megatron's configuration, and a rank's part of a model of it, which is
   a `policy_model` or a `score_model`; `pipeline_stages`: the layers of each part.
 - `memory`, `compute_cost`: a model's bytes, and the compute of a sample.
-- `layers`, `attention`, `ring_attention`, `length_buckets`, `shared_prefixes`: what Megatron lacks
-  on a CPU or has wrong; `te_prefix_attention`: shared prefixes on a GPU.
+- `layer_specs`: the modules of a layer; `layers`, `attention`, `ring_attention`, `length_buckets`,
+  `shared_prefixes`: what Megatron lacks on a CPU or has wrong; `te_prefix_attention`: shared
+  prefixes on a GPU.
 - `context_parallel`: the split of tokens over ranks.
-- `schedule_plan`, `token_dispatcher`: the exchange of tokens between experts' ranks.
-- `packed_params`, `sampling_mask`: what comes with the tokens of a packed batch.
+- `expert_exchange_overlap`, `token_dispatcher`: the exchange of tokens between experts' ranks.
+- `host_packed_seq_params`, `sampling_mask`: what comes with the tokens of a packed batch.
 - `platform`, `patches`, `cpu_patches`: prepare a process; `patch_type`: what a patch is made of;
   `megatron_replacements`: functions in the place of Megatron's.
 - `gradients`, `fp8` (on GPUs `fp8_checks`), `routing_replay`: the rules of gradients, FP8 training

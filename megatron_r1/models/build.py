@@ -23,7 +23,7 @@ from megatron_r1.models import patches
 from megatron_r1.models.attention_fields import model_arguments, rope_scaling, yarn_scaling
 from megatron_r1.models.gradients import correct_attributes
 from megatron_r1.models.hf_config import HFConfig, has_score_head
-from megatron_r1.models.layers import block_specs
+from megatron_r1.models.layer_specs import block_specs
 from megatron_r1.models.policy_model import PolicyModel
 from megatron_r1.models.score_model import ScoreModel
 

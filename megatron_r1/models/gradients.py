@@ -40,8 +40,8 @@ from megatron_r1.models.pipeline_stages import parse_layout
 
 
 def mark_sequence_parallel(parameter: Parameter, config: TransformerConfig) -> None:
-    """Mark a parameter that tensor ranks replicate, so that its gradient is summed over them under
-    sequence parallelism, where each of them applies it to its own tokens."""
+    """Mark a parameter that every tensor rank has whole, so that Megatron sums its gradient over
+    these ranks: under sequence parallelism each rank computes it from its own tokens."""
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 

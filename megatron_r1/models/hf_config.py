@@ -14,9 +14,9 @@ from megatron_r1.models.families import FAMILIES, Family
 
 HFConfig = Mapping[str, Any]
 """The content of a Hugging Face model's `config.json`; nothing that is given one changes it.
-`read_hf_config` returns it checked, with one name for each setting, `load_config` as the file is.
-A multimodal model has its language model's settings one level down: `language_settings` returns
-them. What files say in several ways has a function here: `model_family`, `sparse_layers`,
+`read_hf_config` returns it checked, with one name for each setting, `load_raw_hf_config` as the
+file is. A multimodal model has its language model's settings one level down: `language_settings`
+returns them. What files say in several ways has a function here: `model_family`, `sparse_layers`,
 `key_value_heads`, `head_sizes`, `num_mtp_layers`."""
 HeadKind = Literal["language", "score"]
 """language: logits over the vocabulary. score: one number per token, for reward models and critics.
@@ -62,7 +62,7 @@ EXPERT_SIZE_KEY = "moe_intermediate_size"
 """The key of an expert's inner features here, whatever the family's own key is."""
 
 
-def load_config(path: str | Path, key: str = "model.path") -> HFConfig:
+def load_raw_hf_config(path: str | Path, key: str = "model.path") -> HFConfig:
     """Return `config.json` of a model folder as it is, of any architecture.
 
     Args:
@@ -201,7 +201,7 @@ def read_hf_config(
             or it is a score model where a language model is expected.
     """
     file = Path(path) / "config.json"
-    hf_config = resolve_aliases(load_config(path, key))
+    hf_config = resolve_aliases(load_raw_hf_config(path, key))
     find_architecture(hf_config)
     if _lacks_mtp(path, hf_config):
         hf_config[_MTP_COUNTS[0]] = 0
@@ -240,7 +240,7 @@ def describe_config_changes(path: str | Path, key: str = "model.path") -> list[s
         path: the model's folder.
         key: the recipe's key of `path`, for error messages.
     """
-    hf_config = resolve_aliases(load_config(path, key))
+    hf_config = resolve_aliases(load_raw_hf_config(path, key))
     sentences: list[str] = []
     if not any(name in ARCHITECTURES for name in hf_config.get("architectures") or ()):
         return sentences

@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_r1.models.context_parallel import positions_of_rank
 from megatron_r1.models.experts import GROUP_SCORES
-from megatron_r1.models.packed_params import marked_positions
+from megatron_r1.models.host_packed_seq_params import marked_positions
 from megatron_r1.models.shared_prefixes import marked_prefixes
 
 
@@ -148,7 +148,7 @@ def roll_packed(
     every sample, and its sum.
 
     Megatron's _roll_tensor_packed_seq goes through the samples in Python and reads their borders
-    from the device; without `PackedParams.next_token_index` it is called.
+    from the device; without `HostPackedSeqParams.next_token_index` it is called.
 
     Args:
         tensor: (..., T), any dtype.

@@ -224,8 +224,8 @@ def _gradient_buffer_sizes(
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Activation bytes that one layer keeps for one micro-batch, by the module whose
-    recomputation frees them.
+    """Activation bytes that one layer keeps for one micro-batch, by module of
+    `parallel.recompute_modules`: recomputing the module frees them.
 
     Attributes:
         input: the layer's input.

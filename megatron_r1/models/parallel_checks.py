@@ -5,7 +5,8 @@ They are sizes that do not divide it, and `parallel.share_prompts` and
 Megatron.
 
 Most conditions of `check_exchange_overlap` are Megatron's own (TransformerConfig.__post_init__,
-Megatron-Core 0.16.1), which are assertions there; `models.schedule_plan` has the schedule."""
+Megatron-Core 0.16.1), which are assertions there; `models.expert_exchange_overlap` has the
+schedule."""
 
 from __future__ import annotations
 

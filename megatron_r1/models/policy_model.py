@@ -35,8 +35,8 @@ from r1_kernels.arguments import trusted_values
 from torch import Tensor
 from torch.nn import Module
 
+from megatron_r1.models.expert_exchange_overlap import SchedulableModel
 from megatron_r1.models.gradients import fp32_main_grad
-from megatron_r1.models.schedule_plan import SchedulableModel
 
 
 class LMHead(ColumnParallelLinear):

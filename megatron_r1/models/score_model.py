@@ -17,8 +17,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from torch import Tensor
 
+from megatron_r1.models.expert_exchange_overlap import SchedulableModel
 from megatron_r1.models.gradients import mark_sequence_parallel
-from megatron_r1.models.schedule_plan import SchedulableModel
 
 
 class ScoreHead(MegatronModule):

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_r1.base.files.file_blocks import sample_blocks
 from megatron_r1.base.user_code import module_syntax
 from megatron_r1.config import RESUMABLE, Config
-from megatron_r1.config.section import changed_keys, flatten_sections, is_within, value_text
+from megatron_r1.config.setting_keys import changed_keys, flatten_sections, is_within, value_text
 from megatron_r1.pipeline.references import iter_references, iter_texts, substitute_references
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 

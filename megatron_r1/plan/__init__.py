@@ -3,11 +3,11 @@
 `megatron-r1 plan` prints it. The modules, in the order of an estimate:
 
 - What is planned: `recipe_job`, the options, and from options and recipe to the `job`;
-  `assumed_numbers`, the rates, or those of `--calibrate`; `quantity`, a number with unit, formula
-  and range.
+  `hardware`, the rates, and `assumed_numbers`, those of `--calibrate`; `quantity`, a number with
+  unit, formula and range.
 - Counts: `counts`, parameters; `flops`, operations; `communication`, bytes that trainer ranks send.
 - The trainer: `memory`, of its ranks; `offload`, what leaves the GPU between phases;
-  `expert_overlap`, the exchange with experts behind computation; `step_time`, seconds of
+  `exchange_overlap_time`, the exchange with experts behind computation; `step_time`, seconds of
   micro-batches and updates; `build`, the real ranks, compared with the plan.
 - The engines: `engine_memory`, weights and caches; `engine_buffers`, what vLLM's balancer and
   DeepEP hold; `engine_communication`, exchanges between GPUs; `rollout`, seconds of decoding;

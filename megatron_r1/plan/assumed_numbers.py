@@ -1,4 +1,4 @@
-"""The assumed numbers of a plan: those of config/hardware.py, or measured ones in their place
+"""The assumed numbers of a plan: those of plan/hardware.py, or measured ones in their place
 (`--calibrate FILE`)."""
 
 import re
@@ -8,8 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
-from megatron_r1.config.hardware import Assumptions, Hardware, described_fields, unit_of
 from megatron_r1.config.yaml_text import read_sections
+from megatron_r1.plan.hardware import Assumptions, Hardware, described_fields, unit_of
 from megatron_r1.plan.job import Calibration, PlannedJob
 from megatron_r1.plan.quantity import Quantity, QuantityTable
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_r1.config.hardware import Assumptions, Hardware
+from megatron_r1.plan.hardware import Assumptions, Hardware
 
 NCCL = "allgather_reducescatter"
 LOW_LATENCY = "deepep_low_latency"

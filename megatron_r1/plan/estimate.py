@@ -9,7 +9,7 @@ from megatron_r1.plan.communication import communication_section
 from megatron_r1.plan.counts import parameter_section
 from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS, moved_experts_section
 from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
-from megatron_r1.plan.expert_overlap import StepEstimate, exchange_choice, unpaired_fraction
+from megatron_r1.plan.exchange_overlap_time import StepEstimate, exchange_choice, unpaired_fraction
 from megatron_r1.plan.flops import flops_section
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory

@@ -13,7 +13,6 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, ParallelConfig, Verb
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.config.hardware import Assumptions, Hardware
 from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.models.hf_config import HFConfig, read_hf_config, sparse_layers
@@ -22,6 +21,7 @@ from megatron_r1.models.parallel_checks import check_divisions, check_exchange_o
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.table import WeightTable, weight_table
+from megatron_r1.plan.hardware import Assumptions, Hardware
 
 
 def text_limit(config: Config, hf_config: HFConfig) -> int:
@@ -220,7 +220,7 @@ class PlannedJob:
         None for algorithms without a critic."""
         if self.verb != "rl" or self.is_critic or not find_rules(self.config.rl.algorithm).critic:
             return None
-        config = self.config.critic_recipe()
+        config = self.config.critic_run_config()
         hf_config = read_hf_config(config.model.path, "score", "critic.path")
         return replace(self, hf_config=hf_config, config=config, count_cache={})
 

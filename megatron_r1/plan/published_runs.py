@@ -20,10 +20,10 @@ import numpy as np
 import yaml
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.config.hardware import Assumptions
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.flops import forward_flops
+from megatron_r1.plan.hardware import Assumptions
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity
 from megatron_r1.plan.recipe_job import load_planned_recipe, parse_job_arguments, planned_job

@@ -13,12 +13,12 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from megatron_r1.base.transports import RELAY_BUCKET_BYTES
-from megatron_r1.config.hardware import Assumptions
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import WeightTable
+from megatron_r1.plan.hardware import Assumptions
 from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
 from megatron_r1.push.plan.adapter_push import PredictedAdapterSharding
 from megatron_r1.push.plan.planned_links import SetPlan, engine_sets, plan_sets

@@ -9,12 +9,12 @@ from typing import Any
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import Verb, infer_verb
-from megatron_r1.config.hardware import GIB, HARDWARE, Assumptions
 from megatron_r1.config.keys import boolean_keys
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.plan.assumed_numbers import apply_calibration
+from megatron_r1.plan.hardware import GIB, HARDWARE, Assumptions
 from megatron_r1.plan.job import Calibration, PlannedJob, text_limit
 from megatron_r1.plan.teacher import check_teachers
 

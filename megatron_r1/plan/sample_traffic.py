@@ -14,7 +14,7 @@ one process over TCP."""
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_r1.models.experts import RoutingShape, routing_shape
+from megatron_r1.models.routing_shape import RoutingShape, routing_shape
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.reporting.formatting import format_count

@@ -1,4 +1,5 @@
-"""Seconds of a step's micro-batches, optimizer steps and push, under the stated assumptions."""
+"""Seconds of the parts that one GPU computes or sends in a step: micro-batches, optimizer steps
+and the push."""
 
 from functools import cache, cached_property, partial
 
@@ -6,7 +7,7 @@ from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.plan.communication import traffic_by_axis
 from megatron_r1.plan.engine_communication import NCCL
 from megatron_r1.plan.engine_memory import EngineMemory
-from megatron_r1.plan.expert_overlap import expert_flops, exposed_seconds, unpaired_fraction
+from megatron_r1.plan.exchange_overlap_time import expert_flops, exposed_seconds, unpaired_fraction
 from megatron_r1.plan.flops import attention_flops, head_flops, layer_flops
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import push_link, pushed_rank_bytes

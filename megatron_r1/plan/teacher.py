@@ -1,10 +1,10 @@
 """The engines of the teachers of on-policy distillation, on GPUs of their own."""
 
 from megatron_r1.config import Config
-from megatron_r1.config.teacher import TeacherEngines
+from megatron_r1.config.teacher import TeacherEngineConfig
 from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.recipe_checks import check_ranks
-from megatron_r1.models.hf_config import load_config, read_hf_config
+from megatron_r1.models.hf_config import load_raw_hf_config, read_hf_config
 from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.counts import ModelCounts
 from megatron_r1.plan.flops import forward_flops
@@ -21,10 +21,10 @@ def check_teachers(config: Config) -> None:
     for key, teacher in config.teacher.sections.items():
         max_positions(teacher.path, f"{key}.path")
         if not teacher.url:
-            check_ranks(teacher, load_config(teacher.path, f"{key}.path"), key)
+            check_ranks(teacher, load_raw_hf_config(teacher.path, f"{key}.path"), key)
 
 
-def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngines) -> QuantityTable:
+def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngineConfig) -> QuantityTable:
     """Return memory and logprobs' seconds on a teacher's own GPUs, if its model type is supported.
 
     Args:

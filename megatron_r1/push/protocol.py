@@ -149,7 +149,7 @@ EngineRankChunks = list[list[tuple[int, list[TensorChunk]]]]
 ranks."""
 
 
-class RankTransfer(msgspec.Struct, frozen=True, array_like=True):
+class PublishedTransfer(msgspec.Struct, frozen=True, array_like=True):
     """A send or a receive of a round: bucket `number` of the `count` of a payload.
 
     Attributes:
@@ -179,8 +179,8 @@ class RankRounds(msgspec.Struct, frozen=True):
     rank: int
     num_ranks: int
     rank_ids: list[str]
-    scatter: list[tuple[RankTransfer | None, RankTransfer | None]]
-    relay: list[tuple[RankTransfer | None, RankTransfer | None]]
+    scatter: list[tuple[PublishedTransfer | None, PublishedTransfer | None]]
+    relay: list[tuple[PublishedTransfer | None, PublishedTransfer | None]]
 
 
 class PublishedPlan(msgspec.Struct, frozen=True):

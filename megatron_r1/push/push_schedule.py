@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from megatron_r1.push.plan.planned_links import EngineRankId, SetPlan
 from megatron_r1.push.plan.rounds import NO_BUCKET, receiving_processes, schedule_rounds
-from megatron_r1.push.protocol import RankRounds, RankTransfer
+from megatron_r1.push.protocol import PublishedTransfer, RankRounds
 
 
 class PayloadId(NamedTuple):
@@ -174,7 +174,7 @@ class PushSchedule:
             _, member, _, trainer_rank = transfer.payload_id
             source = -1 - member if trainer_rank is None else trainer_rank
             pair = phases[transfer.is_relayed].setdefault(transfer.round, [None, None])
-            pair[0 if transfer.is_send else 1] = RankTransfer(
+            pair[0 if transfer.is_send else 1] = PublishedTransfer(
                 transfer.peer, source, transfer.number, transfer.count
             )
         scatter, relay = ([tuple(pair) for pair in phase.values()] for phase in phases)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import Config
-from megatron_r1.config.teacher import TeacherEngines
+from megatron_r1.config.teacher import TeacherEngineConfig
 from megatron_r1.data.prompt_tokenizer import TEMPLATES
 from megatron_r1.rehearse import layout
 from megatron_r1.rehearse.settings import RehearsalDevice
@@ -138,7 +138,7 @@ def teacher_section(config: Config, folder: Path) -> dict[str, Any]:
     return _teacher_engines(config.teacher, folder / "teacher") | {"by_source": by_source}
 
 
-def _teacher_engines(teacher: TeacherEngines, folder: Path) -> dict[str, Any]:
+def _teacher_engines(teacher: TeacherEngineConfig, folder: Path) -> dict[str, Any]:
     """Return the settings that differ for one teacher, with its model in `folder`."""
     return {
         "path": str(folder),

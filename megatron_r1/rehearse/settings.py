@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.config.section import Section
+from megatron_r1.plan.hardware import HARDWARE
 
 RehearsalDevice = Literal["cpu", "gpu", "null-gpu"]
 

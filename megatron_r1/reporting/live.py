@@ -13,7 +13,6 @@ from rich.live import Live
 from rich.text import Text
 
 from megatron_r1.reporting.formatting import (
-    KNOWN_METRICS,
     finite_metric,
     format_clock,
     format_duration,
@@ -22,6 +21,7 @@ from megatron_r1.reporting.formatting import (
     make_printable,
 )
 from megatron_r1.reporting.live_frame import LiveState, render_frame
+from megatron_r1.reporting.metric_table import KNOWN_METRICS
 
 REFRESHES_PER_SECOND = 2
 # Samples stay this long on the screen, however fast the steps: long enough to read one.

@@ -9,8 +9,6 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from megatron_r1.reporting.formatting import (
-    KNOWN_METRICS,
-    TIMED_PHASES,
     finite_metric,
     format_clock,
     format_percent,
@@ -18,6 +16,7 @@ from megatron_r1.reporting.formatting import (
     make_printable,
     prompt_question,
 )
+from megatron_r1.reporting.metric_table import KNOWN_METRICS, TIMED_PHASES
 
 BAR_GLYPHS = " ▁▂▃▄▅▆▇█"
 

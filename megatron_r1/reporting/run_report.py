@@ -11,15 +11,13 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.reporting.evaluations import Evaluation, HeldoutEstimate, merge_evaluations
 from megatron_r1.reporting.formatting import (
-    KNOWN_METRICS,
-    TIMED_PHASES,
     finite_metric,
     format_duration,
     format_number,
     format_percent,
     make_printable,
-    shown_metrics,
 )
+from megatron_r1.reporting.metric_table import KNOWN_METRICS, TIMED_PHASES, shown_metrics
 from megatron_r1.reporting.outcome import (
     MetricLines,
     finite_values,

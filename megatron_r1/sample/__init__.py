@@ -1,5 +1,6 @@
 """Training data from a model's responses.
 
-`selection` keeps some (rejection sampling), `filters` name reasons against a response, `judge` has
-judges, `preference_pairs` and `safety_labels` the rows that they decide, `sft_examples` the rows of
-`sft`, `second_pass` writes the files, and `decontamination` finds questions of benchmarks."""
+`selection` keeps some (rejection sampling), `filters` name reasons against a response,
+`response_judges` has judges, `preference_pairs` and `safety_labels` the rows that they decide,
+`sft_examples` the rows of `sft`, `second_pass` writes the files, and `decontamination` finds
+questions of benchmarks."""

@@ -23,7 +23,8 @@ from megatron_r1.data.prompt_tokenizer import (
     render_template,
     system_text,
 )
-from megatron_r1.evaluation.response import TextResponse, TextResponseGrader
+from megatron_r1.evaluation.response import TextResponse
+from megatron_r1.evaluation.text_response_grader import TextResponseGrader
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction
 from megatron_r1.sample.second_pass import PromptResult
 from megatron_r1.sample.selection import KEPT, NOT_CHOSEN, Decision, Selection

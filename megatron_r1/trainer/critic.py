@@ -43,7 +43,7 @@ class Critic:
             UserError: the model's vocabulary is smaller than the policy's, or `construction`
                 cannot build the model with these settings.
         """
-        critic_config = config.critic_recipe()
+        critic_config = config.critic_run_config()
         hf_config = read_hf_config(critic_config.model.path, "score", "critic.path")
         policy_tokens = read_hf_config(config.model.path)["vocab_size"]
         if hf_config["vocab_size"] < policy_tokens:

@@ -6,25 +6,21 @@ from itertools import islice
 
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.models import fp8, platform
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.distributed import GridPosition
-from megatron_r1.trainer.metrics import (
-    Maximum,
-    Mean,
-    logprob_diff,
-    reduce_over_data,
-    teacher_kl,
-)
+from megatron_r1.trainer.logprob_metrics import logprob_diff, teacher_kl
+from megatron_r1.trainer.metrics import Maximum, Mean, reduce_over_data
 from megatron_r1.trainer.rollout_batches import RolloutBatches
 from megatron_r1.trainer.routing import RoutingScatter, RoutingShard
+from megatron_r1.trainer.sample_encoding import ReplicaSamples
 from megatron_r1.trainer.sequence_packing import check_token_ids, pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
-from megatron_r1.trainer.training_sample import ReplicaSamples, Sample
+from megatron_r1.trainer.training_sample import Sample
 
 
 class LoadedRollout:
@@ -141,7 +137,7 @@ class LoadedRollout:
         """Free the samples."""
         self.minibatches = []
 
-    def compute_token_advantages(self, function: str, settings: TokenSettings) -> None:
+    def compute_token_advantages(self, function: str, settings: TokenAdvantageSettings) -> None:
         """Call the `TokenAdvantages` at "module:function" with the whole responses, and store in
         the micro-batches what it returns; on ranks before the last stage do nothing."""
         if self._grid_position.is_last_stage:

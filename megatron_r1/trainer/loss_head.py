@@ -22,11 +22,11 @@ from r1_kernels.arguments import trusted_values
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_r1.config.algorithms import RatioLevel
+from megatron_r1.config.loss_settings import RatioLevel
 from megatron_r1.trainer.batch import PackedBatch
 
 
-class TokenWeights(NamedTuple):
+class TokenAveraging(NamedTuple):
     """What a response token weighs in a micro-batch's sum (`losses.token_weights`).
 
     Attributes:
@@ -88,7 +88,7 @@ class LossHead:
         return logprobs, entropy
 
     def policy_loss(
-        self, settings: PolicySettings, weights: TokenWeights, ratio_level: RatioLevel = "token"
+        self, settings: PolicySettings, weights: TokenAveraging, ratio_level: RatioLevel = "token"
     ) -> LinearPolicyLoss:
         """Return the policy loss of the response tokens for `batch.advantages`.
 

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_r1.config.algorithms import LossAverage, LossSettings
+from megatron_r1.config.loss_settings import LossAverage, LossSettings
 from megatron_r1.trainer.batch import PackedBatch
-from megatron_r1.trainer.loss_head import LossHead, TokenWeights
+from megatron_r1.trainer.loss_head import LossHead, TokenAveraging
 from megatron_r1.trainer.metrics import Mean, Metrics
 
 
@@ -64,7 +64,7 @@ def loss_denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
 
 def token_weights(
     batch: PackedBatch, average: LossAverage, max_response_tokens: int | None = None
-) -> TokenWeights:
+) -> TokenAveraging:
     """Return the weights of tokens in `LossHead.policy_loss`.
 
     A response token has the weight 1 ("token"), 1 / |o_i| ("sequence"), or 1 / L
@@ -77,12 +77,12 @@ def token_weights(
         max_response_tokens: L, tokens."""
     if average == "sequence":
         if batch.sequence_weights is None:
-            return TokenWeights(batch.is_response, average="sequence")
-        return TokenWeights(batch.sequence_weights)
+            return TokenAveraging(batch.is_response, average="sequence")
+        return TokenAveraging(batch.sequence_weights)
     if average == "constant":
         assert max_response_tokens, "a constant average is over max_response_tokens"
-        return TokenWeights(batch.is_response, denominator=max_response_tokens)
-    return TokenWeights(batch.is_response)
+        return TokenAveraging(batch.is_response, denominator=max_response_tokens)
+    return TokenAveraging(batch.is_response)
 
 
 def supervised_loss(batch: PackedBatch, head: LossHead, settings: object = None) -> LossSum:

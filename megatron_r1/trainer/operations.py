@@ -17,8 +17,8 @@ from typing import Any, Protocol, TypedDict, TypeVar, cast, get_type_hints
 import msgspec
 
 from megatron_r1.base.errors import Cause, TrainerError
-from megatron_r1.config.algorithms import LossSettings, TokenSettings
 from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.loss_settings import LossSettings, TokenAdvantageSettings
 from megatron_r1.push.control_messages import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.push.plan.layouts import EngineLayout
 from megatron_r1.trainer.training_sample import Sample
@@ -212,7 +212,7 @@ class ModelOperations(Protocol):
     def compute_values(self) -> None:
         """Compute the critic's value of each loaded response token; they stay with the ranks."""
 
-    def compute_token_advantages(self, *, function: str, settings: TokenSettings) -> None:
+    def compute_token_advantages(self, *, function: str, settings: TokenAdvantageSettings) -> None:
         """On all ranks, replace the advantages of the loaded samples by one of each token;
         `compute_logprobs` comes first.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_r1 import models
-from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.models.gradients import fp32_main_grad
 from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.trainer.batch import PackedBatch

@@ -36,7 +36,7 @@ from megatron_r1.trainer.operations import (
 )
 from megatron_r1.trainer.rank_monitor import IDLE_STATE, RankMonitor, describe_collective
 from megatron_r1.trainer.replica import Replica
-from megatron_r1.trainer.training_sample import decode_samples, split_off_routing
+from megatron_r1.trainer.sample_encoding import decode_samples, split_off_routing
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.offload import Offload
@@ -212,7 +212,7 @@ class RankServer:
         Args:
             call: the operation and its arguments.
             share: for "load" on the leader of a replica, the parts of
-                `training_sample.encode_samples`.
+                `sample_encoding.encode_samples`.
 
         Raises:
             ValueError: for an unknown operation, or an argument of another type."""

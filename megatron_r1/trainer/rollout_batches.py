@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.metrics import Mean, Metrics, merge_reports
@@ -201,15 +201,15 @@ class TokenTargets(NamedTuple):
     returns: list[Tensor] | None = None
 
 
-TokenAdvantages = Callable[[RolloutBatches, TokenSettings], TokenTargets]
+TokenAdvantages = Callable[[RolloutBatches, TokenAdvantageSettings], TokenTargets]
 """(rollout, settings) → advantages per token."""
 EngineMaskFunction = Callable[[RolloutBatches, EngineMask], list[Tensor]]
 """(rollout, settings) → per micro-batch (T,) bool, whether a token keeps its advantage."""
 
 
-def reward_to_go(rollout: RolloutBatches, settings: TokenSettings) -> list[Tensor]:
+def reward_to_go(rollout: RolloutBatches, settings: TokenAdvantageSettings) -> list[Tensor]:
     """Return A_t = Σ_{s≥t} discount^(s-t) r_s, r the penalized rewards, (T,) per micro-batch."""
-    settings = TokenSettings.of(settings)
+    settings = TokenAdvantageSettings.of(settings)
     return [
         discounted_sums(
             r.token_rewards(settings.kl_beta),

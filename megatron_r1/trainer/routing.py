@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_r1.models.experts import RoutingShape
 from megatron_r1.models.routing_replay import RecordedRouting
+from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.trainer.replica import Replica
 from megatron_r1.trainer.token_split import (
     PackedLayout,

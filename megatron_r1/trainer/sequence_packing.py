@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
-from megatron_r1.models.packed_params import PackedParams, mark_positions
+from megatron_r1.models.host_packed_seq_params import HostPackedSeqParams, mark_positions
 from megatron_r1.models.platform import to_device
 from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.models.sampling_mask import decode_mask
@@ -110,7 +110,7 @@ def _positions_and_params(
     local_positions: Tensor,
     split: TokenSplit,
     on_device: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, PackedParams]:
+) -> tuple[Tensor, HostPackedSeqParams]:
     """Return the positions within their samples of the tokens at `local_positions`, and the
     samples' borders as attention takes them."""
     cu_seqlens = layout.cu_seqlens
@@ -145,7 +145,7 @@ def _mtp_targets(
     split: TokenSplit,
     num_mtp_layers: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return `PackedParams.next_token_index` and `.mtp_target_rows` of `num_mtp_layers` MTP layers.
+    """Return the `next_token_index` and `mtp_target_rows` of `HostPackedSeqParams`.
 
     Args:
         cu_seqlens: (S + 1,) int64, where the samples begin, and the end.
@@ -252,14 +252,14 @@ def check_token_ids(samples: Iterable[Sample], vocab_size: int) -> None:
             )
 
 
-def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> PackedParams:
+def _packed_seq_params(cu_seqlens: Tensor, split: TokenSplit, longest: int) -> HostPackedSeqParams:
     """Return the borders of samples as Megatron takes them.
 
     Args:
         cu_seqlens: (samples + 1,), the borders.
         split: this rank's part of the tokens.
         longest: positions of the longest sample."""
-    params = PackedParams(
+    params = HostPackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,

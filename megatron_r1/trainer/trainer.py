@@ -20,26 +20,27 @@ from torch import Tensor, nn
 from megatron_r1 import models
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import LossSettings, TokenSettings
 from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.loss_settings import LossSettings, TokenAdvantageSettings
 from megatron_r1.models import platform, weights
-from megatron_r1.models.experts import routing_shape
 from megatron_r1.models.parallel_checks import check_shared_prompts
 from megatron_r1.models.routing_replay import RoutingReplay
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.trainer import construction
 from megatron_r1.trainer.batch import PackedBatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
 from megatron_r1.trainer.loaded_rollout import LoadedRollout
-from megatron_r1.trainer.metrics import logprob_diff, merge_reports, reduce_over_data
+from megatron_r1.trainer.logprob_metrics import logprob_diff
+from megatron_r1.trainer.metrics import merge_reports, reduce_over_data
 from megatron_r1.trainer.offload import make_offload
 from megatron_r1.trainer.operations import SUPERVISED
 from megatron_r1.trainer.output_heads import OutputHeads
 from megatron_r1.trainer.passes import OutputFunction, free_gradients, optimizer_step, run_passes
-from megatron_r1.trainer.reference import ReferencePolicy
+from megatron_r1.trainer.reference_policy import ReferencePolicy
 from megatron_r1.trainer.routing import RoutingScatter
-from megatron_r1.trainer.training_sample import ReplicaSamples
+from megatron_r1.trainer.sample_encoding import ReplicaSamples
 
 
 class Trainer:
@@ -158,7 +159,7 @@ class Trainer:
             metrics |= reduce_over_data(self.grid_position, {"logprob_diff/without_replay": mean})
         return metrics
 
-    def compute_token_advantages(self, function: str, settings: TokenSettings) -> None:
+    def compute_token_advantages(self, function: str, settings: TokenAdvantageSettings) -> None:
         """Replace the advantages of this rank's samples by those that the `TokenAdvantages` at
         "module:function" computes per token; compute_logprobs() comes first."""
         self.rollout.compute_token_advantages(function, settings)

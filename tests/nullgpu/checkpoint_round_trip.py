@@ -42,7 +42,7 @@ def store_remainders() -> None:
 
 def save_the_reference_from_the_gpu() -> None:
     """Bring the reference to the GPU, as a second set of weights, to save it."""
-    from megatron_r1.trainer.reference import ReferencePolicy
+    from megatron_r1.trainer.reference_policy import ReferencePolicy
 
     kept = ReferencePolicy.stored_value
     ReferencePolicy.stored_value = lambda self, live: kept(self, live).to(live.device)

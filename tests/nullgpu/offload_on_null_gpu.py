@@ -14,9 +14,9 @@ from trainer_steps import LOSS, SETTINGS, load
 
 from megatron_r1.base.processes import children
 from megatron_r1.config import Config
-from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.plan.counts import RankCounts
+from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.offload import offloaded_bytes
 from megatron_r1.trainer import distributed

@@ -33,7 +33,7 @@ def settings(model: str, recompute: str) -> Config:
 
 def main() -> None:
     compute_on_host()
-    from megatron_r1.models.experts import routing_shape
+    from megatron_r1.models.routing_shape import routing_shape
     from megatron_r1.trainer import distributed
     from megatron_r1.trainer.trainer import Trainer
 

@@ -30,7 +30,7 @@ from r1_kernels import registry
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.config.loss_settings import LossSettings
 
 LOSS = "megatron_r1.controller.algorithms.grpo:loss"
 SETTINGS = LossSettings(
@@ -111,7 +111,7 @@ def sample(draw: random.Random, shape: Any) -> Any:
 
 
 def run(case: dict, config: Config, grid_position: Any) -> None:
-    from megatron_r1.models.experts import routing_shape
+    from megatron_r1.models.routing_shape import routing_shape
     from megatron_r1.trainer.trainer import Trainer
 
     trainer = Trainer(config, grid_position)

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from grids import parallel_settings
 
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.controller.trainer_calls.packing import pack_samples
-from megatron_r1.models.experts import routing_shape
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.training_sample import Sample
 

@@ -13,7 +13,7 @@ from grids import parallel_settings, positions
 from trainer_options import gradients
 
 from megatron_r1.config import Config, ParallelConfig
-from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.models import lm_head_weight, policy_model
 from megatron_r1.trainer.losses import LossSum, loss_denominator, supervised_loss
 from megatron_r1.trainer.training_sample import Sample

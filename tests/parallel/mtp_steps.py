@@ -13,7 +13,7 @@ import torch.distributed as dist
 from grids import parallel_settings
 
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models import weights
 from megatron_r1.trainer import distributed

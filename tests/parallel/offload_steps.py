@@ -15,7 +15,7 @@ from grids import parallel_settings, positions
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models import platform
-from megatron_r1.trainer import offload
+from megatron_r1.trainer import offload_stores
 from megatron_r1.trainer.training_sample import Sample
 
 LOSS = "megatron_r1.trainer.losses:supervised_loss"
@@ -179,7 +179,7 @@ def offload_changes_nothing(model: str, grid: str, grid_position, out: Path) -> 
 def main() -> None:
     model, out, *grids = sys.argv[1:]
     platform.prepare_process()
-    offload.BUFFER_BYTES = 10_007  # many pieces, and none ends where a storage does
+    offload_stores.BUFFER_BYTES = 10_007  # many pieces, and none ends where a storage does
     for grid, grid_position in positions(grids, lambda grid: config(model, grid, "none").parallel):
         offload_changes_nothing(model, grid, grid_position, Path(out))
 

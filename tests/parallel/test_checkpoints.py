@@ -9,9 +9,9 @@ import pytest
 from ranks import run_ranks
 from trainer_steps import config
 
-from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
+from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import rank_memory
 from megatron_r1.trainer.checkpoints import checkpoint_folders

@@ -8,7 +8,7 @@ from plan_allocation import config
 from ranks import run_ranks, run_script
 from small_models import DEEPSEEK
 
-from megatron_r1.config.hardware import HARDWARE
+from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import CRITIC, PERSISTENT_KINDS, rank_memory
 
@@ -71,7 +71,7 @@ def build(*pipeline_ranks: int) -> str:
         "from megatron_r1 import config\n"
         "from megatron_r1.models import read_hf_config\n"
         "from megatron_r1.plan.build import build_ranks\n"
-        "from megatron_r1.config.hardware import HARDWARE\n"
+        "from megatron_r1.plan.hardware import HARDWARE\n"
         "from megatron_r1.plan.job import PlannedJob\n"
         "settings = config.load_recipe('examples/deepseek_r1/r1_zero.yaml')\n"
         "hf_config = read_hf_config(settings.model.path)\n"

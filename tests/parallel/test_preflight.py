@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from megatron_r1.config.hardware import HARDWARE, Assumptions, link_rate
 from megatron_r1.plan.assumed_numbers import apply_calibration
+from megatron_r1.plan.hardware import HARDWARE, Assumptions, link_rate
 
 pytestmark = pytest.mark.more
 

@@ -28,7 +28,7 @@ from tree_episodes import (
 
 from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.controller.trainer_calls.packing import pack_by_prompt, pack_samples

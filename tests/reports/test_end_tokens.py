@@ -26,7 +26,7 @@ from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.engines.server.stop_strings import truncate_at_stop
-from megatron_r1.evaluation.response import SamplingSettings
+from megatron_r1.evaluation.sampling_settings import SamplingSettings
 from megatron_r1.models.weights.formats.hf_writer import copy_model_files
 
 MODELS = yaml.safe_load((Path(__file__).parent / "end_tokens.yaml").read_text(encoding="utf-8"))

@@ -10,11 +10,12 @@ from refusals import refused
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config, parse_recipe
-from megatron_r1.config.algorithms import ALGORITHM_NAMES, TokenSettings
+from megatron_r1.config.algorithms import ALGORITHM_NAMES
+from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import split_into_minibatches
+from megatron_r1.controller.rollouts.dynamic_sampling import collect_dynamic_rollout
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
-from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
@@ -199,7 +200,7 @@ def test_b05_dynamic_sampling_replaces_groups_apart_by_rounding():
     async def collect(prompts):
         return Rollout([queue.pop(0) for _ in prompts], 0.0, 0.0)
 
-    got = asyncio.run(collect_informative(collect, lambda count: [None] * count, 5, 99))
+    got = asyncio.run(collect_dynamic_rollout(collect, lambda count: [None] * count, 5, 99))
     assert [[r.reward for r in group.responses] for group in got.groups] == DIFFERENT
     assert len(got.filtered_groups) == len(EQUAL)
 
@@ -286,7 +287,7 @@ def test_b14_the_distillation_loss_does_not_depend_on_micro_batches():
         for batch in batches:
             batch.logprobs["old"] = -1.0 - 0.1 * batch.targets.float()
         rollout = RolloutBatches(batches)
-        settings = TokenSettings(0.0, 0.0, 1.0, "none", advantage_epsilon=0.0)
+        settings = TokenAdvantageSettings(0.0, 0.0, 1.0, "none", advantage_epsilon=0.0)
         rollout.store_targets(find_function(algorithm.token_advantages)(rollout, settings))
         rl = Config(rl={"algorithm": "on_policy_distillation"}).rl
         g = torch.Generator().manual_seed(1)

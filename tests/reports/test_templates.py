@@ -17,7 +17,7 @@ from megatron_r1.data.few_shot import FewShotExamples, FewShotTokenizer
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.evaluation.remote_model import RemoteModel
-from megatron_r1.evaluation.response import SamplingSettings
+from megatron_r1.evaluation.sampling_settings import SamplingSettings
 
 BEGIN, EOS = "<|begin_of_text|>", "<|eot_id|>"
 

@@ -41,7 +41,7 @@ from megatron_r1.engines.server.client import GENERATE_PATH, EngineClient
 from megatron_r1.engines.server.errors import EngineError, EngineLacksPush
 from megatron_r1.engines.server.json_replies import parse_responses
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.models.experts import routing_shape
+from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.push.control_messages import PushInitInfo, PushUpdateInfo
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.trainer.operations import PushOperations

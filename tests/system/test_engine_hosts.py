@@ -14,7 +14,8 @@ from waiting import until
 from megatron_r1.base.processes.authentication import known_token
 from megatron_r1.base.processes.fork_server import SERVERS
 from megatron_r1.config import RolloutConfig
-from megatron_r1.engines.fleet.placement import accepting_hosts, open_host_pool, server_maker
+from megatron_r1.engines.fleet.joining_hosts import accepting_hosts
+from megatron_r1.engines.fleet.placement import open_host_pool, server_maker
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.settings import SERVER_MODULE

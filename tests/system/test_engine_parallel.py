@@ -22,7 +22,7 @@ from tiny_models import DEEPSEEK, QWEN, reference_routing, write_model
 
 from megatron_r1.base.processes.scratch import shared_files
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.models.experts import routing_shape
+from megatron_r1.models.routing_shape import routing_shape
 
 pytestmark = pytest.mark.more
 

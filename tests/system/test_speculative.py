@@ -23,7 +23,7 @@ from tiny_models import (
 
 from megatron_r1.engines.fleet.draft_acceptance import AcceptanceMeter
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.models.experts import routing_shape
+from megatron_r1.models.routing_shape import routing_shape
 
 pytestmark = pytest.mark.more
 

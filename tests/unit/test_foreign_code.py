@@ -15,7 +15,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server.model_config import config_arguments
 from megatron_r1.engines.server.settings import EngineSettings
-from megatron_r1.models.hf_config import load_config, read_hf_config
+from megatron_r1.models.hf_config import load_raw_hf_config, read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers
 
 MODEL = Path(__file__).parents[2] / "examples/laptop/model"
@@ -82,7 +82,7 @@ def test_models_are_loaded_without_it(folder):
 @pytest.mark.more
 def test_vllm_reads_the_model_without_it(folder):
     arguments = EngineSettings(dtype="float32", max_model_len=64).arguments(folder)
-    arguments += config_arguments(load_config(folder), None)
+    arguments += config_arguments(load_raw_hf_config(folder), None)
     program = (
         "import sys\n"
         "from vllm.engine.arg_utils import AsyncEngineArgs\n"
@@ -96,7 +96,7 @@ def test_vllm_reads_the_model_without_it(folder):
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not has_run(folder)
-    if load_config(folder)["model_type"] == "qwen2":
+    if load_raw_hf_config(folder)["model_type"] == "qwen2":
         assert done.returncode == 0, done.stderr
     else:
         assert "trust" in done.stderr, done.stderr

@@ -18,10 +18,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from megatron_r1.config.hardware import HARDWARE, Hardware
 from megatron_r1.models.hf_config import HFConfig, published_names, read_hf_config
 from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.counts import ModelCounts
+from megatron_r1.plan.hardware import HARDWARE, Hardware
 from tools.bench.host import ROOT
 from tools.gpu_check import miniatures, verdict
 from tools.gpu_check.miniatures import device_kind, recipe_miniature, widen_config

@@ -52,7 +52,7 @@ WALKS = [
         "a response, from the engine's reply to the loss",
         "EngineClient.generate.<locals>.read",
         "algorithms/grpo.py loss",
-        ["EngineClient.generate.<locals>.read", "trainer/training_sample.py decode_samples"],
+        ["EngineClient.generate.<locals>.read", "trainer/sample_encoding.py decode_samples"],
         [],
         follows=True,
         hands_over=["RankSocket.send"],

@@ -11,21 +11,20 @@ import sympy
 from math_verify import verify
 
 from r1_grading.math import worded_answers
-from r1_grading.math.normalization import normalize_latex, strip_styling
-from r1_grading.math.number import (
-    PERCENT,
+from r1_grading.math.answer_structure import (
     SEPARATORS,
     SETS,
     WITH_THOUSANDS,
     Structure,
     match_all,
     read_matrix,
-    read_number,
     read_structure,
-    same_number,
     split_top_level,
     without_thousands,
 )
+from r1_grading.math.normalization import normalize_latex, strip_styling
+from r1_grading.math.number import PERCENT, read_number, same_number
+from r1_grading.math.number_words import words_to_number
 from r1_grading.math.refusal import (
     is_division,
     is_unfinished,
@@ -57,13 +56,7 @@ from r1_grading.math.relation import (
     without_repeats,
 )
 from r1_grading.math.symbolic import constant_value, read_expression, same_expression
-from r1_grading.math.units import (
-    degrees_to_radians,
-    same_unit,
-    split_han_unit,
-    split_unit,
-    words_to_number,
-)
+from r1_grading.math.units import degrees_to_radians, same_unit, split_han_unit, split_unit
 from r1_grading.reading.tags_and_boxes import unwrap_answer
 
 TILDE_NUMBER = re.compile(r"~\s*\d")

@@ -9,7 +9,8 @@ be recognized as text. The worker's limits of time and memory stop what passes."
 
 import re
 
-from r1_grading.math.number import SEPARATORS, nesting_depth, read_number, split_top_level
+from r1_grading.math.answer_structure import SEPARATORS, nesting_depth, split_top_level
+from r1_grading.math.number import read_number
 
 COMMAND_END = r"(?![A-Za-z])"
 TRIGONOMETRY = (

@@ -12,7 +12,13 @@ from typing import Any
 import regex as re  # not Python's: see rewards.py
 import sympy
 
-from r1_grading.math.number import SEPARATORS, Structure, match_all, read_structure, split_top_level
+from r1_grading.math.answer_structure import (
+    SEPARATORS,
+    Structure,
+    match_all,
+    read_structure,
+    split_top_level,
+)
 from r1_grading.math.symbolic import read_expression, same_value
 from r1_grading.reading.context import DENIAL
 

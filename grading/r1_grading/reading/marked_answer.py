@@ -135,9 +135,9 @@ def _sentence_around(text: str, position: int) -> tuple[int, int]:
 def _marked_value(
     text: str, start: int, end: int, truth_is_number: bool
 ) -> tuple[str, bool, int] | None:
-    """Return (value, whether a sentence states it, where it ends) of a sentence that marks one.
+    """Return the answer that a marking sentence gives, in itself or in the line below it.
 
-    The value is in the sentence or in the line below it.
+    The result is the value, whether a sentence states it, and the position where it ends.
 
     Args:
         text: the text of the response after its thought.

@@ -1,5 +1,5 @@
-"""Processes that end with the process that started them (`r1_grading.base.lifetime`), and child
-processes started and stopped so."""
+"""Starts and stops child processes, which end with the process that started them
+(`r1_grading.base.lifetime`)."""
 
 import contextlib
 import errno

@@ -43,7 +43,7 @@ from megatron_r1.engines.server.recipe_checks import check_engines, check_local_
 from megatron_r1.engines.server.settings import engine_settings
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import require_weights
-from megatron_r1.models.hf_config import describe_config_changes, load_config, read_hf_config
+from megatron_r1.models.hf_config import describe_config_changes, load_raw_hf_config, read_hf_config
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 from megatron_r1.models.parallel_checks import check_divisions
 from megatron_r1.models.support_checks import check_supported
@@ -99,9 +99,9 @@ async def compare_with_vllm(
     if find_spec("vllm") is None:
         return NotCompared("vllm is not installed in this environment", is_failure=False)
     try:
-        check_engines(config, load_config(folder))
+        check_engines(config, load_raw_hf_config(folder))
         check_local_engines(config.rollout)
-        check_cpu_kernels(config.rollout, load_config(folder))
+        check_cpu_kernels(config.rollout, load_raw_hf_config(folder))
         check_arguments(config.rollout, "rollout")
     except UserError as error:
         return NotCompared(str(error))
@@ -238,7 +238,12 @@ def _run_reference(config: Config, plain_folder: Path, scratch: Path) -> Referen
     folder = model.path
     arguments = [folder, model.dtype, model.mtp, str(plain_folder), str(out)]
     process = subprocess.run(
-        [sys.executable, "-m", "megatron_r1.commands.check_model.reference", *arguments],
+        [
+            sys.executable,
+            "-m",
+            "megatron_r1.commands.check_model.reference",
+            *arguments,
+        ],
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         stderr=subprocess.PIPE,
         text=True,

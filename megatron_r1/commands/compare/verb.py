@@ -29,7 +29,7 @@ from megatron_r1.commands.compare.tensors import (
     compare_checkpoints,
 )
 from megatron_r1.config import RESUMABLE, Config
-from megatron_r1.config.section import changed_keys, flatten_sections, is_within, value_text
+from megatron_r1.config.setting_keys import changed_keys, flatten_sections, is_within, value_text
 from megatron_r1.controller.rollouts.sample_log import step_log_path
 from megatron_r1.reporting.formatting import format_count
 from megatron_r1.reporting.run_folder import RunFolder

@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from megatron_r1.config import RLConfig
-from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.controller.advantages import divide_by_batch_std, group_advantages
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ DAPO: decoupled clip and dynamic sampling policy optimization (arXiv 2503.14476,
     J = 1/Σ_i |o_i| Σ_i Σ_t min(ρ A_i, clip(ρ, 1 - ε_low, 1 + ε_high) A_i),  A as GRPO's
 
 ε_high is above ε_low, so that unlikely tokens may grow (section 3.1); equal-reward groups are
-replaced (setting `dynamic_sampling`, section 3.2; `step_sampler.collect_informative`); the
+replaced (setting `dynamic_sampling`, section 3.2; `dynamic_sampling.collect_dynamic_rollout`); the
 average is per token, so that tokens of long responses weigh as much as others (`loss_average`,
 section 3.3; `losses.loss_denominator`); a soft penalty of responses near the length limit
 (`overlong_buffer`, section 3.4, 4,096 of 20,480 tokens;

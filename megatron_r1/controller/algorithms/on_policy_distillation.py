@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_r1.config.algorithms import TokenSettings
+from megatron_r1.config.loss_settings import TokenAdvantageSettings
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
@@ -28,13 +28,13 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return [[0.0] * len(rewards) for rewards in groups]
 
 
-def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
+def token_advantages(rollout: RolloutBatches, settings: TokenAdvantageSettings) -> TokenTargets:
     """Return A_t = Σ_{s≥t} γ^(s-t) (log π_teacher - log π_old)_s, from batch.logprobs["teacher"]
     and ["old"]; 0 outside responses."""
     from megatron_r1.trainer.rollout_batches import TokenTargets
     from megatron_r1.trainer.token_advantages import discounted_sums
 
-    settings = TokenSettings.of(settings)
+    settings = TokenAdvantageSettings.of(settings)
     advantages = []
     for responses in rollout.responses:
         logprobs = responses.batch.logprobs

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_r1.config.algorithms import TokenSettings
+from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.controller import advantages as reward_arithmetic
 
 if TYPE_CHECKING:
@@ -25,14 +25,14 @@ response_rewards = reward_arithmetic.response_rewards
 """What `token_advantages` starts from: the rewards as they are, without a baseline."""
 
 
-def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
+def token_advantages(rollout: RolloutBatches, settings: TokenAdvantageSettings) -> TokenTargets:
     """Return the advantages and targets of `trainer.token_advantages.gae` with the critic's
     batch.values, per micro-batch; with `advantage_std` batch the advantages are normalized over the
     rollout."""
     from megatron_r1.trainer.rollout_batches import TokenTargets
     from megatron_r1.trainer.token_advantages import gae
 
-    settings = TokenSettings.of(settings)
+    settings = TokenAdvantageSettings.of(settings)
     advantages, returns = [], []
     for responses in rollout.responses:
         values = responses.batch.values

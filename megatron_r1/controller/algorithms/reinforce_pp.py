@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from megatron_r1.config.algorithms import TokenSettings
+from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.controller import advantages as reward_arithmetic
 
 if TYPE_CHECKING:
@@ -22,12 +22,12 @@ response_rewards = reward_arithmetic.response_rewards
 """What `token_advantages` starts from: the rewards as they are, without a baseline."""
 
 
-def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
+def token_advantages(rollout: RolloutBatches, settings: TokenAdvantageSettings) -> TokenTargets:
     """Return A_t, shifted and scaled to mean 0 and deviation 1 over the response tokens of the
     rollout. Before that, A_t = Σ_{s≥t} γ^(s-t) (-β log(π_old / π_ref)_s) + γ^(T-t) r, T the last
     token; it is 0 outside responses."""
     from megatron_r1.trainer.rollout_batches import TokenTargets, reward_to_go
 
-    settings = TokenSettings.of(settings)
+    settings = TokenAdvantageSettings.of(settings)
     advantages = reward_to_go(rollout, settings)
     return TokenTargets(rollout.normalize(advantages, settings.advantage_epsilon))

@@ -22,7 +22,7 @@ from megatron_r1.controller.advantages import drop_ungraded
 
 if TYPE_CHECKING:
     from megatron_r1.config import RLConfig
-    from megatron_r1.config.algorithms import TokenSettings
+    from megatron_r1.config.loss_settings import TokenAdvantageSettings
     from megatron_r1.trainer.rollout_batches import RolloutBatches, TokenTargets
 
 
@@ -32,7 +32,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return [_leave_one_out(rewards) for rewards in groups]
 
 
-def token_advantages(rollout: RolloutBatches, settings: TokenSettings) -> TokenTargets:
+def token_advantages(rollout: RolloutBatches, settings: TokenAdvantageSettings) -> TokenTargets:
     """Return A_t: the response's advantage less the penalties to come, β log(π_old / π_ref)_s for
     s≥t; 0 outside responses."""
     from megatron_r1.trainer.rollout_batches import TokenTargets, reward_to_go

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.config.loss_settings import LossSettings
 
 if TYPE_CHECKING:
     from megatron_r1.trainer.batch import PackedBatch

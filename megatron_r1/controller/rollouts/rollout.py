@@ -1,21 +1,17 @@
-"""A rollout: P groups, one per prompt, of G graded responses each, and the check that enough of the
-responses have a grade."""
+"""A rollout: P groups, one per prompt, of G graded responses each."""
 
 from __future__ import annotations
 
-import math
 from array import array
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from r1_grading.terms import ACCURACY, DEFAULT_WEIGHTS, rewards_equal
+from r1_grading.terms import DEFAULT_WEIGHTS, rewards_equal
 
-from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.experts import RoutingShape
+from megatron_r1.models.routing_shape import RoutingShape
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ class Rollout:
         rollout_seconds: until the last token was sampled.
         reward_seconds: from there to the last grade.
         filtered_groups: groups that were sampled and graded but are not trained on
-            (`collect_informative`).
+            (`collect_dynamic_rollout`).
         teacher_seconds: from the last sampled token to the teacher's last log-probability.
     """
 
@@ -127,40 +123,3 @@ class Rollout:
 def all_responses(groups: list[Group]) -> list[GradedResponse]:
     """Return all responses of `groups`, in order."""
     return [graded for group in groups for graded in group.responses]
-
-
-def check_grades(groups: list[Group], max_ungraded: float) -> None:
-    """Check the grades of everything that was sampled for one purpose.
-
-    Raises:
-        UserError: one reward failed on every response: one may break a grader, but not all.
-        RunError: a larger share of them than `max_ungraded` could not be graded: the policy would
-            be trained on those that are easy to grade.
-    """
-    responses = all_responses(groups)
-    if not responses:
-        return
-    faults = Counter(r.episode.status for r in responses if r.episode and not r.episode.has_reward)
-    broken_terms = set.intersection(*(set(graded.ungraded_terms) for graded in responses))
-    if broken_terms and not faults:
-        term = min(broken_terms)
-        names = {group.prompt.kind for group in groups} if term == ACCURACY else {term}
-        raise UserError(
-            f"reward {', '.join(map(repr, sorted(names)))} failed on all {len(responses)} "
-            f"responses: {responses[0].reason}; "
-            "repair it, its rewards.options, or leave it out of rewards.weights",
-            key="kind" if term == ACCURACY else f"rewards.weights.{term}",
-            cause=Cause.FAILED,
-        )
-    ungraded_responses = [graded for graded in responses if not graded.is_graded]
-    num_allowed = math.ceil(max_ungraded * len(responses))
-    if len(ungraded_responses) > num_allowed:
-        fault_counts = ", ".join(f"{count} {status}" for status, count in faults.most_common())
-        raise RunError(
-            f"{len(ungraded_responses)} of {len(responses)} "
-            f"{'episodes' if faults else 'responses'} could not be "
-            f"graded{f' ({fault_counts})' if fault_counts else ''}, at most {num_allowed} may be "
-            f"(rewards.max_ungraded: {max_ungraded:g}); the first: {ungraded_responses[0].reason}. "
-            f"Repair the {'environment' if faults else 'reward'} or raise that setting; the same "
-            "command continues"
-        )

@@ -180,7 +180,8 @@ class SampleLog:
 class StepLog:
     """One step's groups, by the position of their prompt among all that the step draws.
 
-    Batches that draw in rounds (`collect_informative`) thus continue in the round they were in."""
+    Batches that draw in rounds (`collect_dynamic_rollout`) thus continue in the round that they
+    were in."""
 
     def __init__(self, sample_log: SampleLog, path: Path, schedule: str) -> None:
         """Read the records of a step that were written under `schedule`.

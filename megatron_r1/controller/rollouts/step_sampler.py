@@ -4,34 +4,26 @@ Step s trains the policy of version s - 1. Its rollout may begin to be sampled o
 version s - 1 - staleness. With staleness 0 rollout and training take turns; with 1 the next rollout
 is sampled while this one is trained on (one step off), and so on. No token is older than
 `staleness` versions when it is trained on. Sampling continues across a weight push, and each token
-is stamped with the version that made it.
-
-With `rl.dynamic_sampling` groups whose responses all have the same reward are replaced by groups of
-further prompts (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2). Where the group is the
-baseline, a group whose responses all have the same reward has advantage 0 everywhere. Without such
-groups the number of samples behind a gradient stays the same while the policy learns. Rewards are
-compared before `overlong_penalty`, as the paper compares accuracies. An algorithm with another
-baseline (reinforce, reinforce_pp, ppo) would learn from the groups that are filtered out."""
+is stamped with the version that made it."""
 
 import gc
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from r1_grading.terms import weights_at
 
 from megatron_r1.config import Config
-from megatron_r1.config.rl import digest_until
+from megatron_r1.config.schedule import digest_until
 from megatron_r1.controller.rollouts.collector import RolloutCollector
-from megatron_r1.controller.rollouts.rollout import Group, Rollout, RolloutSampling
+from megatron_r1.controller.rollouts.dynamic_sampling import collect_dynamic_rollout
+from megatron_r1.controller.rollouts.rollout import Rollout, RolloutSampling
 from megatron_r1.controller.rollouts.rollout_stream import RolloutStream
 from megatron_r1.controller.rollouts.sample_log import SampleLog
-from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server import gpu
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.experts import routing_shape
+from megatron_r1.models.routing_shape import routing_shape
 
 
 @dataclass(frozen=True)
@@ -147,7 +139,7 @@ class StepSampler:
         collect = partial(self.collector.collect, sampling=sampling, step_log=step_log)
         if rl.dynamic_sampling:
             max_rounds = rl.dynamic_sampling_rounds
-            rollout = await collect_informative(collect, draw, num_groups, max_rounds)
+            rollout = await collect_dynamic_rollout(collect, draw, num_groups, max_rounds)
             sampler_state = self.prompt_sampler.state_dict()
         else:
             rollout = await collect(prompts)
@@ -156,37 +148,3 @@ class StepSampler:
             return SampledStep(rollout, sampler_state)
         await step_log.commit()
         return SampledStep(rollout, sampler_state, step_log.num_restored)
-
-
-async def collect_informative(
-    collect: Callable[[list[Prompt]], Awaitable[Rollout]],
-    draw: Callable[[int], list[Prompt]],
-    num_groups: int,
-    max_rounds: int,
-) -> Rollout:
-    """Return a rollout of `num_groups` groups, those with different rewards first.
-
-    Each round draws a prompt for every group still missing; equal-reward groups then fill the batch
-    up to its size, and the rest of them are `filtered_groups`. Times are summed over the rounds.
-
-    Args:
-        collect: samples and grades a group for each prompt.
-        draw: returns that many new prompts.
-        num_groups: the groups of the rollout.
-        max_rounds: `rl.dynamic_sampling_rounds`."""
-    different_groups: list[Group] = []
-    equal_groups: list[Group] = []
-    rounds: list[Rollout] = []
-    while len(different_groups) < num_groups and len(rounds) < max_rounds:
-        rounds.append(await collect(draw(num_groups - len(different_groups))))
-        for group in rounds[-1].groups:
-            (equal_groups if group.has_equal_rewards else different_groups).append(group)
-    num_missing = num_groups - len(different_groups)
-    return replace(
-        rounds[-1],
-        groups=different_groups + equal_groups[:num_missing],
-        filtered_groups=equal_groups[num_missing:],
-        rollout_seconds=sum(r.rollout_seconds for r in rounds),
-        reward_seconds=sum(r.reward_seconds for r in rounds),
-        teacher_seconds=sum(r.teacher_seconds for r in rounds),
-    )

@@ -1,6 +1,6 @@
 """Watches a run from its controller.
 
-- `run_roles`: the roles of a run, and their progress.
+- `watched_run`: the run that is watched, and its progress.
 - `hang_diagnosis`: what a hung run waits for, and the report.
 - `watchdog`: notices hangs.
 - `health`: the endpoints /health and /metrics.

@@ -20,7 +20,7 @@ from r1_grading.pool import OutstandingJob
 from megatron_r1.base.processes import process_table
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.in_flight import InFlightGroup, InFlightGroups, Phase
-from megatron_r1.controller.supervision.run_roles import RunRoles
+from megatron_r1.controller.supervision.watched_run import WatchedRun
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.server import EngineServer
@@ -294,7 +294,7 @@ def _shorten_question(question: str) -> str:
     return question.replace("\n", " ")[:80]
 
 
-async def diagnose_hang(run: RunRoles) -> list[RoleDiagnosis]:
+async def diagnose_hang(run: WatchedRun) -> list[RoleDiagnosis]:
     """Return a diagnosis per role; the first is what everything waits for."""
     collector = run.collector
     inspections = [inspect_trainer(run.trainer)]
@@ -310,7 +310,7 @@ async def diagnose_hang(run: RunRoles) -> list[RoleDiagnosis]:
     return [diagnoses.pop(awaited_role), *diagnoses.values()]
 
 
-def hang_report(run: RunRoles, diagnoses: list[RoleDiagnosis], quiet_seconds: float) -> str:
+def hang_report(run: WatchedRun, diagnoses: list[RoleDiagnosis], quiet_seconds: float) -> str:
     """Return the text of a hang's report.
 
     Args:
@@ -331,7 +331,7 @@ def hang_report(run: RunRoles, diagnoses: list[RoleDiagnosis], quiet_seconds: fl
     return "\n".join(lines) + "\n"
 
 
-def _awaited_role(run: RunRoles) -> str:
+def _awaited_role(run: WatchedRun) -> str:
     """Return the role that the controller waits for.
 
     A pending call to the trainer comes first: engines may generate for a later step meanwhile.
@@ -348,11 +348,11 @@ def _awaited_role(run: RunRoles) -> str:
     return "teacher" if collector.in_flight.count("awaiting_teacher") else "controller"
 
 
-def _is_pushing(run: RunRoles) -> bool:
+def _is_pushing(run: WatchedRun) -> bool:
     return run.recorder.view.current_phase[0] == "push"
 
 
-def _inspect_controller(run: RunRoles) -> RoleDiagnosis:
+def _inspect_controller(run: WatchedRun) -> RoleDiagnosis:
     phase, detail = run.recorder.view.current_phase
     activity = f"{phase} ({detail})" if detail else phase or "nothing"
     details = []

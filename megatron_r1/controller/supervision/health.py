@@ -17,8 +17,8 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.in_flight import Phase
-from megatron_r1.controller.supervision.run_roles import RunRoles
 from megatron_r1.controller.supervision.watchdog import Watchdog
+from megatron_r1.controller.supervision.watched_run import WatchedRun
 
 ADDRESS_FILE = "health_address"
 METRIC_PREFIX = "megatron_r1_"
@@ -161,7 +161,7 @@ class HealthServer(Collector):
             yield from _rollout_metrics(run.collector)
 
 
-def _step_metrics(run: RunRoles) -> Iterator[Metric]:
+def _step_metrics(run: WatchedRun) -> Iterator[Metric]:
     latest_metrics = dict(run.recorder.latest_metrics)
     yield _make_gauge(
         "step", "last finished step", latest_metrics.pop("step", run.recorder.state.step)

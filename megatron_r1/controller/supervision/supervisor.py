@@ -10,8 +10,8 @@ from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.supervision.health import HealthServer
-from megatron_r1.controller.supervision.run_roles import RunRoles
 from megatron_r1.controller.supervision.watchdog import Watchdog
+from megatron_r1.controller.supervision.watched_run import WatchedRun
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.server.errors import EngineError
 
@@ -29,7 +29,7 @@ class Supervisor:
             recorder: the run's record.
             trainer: the trainer's ranks, by their client.
             spans_hosts: the health endpoint listens on every address instead of 127.0.0.1."""
-        self._run = RunRoles(config, recorder, trainer)
+        self._run = WatchedRun(config, recorder, trainer)
         self._watchdog = Watchdog(self._run)
         self._host = "0.0.0.0" if spans_hosts else "127.0.0.1"
 

@@ -13,7 +13,7 @@ from megatron_r1.controller.supervision.hang_diagnosis import (
     diagnose_hang,
     hang_report,
 )
-from megatron_r1.controller.supervision.run_roles import RunRoles
+from megatron_r1.controller.supervision.watched_run import WatchedRun
 from megatron_r1.reporting.formatting import format_seconds
 from megatron_r1.trainer.operations import CheckpointOperations, operation_names
 
@@ -36,7 +36,7 @@ class Watchdog:
         num_reports: hangs so far.
     """
 
-    def __init__(self, run: RunRoles) -> None:
+    def __init__(self, run: WatchedRun) -> None:
         self.run = run
         self.hang_seconds = run.config.run.hang_seconds
         self.num_reports = 0

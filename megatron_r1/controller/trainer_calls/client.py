@@ -21,7 +21,7 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
 from megatron_r1.base.processes.open_files import allow_open_files
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.controller.trainer_calls.packing import Packing, pack_by_prompt, pack_samples
 from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
 from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
@@ -38,7 +38,8 @@ from megatron_r1.trainer.operations import (
     decode_result,
     needs_parameters,
 )
-from megatron_r1.trainer.training_sample import Buffer, ReplicaSamples, Sample, encode_samples
+from megatron_r1.trainer.sample_encoding import ReplicaSamples, encode_samples
+from megatron_r1.trainer.training_sample import Buffer, Sample
 
 P = ParamSpec("P")
 R = TypeVar("R")

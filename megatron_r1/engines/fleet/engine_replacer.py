@@ -97,7 +97,7 @@ class EngineReplacer:
         """Begin to replace a dead engine, unless it is being replaced already.
 
         An engine that was lost with its host is replaced only if it was the last one: when a host
-        joins, `placement.accepting_hosts` adds an engine, which costs no restart.
+        joins, `joining_hosts.accepting_hosts` adds an engine, which costs no restart.
 
         Raises:
             EngineError: `death`, where no restart is left.

@@ -15,17 +15,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_r1.engines.fleet.dispatch import (
-    Affinity,
-    DispatchedRequest,
-    Dispatcher,
-    ExpectedLength,
-    LengthEstimator,
-)
+from megatron_r1.engines.fleet.dispatch import Affinity, DispatchedRequest, Dispatcher
 from megatron_r1.engines.fleet.engine import Engine, MakeServer
 from megatron_r1.engines.fleet.engine_replacer import EngineReplacer
 from megatron_r1.engines.fleet.fleet_state import FleetState, Notify
 from megatron_r1.engines.fleet.request_retries import RequestRetries
+from megatron_r1.engines.fleet.response_length_estimates import ExpectedLength, LengthEstimator
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineLacksPush
 from megatron_r1.engines.server.gpu import with_gpu_share

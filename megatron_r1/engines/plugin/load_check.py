@@ -145,9 +145,10 @@ def _has_powers_of_two(scales: torch.Tensor) -> bool:
 
 
 def _tensors_in_use(layer: Sequence[PlacedParameter]) -> list[torch.Tensor]:
-    """Return the tensors that the engine computes with, except those that it keeps as they arrive.
-    Those that vLLM keeps outside of the layer, as matrices packed for oneDNN, are not among them.
-    """
+    """Return the tensors of a layer that loading makes from arriving weights.
+
+    Tensors that stay as they arrive are not among them, nor those that vLLM keeps outside of the
+    layer, as matrices packed for oneDNN."""
     tensors = [
         getattr(placement.parameter.layer, placement.parameter.name, None)
         for placement in layer

@@ -1,4 +1,4 @@
-"""`POST /swap_weights`: all of a swap of weights in one call of an engine's HTTP server.
+"""`POST /swap_weights`: pauses an engine, swaps its weights and resumes it in one HTTP call.
 
 vLLM's own calls for a swap are six, made while nothing generates, and /pause sleeps for 20 ms once
 the engine has stopped (v1/engine/async_llm.py: `AsyncLLM.pause_generation`): 36 ms in all, where

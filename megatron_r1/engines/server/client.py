@@ -25,7 +25,7 @@ from megatron_r1.engines.server.errors import (
 from megatron_r1.engines.server.json_replies import parse_prompt_logprobs, parse_responses
 from megatron_r1.engines.server.reply_reader import MEDIA_TYPE, read_responses
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.models.experts import RoutingShape
+from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.push.control_messages import PushInitInfo, PushUpdateInfo
 
 BODY_EXCERPT_CHARS = 500

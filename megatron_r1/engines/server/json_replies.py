@@ -23,7 +23,7 @@ from megatron_r1.engines.server.responses import (
     moe_routing,
 )
 from megatron_r1.models import sampling_mask
-from megatron_r1.models.experts import RoutingShape
+from megatron_r1.models.routing_shape import RoutingShape
 
 
 class TokenLogprob(msgspec.Struct):

@@ -11,10 +11,15 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.models.hf_config import HFConfig, implied_settings, language_settings, load_config
+from megatron_r1.models.hf_config import (
+    HFConfig,
+    implied_settings,
+    language_settings,
+    load_raw_hf_config,
+)
 
 
-def read_model_config(model: Path) -> HFConfig:
+def read_engine_hf_config(model: Path) -> HFConfig:
     """Return a model's `config.json`.
 
     Raises:
@@ -28,7 +33,7 @@ def read_model_config(model: Path) -> HFConfig:
             "format, such as the hf/ of a run"
         )
     try:
-        hf_config = load_config(model)
+        hf_config = load_raw_hf_config(model)
     except UserError as error:
         raise EngineError(str(error)) from error
     if not hf_config.get("architectures"):
@@ -92,7 +97,7 @@ def max_positions(folder: str | Path, key: str = "model.path") -> int:
     Raises:
         UserError: config.json is missing or malformed, or has no such number.
     """
-    hf_config = load_config(folder, key)
+    hf_config = load_raw_hf_config(folder, key)
     try:
         return int(language_settings(hf_config)["max_position_embeddings"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -107,6 +112,6 @@ def max_positions(folder: str | Path, key: str = "model.path") -> int:
 def vocab_size(model: Path) -> int | None:
     """Return the vocabulary's size in a model's config.json, or None where it is not readable."""
     try:
-        return language_settings(load_config(model)).get("vocab_size")
+        return language_settings(load_raw_hf_config(model)).get("vocab_size")
     except (UserError, AttributeError):
         return None  # the server's own error is more precise

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, RolloutConfig
-from megatron_r1.config.teacher import TeacherEngines
+from megatron_r1.config.teacher import TeacherEngineConfig
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.environment_variables import check_fp8_scales
 from megatron_r1.engines.server.vllm_arguments import check_reserved
@@ -170,7 +170,9 @@ def _check_speculation(rollout: RolloutConfig, hf_config: HFConfig) -> None:
         )
 
 
-def check_ranks(engines: RolloutConfig | TeacherEngines, hf_config: HFConfig, section: str) -> None:
+def check_ranks(
+    engines: RolloutConfig | TeacherEngineConfig, hf_config: HFConfig, section: str
+) -> None:
     """Raise UserError for engines whose ranks cannot share the model.
 
     Args:
@@ -232,7 +234,7 @@ def check_ranks(engines: RolloutConfig | TeacherEngines, hf_config: HFConfig, se
 
 
 def _check_expert_ranks(
-    engines: RolloutConfig | TeacherEngines, language: HFConfig, section: str
+    engines: RolloutConfig | TeacherEngineConfig, language: HFConfig, section: str
 ) -> None:
     experts = num_experts(language)
     if not experts:
@@ -269,7 +271,7 @@ def _check_sparse(hf_config: HFConfig) -> None:
 
 
 def _check_gpt_oss(
-    engines: RolloutConfig | TeacherEngines, hf_config: HFConfig, section: str
+    engines: RolloutConfig | TeacherEngineConfig, hf_config: HFConfig, section: str
 ) -> None:
     """Raise UserError for ranks among which vLLM's class of gpt-oss cannot divide the model.
 

@@ -30,7 +30,7 @@ from megatron_r1.engines.server.responses import (
     checked_response,
     moe_routing,
 )
-from megatron_r1.models.experts import RoutingShape
+from megatron_r1.models.routing_shape import RoutingShape
 
 MEDIA_TYPE = "application/x-megatron-r1-samples"
 

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from megatron_r1.models import sampling_mask
-from megatron_r1.models.experts import RoutingShape
+from megatron_r1.models.routing_shape import RoutingShape
 
 # What vLLM sends for NaN and -inf (scale_out/token_in_token_out/serving.py, _clamp_logprob).
 LOWEST_LOGPROB = -9999.0

@@ -22,7 +22,7 @@ from megatron_r1.base.processes.fork_client import ForkedProcess
 from megatron_r1.base.processes.scratch import Scratch, shared_files
 from megatron_r1.engines.server.client import is_healthy
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.engines.server.model_config import config_arguments, read_model_config
+from megatron_r1.engines.server.model_config import config_arguments, read_engine_hf_config
 from megatron_r1.engines.server.settings import SERVER_MODULE, EngineSettings
 
 STOP_SECONDS = 5.0
@@ -177,7 +177,7 @@ class EngineServer(Server):
             EngineError: the model folder is unusable.
             OSError: the port is taken.
         """
-        hf_config = read_model_config(self.model)
+        hf_config = read_engine_hf_config(self.model)
         arguments = [*self._choose_ports(), *self.arguments]
         arguments += config_arguments(hf_config, self.settings.hf_overrides)
         part = self.settings.part

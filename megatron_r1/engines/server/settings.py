@@ -15,7 +15,7 @@ from megatron_r1.base.transports import BACKEND_PREFIX, TRANSPORTS
 from megatron_r1.config import RolloutConfig
 from megatron_r1.config.engine import LAYOUT_KEYS
 from megatron_r1.config.rollout import SpeculativeConfig
-from megatron_r1.config.teacher import TeacherEngines
+from megatron_r1.config.teacher import TeacherEngineConfig
 from megatron_r1.engines.server.environment_variables import engine_environment, network_environment
 from megatron_r1.engines.server.vllm_arguments import argument_list
 
@@ -249,12 +249,12 @@ SUPERVISION_KEYS = {
 """Keys that `rollout` and `teacher` both have."""
 
 
-def fleet_settings(engines: RolloutConfig | TeacherEngines) -> dict[str, Any]:
+def fleet_settings(engines: RolloutConfig | TeacherEngineConfig) -> dict[str, Any]:
     """Return the arguments of `RolloutFleet` that a recipe sets."""
     return engines.model_dump(include=SUPERVISION_KEYS)
 
 
-def engine_settings(engines: RolloutConfig | TeacherEngines) -> dict[str, Any]:
+def engine_settings(engines: RolloutConfig | TeacherEngineConfig) -> dict[str, Any]:
     """Return the `EngineSettings` that a recipe sets, the same for every job of its engines."""
     # The server that takes requests, and the controller, need a core besides: with 2 threads on 2
     # cores a rollout of 256 short responses takes 1.14 s, with 1 thread 0.92 s.

@@ -17,7 +17,7 @@ import msgspec
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import RolloutConfig
-from megatron_r1.config.teacher import TeacherEngines
+from megatron_r1.config.teacher import TeacherEngineConfig
 
 CHECKER = "megatron_r1.engines.plugin.argument_check"
 """What parses the arguments: a process of its own, as this one imports no vLLM."""
@@ -103,7 +103,7 @@ def argument_list(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def check_reserved(engines: RolloutConfig | TeacherEngines, section: str) -> None:
+def check_reserved(engines: RolloutConfig | TeacherEngineConfig, section: str) -> None:
     """Raise UserError for an argument that this project sets, naming what sets it.
 
     Args:
@@ -111,7 +111,7 @@ def check_reserved(engines: RolloutConfig | TeacherEngines, section: str) -> Non
         section: its key, such as "rollout" or "teacher".
     """
     owned_arguments = RESERVED_ARGUMENTS | (
-        RESERVED_OF_TEACHER if isinstance(engines, TeacherEngines) else {}
+        RESERVED_OF_TEACHER if isinstance(engines, TeacherEngineConfig) else {}
     )
     for argument in engines.vllm:
         key = f"{section}.vllm.{argument}"
@@ -142,7 +142,7 @@ def check_reserved(engines: RolloutConfig | TeacherEngines, section: str) -> Non
             )
 
 
-def check_arguments(engines: RolloutConfig | TeacherEngines, section: str) -> None:
+def check_arguments(engines: RolloutConfig | TeacherEngineConfig, section: str) -> None:
     """Raise UserError for arguments that vLLM does not have, or values that it does not accept.
 
     vLLM's parser takes 10 s on a CPU, most of it the import, so it runs only where there are

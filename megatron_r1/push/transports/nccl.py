@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_r1.push.protocol import RankRounds, RankTransfer, RelaySource
+from megatron_r1.push.protocol import PublishedTransfer, RankRounds, RelaySource
 from megatron_r1.push.transports.base import Sender, gpu_uuid
 from megatron_r1.push.transports.nccl_rounds import (
     LONGEST_PAUSE,
@@ -143,7 +143,7 @@ class NCCLReceiver(PayloadReceiver):
         relay_payload = receiver.relay_payload()
         payloads = {source: receiver.payload(source) for source in _payload_sources(rounds)}
 
-        def bound(transfer: RankTransfer, payload: BufferPayload) -> BucketTransfer:
+        def bound(transfer: PublishedTransfer, payload: BufferPayload) -> BucketTransfer:
             start, end = payload.bucket_range(transfer.number, transfer.count)
             return BucketTransfer(transfer.peer, payload, start, end)
 
@@ -231,7 +231,7 @@ def _payload_sources(rounds: RankRounds) -> set[int | RelaySource]:
     return {_payload_source(receive) for _, receive in pairs if receive is not None}
 
 
-def _payload_source(transfer: RankTransfer) -> int | RelaySource:
+def _payload_source(transfer: PublishedTransfer) -> int | RelaySource:
     return transfer.source if transfer.source >= 0 else RelaySource(-1 - transfer.source)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from megatron_r1.config import Config
-from megatron_r1.config.hardware import GIB
+from megatron_r1.plan.hardware import GIB
 from megatron_r1.rehearse.preflight.check_result import (
     MAX_LISTED,
     CheckResult,

@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Mapping
 
-from megatron_r1.config.section import flatten_sections
+from megatron_r1.config.setting_keys import flatten_sections
 from megatron_r1.reporting.trackers.tracker import EVALUATION, STEP_METRIC, TrackedRun
 
 MLFLOW = "mlflow"

@@ -40,7 +40,7 @@ from megatron_r1.trainer.checkpoints import adapter_checkpoint, checkpoint_folde
 from megatron_r1.trainer.checkpoints.adapter_checkpoint import BASE_FINGERPRINT_KEY, check_base
 from megatron_r1.trainer.checkpoints.checkpoint_folders import ManifestError, Verify
 from megatron_r1.trainer.checkpoints.staging import StagingBuffers, gather_in_host_memory
-from megatron_r1.trainer.reference import ReferencePolicy
+from megatron_r1.trainer.reference_policy import ReferencePolicy
 
 FORMAT = "fully_reshardable"
 """Format of the distributed optimizer's state: whole moments per parameter, for any layout."""

@@ -1,4 +1,4 @@
-"""The gradient of each term of the loss in the run's: how often the run has added it."""
+"""Finds loss terms whose gradient the run added more or less often than its settings say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The questions of a step against the order that the run's seed has for them."""
+"""Compares the questions of a step with those that the run's seed draws for it."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Tensors of checkpoints, read a rectangle at a time: what must hold of them as they are."""
+"""Reads tensors of checkpoints, a rectangle at a time, and checks what holds of any of them."""
 
 import math
 import re

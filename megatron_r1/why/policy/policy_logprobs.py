@@ -68,8 +68,10 @@ class PolicyLogprobs:
     def packed_logprobs(
         self, microbatches: Sequence[Sequence[int]], *, restarts: bool
     ) -> list[np.ndarray] | None:
-        """Return the log-probabilities with a micro-batch's rows as one sequence, in which each row
-        attends to those before it; None where that changes nothing or one is too long.
+        """Return the log-probabilities as if each micro-batch were one sequence, where a row
+        attends to the rows before it.
+
+        None where every micro-batch has one row, or the logits of one are too many.
 
         Args:
             microbatches: the rows of each micro-batch, in their order.

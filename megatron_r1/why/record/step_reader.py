@@ -10,7 +10,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.config import Config
-from megatron_r1.config.rl import digest_until
+from megatron_r1.config.schedule import digest_until
 from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.controller.rollouts.sample_log import (
     GroupRecord,

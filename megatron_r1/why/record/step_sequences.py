@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
-from megatron_r1.models.experts import RoutingShape
+from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.models.sampling_mask import DecodedMask, decode_mask
 from megatron_r1.why.comparison import ResponseIndex
 

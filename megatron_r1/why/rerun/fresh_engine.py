@@ -22,7 +22,7 @@ from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.models.hf_config import load_config
+from megatron_r1.models.hf_config import load_raw_hf_config
 from megatron_r1.models.memory import engine_bytes
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -116,7 +116,7 @@ async def compute_engine_logprobs(
 
 def _check_settings(config: Config, folder: Path) -> None:
     """Raise UserError for settings with which no engine on this host can serve the model."""
-    hf_config = load_config(folder)
+    hf_config = load_raw_hf_config(folder)
     check_engines(config, hf_config)
     check_local_engines(config.rollout)
     check_cpu_kernels(config.rollout, hf_config)

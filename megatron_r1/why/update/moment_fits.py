@@ -1,6 +1,8 @@
-"""What a run did with its gradients, by updates that are made again until they give its first
-moments. Fitted are how often each loss term was added, the norms of whole gradients where `why`
-recomputes a part of each, and else the norm to which the run clips."""
+"""Fits what a run did with its gradients to Adam's first moments in its checkpoints.
+
+Updates are repeated until they give these moments. Fitted are how often each loss term was added,
+the norms of whole gradients where `why` recomputes a part of each, and else the norm to which the
+run clips."""
 
 from __future__ import annotations
 

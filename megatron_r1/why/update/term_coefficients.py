@@ -1,4 +1,4 @@
-"""How often the gradient of each term of the loss is in the run's, by least squares.
+"""Fits how often a run added the gradient of each loss term, by least squares.
 
 Adam's first moments before and after a step are linear in the gradients,
 

@@ -10,8 +10,9 @@ import sympy
 from math_verify import parse, verify
 from r1_grading import math as math_reward
 from r1_grading.math import accuracy
+from r1_grading.math.answer_structure import read_structure
 from r1_grading.math.normalization import normalize_latex
-from r1_grading.math.number import read_number, read_structure, same_number
+from r1_grading.math.number import read_number, same_number
 from r1_grading.math.relation import read_set
 from r1_grading.math.symbolic import NotNumeric, OutOfRange, evaluate_expression
 from r1_grading.math.units import split_unit

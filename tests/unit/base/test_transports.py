@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_r1.base.transports import ACROSS_HOSTS, TRANSPORTS
-from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.config.push import PushConfig
+from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.push.transports import receiver_class, sender_class
 from megatron_r1.push.transports.base import Receiver, Sender
 

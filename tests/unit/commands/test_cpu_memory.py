@@ -9,9 +9,9 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cpu_memory as memory
 from megatron_r1.commands.cpu_memory import CPUMemory, cpu_memory
 from megatron_r1.config import Config
-from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models.memory import layer_activations
 from megatron_r1.models.weights import num_parameters
+from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import rank_memory
 

@@ -10,11 +10,11 @@ from refusals import refused
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.cli import main
-from megatron_r1.config.algorithms import LossSettings
 from megatron_r1.config.keys import describe_keys
+from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.config.overrides import parse_overrides
-from megatron_r1.config.section import is_within
+from megatron_r1.config.setting_keys import is_within
 from megatron_r1.pipeline.pipeline_recipe import load_pipeline
 
 ROOT = Path(__file__).parents[3]
@@ -71,17 +71,19 @@ def test_overrides_are_yaml_values_of_dotted_keys():
 
 
 @pytest.mark.parametrize(
-    ("layout", "critic_recipe"),
+    ("layout", "critic_run_config"),
     [("Et|t|m*1L", "Et|t|L"), ("Et|tm*2L", "Et|tL"), ("E(tm)*2L", "E(t)*2L")],
 )
-def test_a_critic_has_no_mtp_layers_in_its_layout(layout, critic_recipe):
-    critic = configuration.parse_recipe({"parallel": {"pipeline_layout": layout}}).critic_recipe()
-    assert critic.parallel.pipeline_layout == critic_recipe
+def test_a_critic_has_no_mtp_layers_in_its_layout(layout, critic_run_config):
+    critic = configuration.parse_recipe(
+        {"parallel": {"pipeline_layout": layout}}
+    ).critic_run_config()
+    assert critic.parallel.pipeline_layout == critic_run_config
 
 
 def test_a_critic_is_trained_whole():
     config = configuration.parse_recipe({"model": {"lora": {"rank": 8}}})
-    assert config.critic_recipe().model.lora is None
+    assert config.critic_run_config().model.lora is None
     assert config.model.lora.scale == 4.0
 
 

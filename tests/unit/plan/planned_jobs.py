@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from megatron_r1 import config as configuration
-from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
+from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.plan.job import PlannedJob
 
 ROOT = Path(__file__).parents[3]

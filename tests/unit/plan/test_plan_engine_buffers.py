@@ -6,9 +6,9 @@ drafting MTP layer; with 128 copies each of an engine's 128 GPUs has 3 of a laye
 import pytest
 from planned_jobs import planned
 
-from megatron_r1.config.hardware import GIB
 from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.hardware import GIB
 from megatron_r1.plan.push import push_section
 from megatron_r1.plan.timing import time_section
 

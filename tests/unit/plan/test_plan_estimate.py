@@ -7,8 +7,8 @@ from planned_jobs import BY_HAND, LAPTOP, RECIPE, ROOT, V3, real_job
 
 from megatron_r1 import config as configuration
 from megatron_r1.commands.plan import main
-from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.plan.job import PlannedJob
 
 

@@ -7,7 +7,7 @@ from planned_jobs import RECIPE, real_job
 
 from megatron_r1.commands.plan import main
 from megatron_r1.plan.estimate import estimate_step
-from megatron_r1.plan.expert_overlap import (
+from megatron_r1.plan.exchange_overlap_time import (
     FULL_RECOMPUTE,
     OVERLAPPED_EXCHANGE,
     exchange_choice,

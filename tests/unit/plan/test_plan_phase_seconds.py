@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 from planned_jobs import planned, real_job
 
-from megatron_r1.config.hardware import GIB
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.hardware import GIB
 from megatron_r1.plan.step_time import StepTime
 from megatron_r1.plan.timing import checkpoint_time, sleep_wake_time, time_section, weight_load_time
 

@@ -7,9 +7,9 @@ from planned_jobs import LAPTOP, ROOT
 
 from megatron_r1.commands.plan import main
 from megatron_r1.config import load_recipe
-from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.hardware import GIB, HARDWARE
 from megatron_r1.plan.job import PlannedJob
 
 RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"

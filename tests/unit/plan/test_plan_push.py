@@ -6,9 +6,9 @@ import pytest
 from planned_jobs import RECIPE, ROOT, V3, planned
 
 from megatron_r1 import config as configuration
-from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.hardware import GIB, HARDWARE
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import planned_engine_layout, push_section
 from megatron_r1.plan.push_links import traffic_of_sets

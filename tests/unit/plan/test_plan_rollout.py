@@ -6,10 +6,10 @@ import pytest
 from planned_jobs import BY_HAND, LLAMA_405B, QWEN_72B, RECIPE, V3, planned, real_job
 
 from megatron_r1 import config as configuration
-from megatron_r1.config.hardware import GIB, HARDWARE
 from megatron_r1.models.memory import cache_bytes_per_token
 from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.hardware import GIB, HARDWARE
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push import push_section
 from megatron_r1.plan.rollout import RolloutTime

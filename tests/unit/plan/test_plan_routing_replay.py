@@ -5,11 +5,12 @@ import pytest
 from planned_jobs import ROOT, V3, planned
 
 from megatron_r1 import config as configuration
-from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.trainer.training_sample import Sample, encode_samples
+from megatron_r1.trainer.sample_encoding import encode_samples
+from megatron_r1.trainer.training_sample import Sample
 
 SAMPLES, MEAN, LONGEST = 8192, 512 + 8192, 512 + 32_768
 TOKEN = 58 * 8

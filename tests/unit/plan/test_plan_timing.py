@@ -4,9 +4,9 @@ import pytest
 from planned_jobs import ROOT, planned, real_job
 
 from megatron_r1 import config as configuration
-from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.plan.job import PlannedJob
 
 

@@ -20,7 +20,7 @@ from waiting import wait_until
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.files import atomic_write
-from megatron_r1.config.section import flatten_sections
+from megatron_r1.config.setting_keys import flatten_sections
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.trackers.tensorboard_log import TensorBoardLog
 

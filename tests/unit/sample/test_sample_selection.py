@@ -13,7 +13,7 @@ from sample_answers import PROMPT, answer, run_decide, selection
 from megatron_r1.config import parse_recipe
 from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.prompt import make_prompt
-from megatron_r1.evaluation.response import TextResponseGrader
+from megatron_r1.evaluation.text_response_grader import TextResponseGrader
 from megatron_r1.sample.sft_examples import Rendering, SFTKeeper
 
 ROOT = Path(__file__).parents[3]

@@ -13,10 +13,10 @@ import pytest
 from waiting import PATIENT
 
 from megatron_r1 import config as configuration
-from megatron_r1.config.hardware import HARDWARE
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.hf_config import sparse_layers
 from megatron_r1.plan.estimate import JobEstimate
+from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.timing import time_section
 from tools.gpu_check import (

@@ -8,10 +8,10 @@ import pytest
 import torch
 from r1_kernels import PolicySettings
 
-from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.controller.algorithms.grpo import loss as grpo_loss
 from megatron_r1.models.sampling_mask import encode_mask
-from megatron_r1.trainer.loss_head import LossHead, TokenWeights
+from megatron_r1.trainer.loss_head import LossHead, TokenAveraging
 from megatron_r1.trainer.losses import supervised_loss
 from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit
@@ -73,7 +73,7 @@ def test_log_probabilities_and_loss_are_of_the_tokens_that_the_sampler_kept():
     got, entropy = head.logprobs()
     no_clip = PolicySettings(clip_low=1e6, clip_high=1e6, kl_beta=0.0)
     loss = head.policy_loss(
-        no_clip, TokenWeights(batch.is_response, denominator=int(batch.is_response.sum()))
+        no_clip, TokenAveraging(batch.is_response, denominator=int(batch.is_response.sum()))
     )
     expected = torch.zeros(len(got), dtype=torch.float64)
     of_entropy = torch.zeros_like(expected)

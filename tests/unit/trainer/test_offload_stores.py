@@ -9,13 +9,14 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse_recipe
-from megatron_r1.trainer import offload
-from megatron_r1.trainer.offload import DiskStore, HostMemoryStore, Offload, make_offload
+from megatron_r1.trainer import offload_stores
+from megatron_r1.trainer.offload import Offload, make_offload
+from megatron_r1.trainer.offload_stores import DiskStore, HostMemoryStore
 
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr(offload, "BUFFER_BYTES", 7)
+    monkeypatch.setattr(offload_stores, "BUFFER_BYTES", 7)
 
 
 def parts() -> list[torch.Tensor]:

@@ -3,8 +3,8 @@
 import msgspec
 import pytest
 
-from megatron_r1.config.algorithms import TokenSettings
 from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.push.control_messages import SentWeights, SetFailure
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.trainer.operations import (
@@ -66,7 +66,7 @@ def test_a_rank_runs_every_operation_of_the_protocols():
             ModelOperations.compute_token_advantages,
             {
                 "function": "module:function",
-                "settings": TokenSettings(0.1, 1.0, 0.95, "group", 1e-6),
+                "settings": TokenAdvantageSettings(0.1, 1.0, 0.95, "group", 1e-6),
             },
         ),
         (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_r1.trainer.checkpoints import contents
-from megatron_r1.trainer.reference import ReferencePolicy
+from megatron_r1.trainer.reference_policy import ReferencePolicy
 
 
 @pytest.mark.parametrize("on_cpu", [True, False])

@@ -16,7 +16,7 @@ from megatron_r1.commands import rl
 from megatron_r1.config import Config
 from megatron_r1.engines.server.json_replies import decode_routing
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.models.experts import RoutingShape, routing_shape
+from megatron_r1.models.routing_shape import RoutingShape, routing_shape
 from megatron_r1.trainer.routing import RoutingScatter, RoutingShard
 from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_split import TokenSplit

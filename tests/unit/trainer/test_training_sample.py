@@ -7,13 +7,9 @@ import pytest
 from refusals import raised
 
 from megatron_r1.models.sampling_mask import concat_masks, encode_mask
-from megatron_r1.trainer import training_sample as module
-from megatron_r1.trainer.training_sample import (
-    ReplicaSamples,
-    Sample,
-    decode_samples,
-    encode_samples,
-)
+from megatron_r1.trainer import sample_encoding
+from megatron_r1.trainer.sample_encoding import ReplicaSamples, decode_samples, encode_samples
+from megatron_r1.trainer.training_sample import Sample
 
 
 def share(draw: random.Random) -> ReplicaSamples:
@@ -44,7 +40,7 @@ def share(draw: random.Random) -> ReplicaSamples:
 
 @pytest.mark.parametrize("joined_bytes", [1, 200, 1 << 16])
 def test_a_share_arrives_as_it_was_sent(joined_bytes, monkeypatch):
-    monkeypatch.setattr(module, "JOINED_BYTES", joined_bytes)
+    monkeypatch.setattr(sample_encoding, "JOINED_BYTES", joined_bytes)
     for seed in range(20):
         sent = share(random.Random(seed))
         headers, *parts = encode_samples(sent)
@@ -56,7 +52,7 @@ def test_a_share_arrives_as_it_was_sent(joined_bytes, monkeypatch):
 
 
 def test_large_buffers_are_sent_without_a_copy():
-    logprobs = array("f", [0.5]) * module.JOINED_BYTES
+    logprobs = array("f", [0.5]) * sample_encoding.JOINED_BYTES
     sample = Sample.pack([1], array("i", [2]) * len(logprobs), logprobs)
     [part] = [p for p in encode_samples([[[sample]]]) if isinstance(p, memoryview)]
     logprobs[-1] = 0.25

@@ -30,7 +30,7 @@ from megatron_r1.base.processes.authentication import protect_client
 from megatron_r1.engines.server.client import GENERATE_PATH
 from megatron_r1.engines.server.server import RunningServer
 from megatron_r1.trainer.operations import RankCall, RankReply, rank_identity
-from megatron_r1.trainer.training_sample import decode_samples
+from megatron_r1.trainer.sample_encoding import decode_samples
 from tools.bench.host import ROOT
 
 MODEL_CONFIG = ROOT / "examples" / "deepseek_r1" / "model" / "config.json"

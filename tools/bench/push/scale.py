@@ -17,10 +17,11 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from megatron_r1.base.transports import RELAY_BUCKET_BYTES
-from megatron_r1.config import hardware, load_recipe
-from megatron_r1.config.hardware import ByteRate, Count
+from megatron_r1.config import load_recipe
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages, stage_shards
+from megatron_r1.plan import hardware
+from megatron_r1.plan.hardware import ByteRate, Count
 from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
 from megatron_r1.push.plan.planned_links import (
     MAX_SET_ENGINES,

@@ -12,7 +12,8 @@ from algorithm_problem import EXACT, Problem, check, ours, plain, weighted_by_th
 
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
-from megatron_r1.config.algorithms import ALGORITHM_NAMES, TokenSettings
+from megatron_r1.config.algorithms import ALGORITHM_NAMES
+from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.trainer.rollout_batches import RolloutBatches, WholeResponses
 from megatron_r1.trainer.sequence_packing import pack_batch
@@ -162,7 +163,7 @@ def test_rewards_that_are_all_equal_are_normalized_to_0():
     batch = pack_batch(
         [Sample.pack([1], [2] * n, None, 0.7) for n in (1, 4, 9)], TokenSplit(), torch.device("cpu")
     )
-    settings = TokenSettings(0.0, 1.0, 1.0, "batch", advantage_epsilon=0.0)
+    settings = TokenAdvantageSettings(0.0, 1.0, 1.0, "batch", advantage_epsilon=0.0)
     rollout = RolloutBatches([batch])
     rollout.store_targets(
         find_function(algorithms.find_algorithm("reinforce_pp").token_advantages)(rollout, settings)
@@ -201,7 +202,7 @@ def test_a_micro_batch_without_samples_is_left_as_it_is():
     batch = pack_batch([], TokenSplit(tensor_size=2), torch.device("cpu"))
     batch.logprobs["old"] = batch.logprobs["ref"] = torch.zeros(2)
     rollout = RolloutBatches([batch])
-    settings = TokenSettings(0.1, 1.0, 1.0, "batch", advantage_epsilon=1e-6)
+    settings = TokenAdvantageSettings(0.1, 1.0, 1.0, "batch", advantage_epsilon=1e-6)
     rollout.store_targets(
         find_function(algorithms.find_algorithm("reinforce_pp").token_advantages)(rollout, settings)
     )

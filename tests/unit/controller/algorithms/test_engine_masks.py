@@ -26,8 +26,9 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config, parse_recipe
-from megatron_r1.config.algorithms import ALGORITHM_NAMES, LossSettings
+from megatron_r1.config.algorithms import ALGORITHM_NAMES
 from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASK_FUNCTIONS, wrap_loss
 from megatron_r1.controller.policy_trainer import PolicyTrainer

@@ -13,7 +13,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.config import RLConfig, dump_recipe, load_recipe, parse_recipe
-from megatron_r1.config.algorithms import LossSettings
+from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.controller import algorithms
 
 PAGE = Path(__file__).parents[4] / "docs/algorithms.md"

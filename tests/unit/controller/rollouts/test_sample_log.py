@@ -10,7 +10,8 @@ import pytest
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files.framed_records import FRAME_HEADER, FramedFile, append_frame
-from megatron_r1.config.rl import ScheduleEntry, digest_until
+from megatron_r1.config.schedule import ScheduleEntry, digest_until
+from megatron_r1.controller.rollouts.dynamic_sampling import collect_dynamic_rollout
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.controller.rollouts.sample_log import (
     SampleLog,
@@ -20,7 +21,6 @@ from megatron_r1.controller.rollouts.sample_log import (
     from_record,
     to_record,
 )
-from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import encode_mask
@@ -255,7 +255,7 @@ def test_a_batch_drawn_in_rounds_goes_on_where_it_was(tmp_path):
             finished = await log.step(1)
             draw = lambda n: [next(draws) for _ in range(n)]  # noqa: E731
             collect_some = partial(collect, finished=finished, limit=limit)
-            return await collect_informative(collect_some, draw, num_groups=4, max_rounds=3)
+            return await collect_dynamic_rollout(collect_some, draw, num_groups=4, max_rounds=3)
         finally:
             await log.close()
 

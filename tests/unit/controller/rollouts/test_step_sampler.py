@@ -5,10 +5,10 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse_recipe
+from megatron_r1.controller.rollouts.dynamic_sampling import collect_dynamic_rollout
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.controller.rollouts.rollout_stream import RolloutStream
-from megatron_r1.controller.rollouts.step_sampler import collect_informative
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
@@ -127,7 +127,7 @@ def collected(num_groups: int, rounds: int, teaches) -> tuple[Rollout, list[int]
         groups = [group(p, 1.0, 0.0 if teaches(PROMPTS.index(p)) else 1.0) for p in prompts]
         return Rollout(groups, 2.0, 0.5)
 
-    return asyncio.run(collect_informative(collect, draw, num_groups, rounds)), drawn
+    return asyncio.run(collect_dynamic_rollout(collect, draw, num_groups, rounds)), drawn
 
 
 def test_groups_without_a_difference_are_drawn_again():

@@ -6,14 +6,9 @@ import re
 
 import pytest
 
-from megatron_r1.engines.fleet.dispatch import (
-    Affinity,
-    DispatchedRequest,
-    Dispatcher,
-    ExpectedLength,
-    LengthEstimator,
-)
+from megatron_r1.engines.fleet.dispatch import Affinity, DispatchedRequest, Dispatcher
 from megatron_r1.engines.fleet.engine import Engine
+from megatron_r1.engines.fleet.response_length_estimates import ExpectedLength, LengthEstimator
 from megatron_r1.engines.fleet.service_stats import ServedGroup, ServiceStats, find_slow
 from megatron_r1.engines.server.errors import EngineError
 

@@ -29,7 +29,8 @@ from megatron_r1.config import RolloutConfig
 from megatron_r1.engines.fleet.host import HostLink
 from megatron_r1.engines.fleet.host_messages import HostReport, publish_address, published_address
 from megatron_r1.engines.fleet.host_pool import HostPool
-from megatron_r1.engines.fleet.placement import RemoteServer, open_host_pool
+from megatron_r1.engines.fleet.placement import open_host_pool
+from megatron_r1.engines.fleet.remote_server import RemoteServer
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
 

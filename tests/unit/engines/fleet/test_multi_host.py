@@ -16,7 +16,7 @@ from megatron_r1 import config
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.processes.authentication import TOKEN_VARIABLE, make_token
 from megatron_r1.engines.fleet.host_pool import HostPool
-from megatron_r1.engines.fleet.placement import RemoteServer
+from megatron_r1.engines.fleet.remote_server import RemoteServer
 from megatron_r1.engines.server.environment_variables import network_environment
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.settings import EnginePart

@@ -13,7 +13,7 @@ from megatron_r1.base.processes.exit_diagnosis import excerpt_log
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineTimeout
-from megatron_r1.engines.server.model_config import read_model_config
+from megatron_r1.engines.server.model_config import read_engine_hf_config
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.push.control_messages import PushUpdateInfo
 
@@ -148,7 +148,7 @@ def test_a_folder_that_is_no_model_is_refused_before_launch(tmp_path, config, sh
 
 def test_a_folder_with_an_architecture_passes(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    read_model_config(tmp_path)
+    read_engine_hf_config(tmp_path)
 
 
 def test_the_root_cause_comes_before_its_echoes():

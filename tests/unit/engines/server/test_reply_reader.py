@@ -20,7 +20,7 @@ from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineFault
 from megatron_r1.engines.server.reply_reader import MEDIA_TYPE
 from megatron_r1.engines.server.stop_strings import truncate_response
-from megatron_r1.models.experts import RoutingShape
+from megatron_r1.models.routing_shape import RoutingShape
 
 SHAPE = RoutingShape(num_layers=4, moe_layers=(1, 3), topk=2, num_experts=8)
 PROMPT = [3, 4, 5]

@@ -13,7 +13,7 @@ from megatron_r1.config import Config
 from megatron_r1.engines.server.model_config import config_arguments
 from megatron_r1.models.hf_config import (
     describe_config_changes,
-    load_config,
+    load_raw_hf_config,
     num_mtp_layers,
     read_hf_config,
 )
@@ -51,7 +51,7 @@ def saved(name, folder):
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_model_without_tensors_of_mtp_layers_is_read_without_them(name, tmp_path):
     saved(name, tmp_path)
-    assert load_config(tmp_path)["num_nextn_predict_layers"] == 1
+    assert load_raw_hf_config(tmp_path)["num_nextn_predict_layers"] == 1
     hf_config = read_hf_config(tmp_path)
     assert num_mtp_layers(hf_config) == 0
     check_supported(hf_config)
@@ -78,7 +78,7 @@ def test_a_folder_without_weights_has_the_layers_of_its_config(tmp_path):
 
 def test_the_routing_of_deepseek_v3_is_known_and_handed_on(tmp_path):
     saved("DeepseekV3ForCausalLM", tmp_path)
-    written = load_config(tmp_path)
+    written = load_raw_hf_config(tmp_path)
     assert not ROUTING.keys() & written.keys()
     assert ROUTING.items() <= read_hf_config(tmp_path).items()
     assert any("topk_method" in sentence for sentence in describe_config_changes(tmp_path))

@@ -32,7 +32,7 @@ from megatron_r1.push.plan.adapter_push import lora_arguments
 
 
 @dataclass(frozen=True)
-class RolloutRoles:
+class RolloutServices:
     """What samples and grades in a run: `collector`, with engines that are still to be started.
 
     Attributes:
@@ -55,7 +55,7 @@ class RolloutRoles:
 @contextlib.asynccontextmanager
 async def open_rollouts(
     config: Config, recorder: RunRecorder, tokenizer: PromptTokenizer
-) -> AsyncIterator[RolloutRoles]:
+) -> AsyncIterator[RolloutServices]:
     """Yield what samples and grades; close it, and all that it uses, at the end of the block.
 
     Args:
@@ -74,7 +74,7 @@ async def open_rollouts(
         try:
             if not is_kept:
                 await sample_log.prune()  # old samples are not of this run's policies
-            yield RolloutRoles(collector, sample_log if is_kept else None, hosts)
+            yield RolloutServices(collector, sample_log if is_kept else None, hosts)
         finally:
             closing = [fleet.close(), collector.close(), pool.close(), sample_log.close()]
             if teachers is not None:

@@ -1,4 +1,4 @@
-"""The roles of a run as supervision sees them, and their progress."""
+"""The run that supervision watches: its trainer, its collector, and their progress."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 
 
 @dataclass
-class RunRoles:
-    """The roles of a run.
+class WatchedRun:
+    """A run whose processes are watched.
 
     Attributes:
         config: the run's settings.

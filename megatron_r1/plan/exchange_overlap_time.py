@@ -1,4 +1,4 @@
-"""The exchange with experts' ranks behind another micro-batch's computation, in seconds and bytes.
+"""Seconds and bytes of the exchange of tokens between experts' ranks where it is overlapped.
 
 `parallel.overlap_expert_exchange` and layers recomputed whole exclude each other (Megatron 0.16.1):
 both are compared.

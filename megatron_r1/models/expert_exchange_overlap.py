@@ -1,4 +1,4 @@
-"""The exchange of tokens between experts' ranks, behind the computation of another micro-batch.
+"""Overlaps the exchange of tokens between experts' ranks with another micro-batch's computation.
 
 With `parallel.overlap_expert_exchange` Megatron's schedule runs the forward pass of one micro-batch
 and the backward pass of another layer by layer together (combined_1f1b.py, Megatron-Core 0.16.1),

@@ -41,8 +41,8 @@ class ReferencePolicy:
         self.refresh()
 
     def stored_value(self, live: Tensor) -> Tensor:
-        """Return the reference's value of one of the model's own tensors, where it is kept; of one
-        that is not trained, the tensor itself.
+        """Return the reference's value of a tensor of the model: the stored copy of a trained one,
+        and the tensor itself where it is not trained.
 
         Args:
             live: the parameter or buffer, not a view.

@@ -1,7 +1,5 @@
 """Rates and sizes of GPUs, and the assumed efficiencies of a run, each with its source.
 
-This is the planner's table of machines, no section of a recipe.
-
 The docstring under a field is what `megatron-r1 plan` prints next to its value; its `--calibrate`
 replaces any of them by a measured one, and `preflight` compares a cluster with them. "A guess":
 no run on GPUs has measured it."""

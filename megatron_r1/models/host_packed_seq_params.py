@@ -1,4 +1,4 @@
-"""What the host knows of a packed micro-batch, handed to Megatron's layers with it.
+"""Positions and borders of a packed micro-batch, computed on the host for Megatron's layers.
 
 Megatron works positions and borders of samples out from `cu_seqlens`, a tensor of the device, in
 every layer, and the host waits for the device each time. Here they are computed once per
@@ -15,7 +15,7 @@ _POSITIONS = "sample_positions"
 
 
 @dataclass
-class PackedParams(PackedSeqParams):
+class HostPackedSeqParams(PackedSeqParams):
     """Megatron's parameters of a packed micro-batch, with what MTP layers need.
 
     Attributes:
