@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 from tools.evidence.renames import (
     ProjectNames,
     Renames,
-    find_private_renames,
+    find_file_renames,
     find_renames,
+    is_of_project,
+    names_in,
     rename,
     without_annotations,
 )
@@ -25,7 +27,6 @@ from tools.evidence.renames import (
 NO_RENAMES: Renames = frozenset()
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-PROJECT_PACKAGES = ("megatron_r1", "r1_grading", "r1_kernels", "r1_kernels_bench", "tools")
 TYPE_CHECKS = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 Import = tuple[str, str, str | None]
 """A module, a name of it, and its alias."""
@@ -53,11 +54,13 @@ class Version(NamedTuple):
         texts: the text of each file, None where it is not there.
         module_text: returns the text of any module of the project, None where it is not there.
         names: returns the names in the project, or None where they are not known; None to look
-            for no renames."""
+            for no renames.
+        imports: returns what its files import, as (module, name)."""
 
     texts: Sequence[str | None]
     module_text: Callable[[str], str | None]
     names: Callable[[], ProjectNames | None] | None = None
+    imports: Callable[[], frozenset[tuple[str, str]]] | None = None
 
     def statements(self) -> list[_Statements]:
         """Return those of each file.
@@ -67,26 +70,33 @@ class Version(NamedTuple):
         """
         return [_compiled_statements(text or "") for text in self.texts]
 
-    def renamed_statements(
-        self, later: "Version", renames: Renames, names: frozenset[str] | None
-    ) -> list[_Statements]:
-        """Return those of each file with the names of a later version.
+    def file_renames(self, later: "Version", names: frozenset[str] | None) -> list[Renames]:
+        """Return the renames of each file alone.
 
         Args:
             later: the later version.
-            renames: names that are others everywhere; private functions may be others in a file.
             names: those in this version of the project, None where they are not known.
 
         Raises:
             SyntaxError: a text is not Python.
         """
         pairs = zip(self.texts, later.texts, strict=True)
-        return [
-            _compiled_statements(
-                text or "", renames | find_private_renames(text or "", new_text or "", names)
-            )
-            for text, new_text in pairs
-        ]
+        return [find_file_renames(text or "", new_text or "", names) for text, new_text in pairs]
+
+    def renamed_statements(
+        self, renames: Renames, file_renames: Sequence[Renames]
+    ) -> list[_Statements]:
+        """Return those of each file with the names of a later version.
+
+        Args:
+            renames: names that are others everywhere.
+            file_renames: names that are others in each file.
+
+        Raises:
+            SyntaxError: a text is not Python.
+        """
+        pairs = zip(self.texts, file_renames, strict=True)
+        return [_compiled_statements(text or "", renames | own) for text, own in pairs]
 
 
 def compute_the_same(old: Version, new: Version) -> bool:
@@ -94,7 +104,7 @@ def compute_the_same(old: Version, new: Version) -> bool:
 
     They have the same statements, in whichever of the files, those of a file other than definitions
     in the same order; and what they import has the same definitions. Names may differ where
-    `find_renames` and `find_private_renames` say so.
+    `find_renames` and `find_file_renames` say so.
 
     Args:
         old: one version.
@@ -118,7 +128,8 @@ def compute_the_same(old: Version, new: Version) -> bool:
 def _compute_the_same(
     old: Version, new: Version, renames: Renames, names: frozenset[str] | None
 ) -> bool:
-    old_files, new_files = old.renamed_statements(new, renames, names), new.statements()
+    file_renames = old.file_renames(new, names)
+    old_files, new_files = old.renamed_statements(renames, file_renames), new.statements()
     if _statement_counts(old_files) != _statement_counts(new_files):
         return False
     if not all(
@@ -126,7 +137,24 @@ def _compute_the_same(
         for a, b in zip(old_files, new_files, strict=True)
     ):
         return False
-    return _import_the_same(old_files, new_files, old.module_text, new.module_text, renames)
+    public_renames = {pair for own in file_renames for pair in own if pair[0][0] != "_"}
+    return _are_consistent(public_renames, new) and _import_the_same(
+        old_files, new_files, old.module_text, new.module_text, renames
+    )
+
+
+def _are_consistent(renames: set[tuple[str, str]], new: Version) -> bool:
+    """Return whether no two names become one, and modules have all that other files import from
+    them by one of the names: a name may be another one in the file that defines it alone."""
+    if len({after for _, after in renames}) < len(renames):
+        return False
+    names = {name for pair in renames for name in pair}
+    imports = new.imports() if names and new.imports else ()
+    for module, name in imports:
+        text = new.module_text(module) if name in names else None
+        if text is not None and name not in names_in(text):
+            return False
+    return True
 
 
 def _import_the_same(
@@ -144,7 +172,7 @@ def _import_the_same(
         frozenset[Import]().union(*(file.imports for file in files))
         for files in (old_files, new_files)
     )
-    if any(not _is_of_project(module) for module, _, _ in old_imports ^ new_imports):
+    if any(not is_of_project(module) for module, _, _ in old_imports ^ new_imports):
         return False
     old_definitions = defaultdict(list)
     for file in old_files:
@@ -163,10 +191,6 @@ def _import_the_same(
     )
 
 
-def _is_of_project(module: str) -> bool:
-    return module.partition(".")[0] in PROJECT_PACKAGES
-
-
 def _statement_counts(files: Sequence[_Statements]) -> Counter[Any]:
     return Counter(each for file in files for each in (*file.definitions, *file.others))
 
@@ -183,7 +207,7 @@ def _compiled_statements(text: str, renames: Renames = NO_RENAMES) -> _Statement
     imports: set[Import] = {
         (node.module, alias.name, alias.asname)
         for node in ast.walk(tree)  # also within functions
-        if isinstance(node, ast.ImportFrom) and node.module and _is_of_project(node.module)
+        if isinstance(node, ast.ImportFrom) and node.module and is_of_project(node.module)
         for alias in node.names
     }
     tree = _WithoutModules().visit(tree)
@@ -194,7 +218,7 @@ def _compiled_statements(text: str, renames: Renames = NO_RENAMES) -> _Statement
         if isinstance(node, ast.Import):
             imports |= {(alias.name, "", alias.asname) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            if not _is_of_project(node.module or ""):
+            if not is_of_project(node.module or ""):
                 imports |= {(node.module or "", alias.name, alias.asname) for alias in node.names}
         elif not _computes_nothing(node):
             flags = __future__.annotations.compiler_flag
@@ -221,7 +245,7 @@ class _WithoutModules(ast.NodeTransformer):
         super().generic_visit(node)
         if isinstance(node, HAVE_DOCSTRINGS) and ast.get_docstring(node, clean=False) is not None:
             node.body[:1] = [] if node.body[1:] else [ast.Pass(lineno=1, col_offset=0)]
-        if isinstance(node, ast.ImportFrom) and node.module and _is_of_project(node.module):
+        if isinstance(node, ast.ImportFrom) and node.module and is_of_project(node.module):
             node.module = node.module.partition(".")[0]
         return node
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_r1.base.files import atomic_write
 from tools.evidence.instructions import Version, compute_the_same
-from tools.evidence.renames import ProjectNames, defined_in, names_in
+from tools.evidence.renames import ProjectNames, defined_in, imported_names, names_in
 
 FOLDER = "docs/evidence"
 MODULE_FOLDERS = {
@@ -161,9 +161,12 @@ class CodeChanges:
         self._former_names = cache(lambda commit: _former_names(root, commit))
         self._gone_modules = cache(lambda commit: _gone_modules(root, commit))
         self._names_now = cache(lambda: _names_now(root))
+        self._imports_now = cache(lambda: _imports_now(root))
         self._is_same = cache(lambda commit, names: have_same_code(root, commit, names))
         self._is_same_but_for_names = cache(
-            lambda commit, names: have_same_code(root, commit, names, self._names_now)
+            lambda commit, names: have_same_code(
+                root, commit, names, self._names_now, self._imports_now
+            )
         )
 
     def files(self, commit: str, paths: list[str]) -> list[str] | None:
@@ -277,6 +280,7 @@ def have_same_code(
     commit: str,
     names: tuple[str, ...],
     names_now: Callable[[], ProjectNames] | None = None,
+    imports_now: Callable[[], frozenset[tuple[str, str]]] | None = None,
 ) -> bool:
     """Return whether Python files of `root` together compute what they computed at `commit`.
 
@@ -284,7 +288,8 @@ def have_same_code(
         root: the repository.
         commit: the earlier commit.
         names: the files, from the root.
-        names_now: returns the names of the project as it is; None to look for no renames."""
+        names_now: returns the names of the project as it is; None to look for no renames.
+        imports_now: returns what its files import, as (module, name)."""
     if not all(name.endswith(".py") for name in names):
         return False
     try:
@@ -300,6 +305,7 @@ def have_same_code(
                 new_texts,
                 lambda module: module_text(module, partial(_text_in, root)),
                 names_now,
+                imports_now,
             ),
         )
     except (OSError, SyntaxError):
@@ -346,6 +352,13 @@ def _names_now(root: Path) -> ProjectNames:
     all_names = frozenset(name for text in texts for name in names_in(text))
     defined = {name for text in texts for name in defined_in(text)}
     return ProjectNames(all_names, frozenset(defined | _module_names(files)))
+
+
+def _imports_now(root: Path) -> frozenset[tuple[str, str]]:
+    files = _git_output(root, "ls-files", "--", "*.py") or ""
+    return frozenset(
+        pair for name in files.splitlines() for pair in imported_names(_text_in(root, name) or "")
+    )
 
 
 def _module_names(files: str) -> set[str]:

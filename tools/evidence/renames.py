@@ -15,6 +15,7 @@ from typing import NamedTuple
 Renames = frozenset[tuple[str, str]]
 """The old name and the new one of each."""
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+PROJECT_PACKAGES = ("megatron_r1", "r1_grading", "r1_kernels", "r1_kernels_bench", "tools")
 NAME_FIELDS = ("id", "attr", "name", "arg", "asname", "names", "kwd_attrs", "rest")
 """Fields of nodes that hold names; `names` only where they are texts."""
 DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -60,35 +61,36 @@ def find_renames(
 
 
 @cache  # claims of many commits ask for the same texts
-def find_private_renames(
+def find_file_renames(
     old_text: str, new_text: str, earlier_names: frozenset[str] | None = None
 ) -> Renames:
-    """Return the renames of private functions between two versions of one file, where no other name
-    of the file is the old or the new one. Another file may still have these names: it means its own
-    by them.
+    """Return the renames between two versions of one file, where no other name of the file is the
+    old or the new one. Another file may still have these names: it means its own by them.
 
-    Private methods count where their new name was nowhere in the earlier project: a class elsewhere
-    that this one inherits from, or that inherits from it, could have it.
+    They are those of private functions; and where the new name was nowhere in the earlier project,
+    of functions and classes that the file defines or imports from the project, and of private
+    methods: a class elsewhere that this one inherits from, or that inherits from it, could have
+    their new name.
 
     Args:
         old_text: one version.
         new_text: the other.
-        earlier_names: the names in the earlier project; None: methods do not count.
+        earlier_names: the names in the earlier project; None: private functions alone count.
 
     Raises:
         SyntaxError: a text is not Python.
     """
-    old_private, new_private = _private_functions(old_text), _private_functions(new_text)
+    old_own, new_own = _private_functions(old_text), _private_functions(new_text)
     if earlier_names is not None:
-        old_private |= _private_methods(old_text)
-        new_private |= _private_methods(new_text) - earlier_names
-    old_private, new_private = old_private - names_in(new_text), new_private - names_in(old_text)
-    if not old_private or not new_private:
+        old_own |= _private_methods(old_text) | public_names(old_text)
+        new_own |= (_private_methods(new_text) | public_names(new_text)) - earlier_names
+    old_own, new_own = old_own - names_in(new_text), new_own - names_in(old_text)
+    if not old_own or not new_own:
         return frozenset()
     return _one_to_one(
         (before, after)
         for before, after in _differing_names([old_text], [new_text])
-        if before in old_private and after in new_private
+        if before in old_own and after in new_own
     )
 
 
@@ -122,6 +124,30 @@ def _private_methods(text: str) -> frozenset[str]:
     classes = (node for node in ast.walk(_parsed_module(text)) if isinstance(node, ast.ClassDef))
     methods = (node for each in classes for node in each.body if isinstance(node, FUNCTIONS))
     return frozenset(node.name for node in methods if re.match("_[^_]", node.name))
+
+
+def public_names(text: str) -> frozenset[str]:
+    """Return the names of the functions and classes that a module defines, or imports from the
+    project, without an underscore."""
+    body = _parsed_module(text).body
+    names = {node.name for node in body if isinstance(node, FUNCTIONS | ast.ClassDef)}
+    names |= {name for module, name in imported_names(text) if is_of_project(module)}
+    return frozenset(name for name in names if not name.startswith("_"))
+
+
+def imported_names(text: str) -> frozenset[tuple[str, str]]:
+    """Return what a module imports from others, anywhere in it, as (module, name)."""
+    return frozenset(
+        (node.module, alias.name)
+        for node in ast.walk(_parsed_module(text))
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    )
+
+
+def is_of_project(module: str) -> bool:
+    """Return whether a module is one of the project's packages."""
+    return module.partition(".")[0] in PROJECT_PACKAGES
 
 
 def names_in(text: str) -> frozenset[str]:

@@ -244,10 +244,12 @@ EXCHANGED = {"power": "_table", "table": "_power"}
         # the name is another function's elsewhere
         (PRIVATE.replace("_power", "_square"), "fresh"),
         (PRIVATE.replace("_power", "_square").replace("_table", "_functions"), "fresh"),
-        # renamed in the definition alone; to a name that the file has; to one that is public
+        # to a public one that was nowhere
+        (PRIVATE.replace("_power", "square"), "fresh"),
+        # renamed in the definition alone; to a name that the file has; to one that was elsewhere
         (PRIVATE.replace("def _power", "def _square"), "stale"),
         (PRIVATE.replace("_power", "_table"), "stale"),
-        (PRIVATE.replace("_power", "square"), "stale"),
+        (PRIVATE.replace("_power", "cube"), "stale"),
         # exchanged; with another body
         (
             PRIVATE.replace("_power", "_x").replace("_table", "_power").replace("_x", "_table"),
@@ -259,7 +261,7 @@ EXCHANGED = {"power": "_table", "table": "_power"}
     ],
 )
 def test_private_functions_of_a_file_may_have_other_names_there(repository, text, state):
-    other = "def _power(x):\n    return x\n\n\ndef _square(x):\n    return x\n"
+    other = "def _power(x):\n    return x\n\n\ndef _square(x):\n    return x\n\n\ncube = _square\n"
     claim = repository.measured(repository.commit(part__a=PRIVATE, other=other))
     repository.commit(part__a=text)
     assert repository.state(claim).name == state
@@ -291,6 +293,47 @@ def test_private_methods_may_have_other_names_that_were_nowhere(repository, text
     claim = repository.measured(repository.commit(part__a=PRIVATE_METHOD, other=other))
     repository.commit(part__a=text)
     assert repository.state(claim).name == state
+
+
+SQUARE = "def square(x):\n    return x**2\n"
+USE_SQUARE = "from tools.square import square\n\n\ndef area(r):\n    return 3 * square(r)\n"
+
+
+@pytest.mark.parametrize(
+    ("names", "state"),
+    [
+        # in the file that defines it and in the one that imports it; a file elsewhere has its own
+        (("second_power", "second_power"), "fresh"),
+        # in one of the two alone
+        (("second_power", "square"), "stale"),
+        (("square", "second_power"), "stale"),
+        # to the name of something else in the earlier project
+        (("cube", "cube"), "stale"),
+    ],
+)
+def test_functions_may_have_other_names_in_a_file_and_its_importers(repository, names, state):
+    other = "def square(x):\n    return [x]\n\n\ndef cube(x):\n    return x**3\n"
+    files = {"tools__square": SQUARE, "part__use": USE_SQUARE, "other": other}
+    claim = repository.measured(repository.commit(**files), paths=["part/", "tools/"])
+    defined, used = names
+    repository.commit(
+        tools__square=SQUARE.replace("square", defined),
+        part__use=re.sub("(?<!tools.)square", used, USE_SQUARE),
+    )
+    assert repository.state(claim).name == state
+
+
+def test_an_import_of_another_function_is_no_rename(repository):
+    other = "def cube(x):\n    return x**3\n"
+    files = {"tools__square": SQUARE, "part__use": USE_SQUARE, "tools__other": other}
+    claim = repository.measured(repository.commit(**files), paths=["part/", "tools/"])
+    repository.commit(part__use=USE_SQUARE.replace("square import square", "other import cube"))
+    assert repository.state(claim).name == "stale"
+    repository.commit(
+        tools__other=other.replace("cube", "power"),
+        part__use=USE_SQUARE.replace("tools.square", "tools.other").replace("square", "power"),
+    )
+    assert repository.state(claim).name == "stale"
 
 
 @pytest.mark.parametrize(
