@@ -1,7 +1,7 @@
 """Accuracy on procedurally generated tasks, by reasoning-gym's own scorer of each task.
 
-A scorer that evaluates its answer gets it only after `refusal_reason` has parsed it as text, and
-bounded what it computes. `GUARDS` has the answers that a scorer of reasoning-gym 0.1.25 pays
+A scorer that evaluates its answer gets it only after `scorer_refusal_reason` has parsed it as text
+and bounded what it computes. `GUARDS` has the answers that a scorer of reasoning-gym 0.1.25 pays
 although they are wrong. They were found by asking every task for constant answers and for its
 own answer with a digit changed or something added (tests/grading/test_logic.py does it for all
 tasks)."""
@@ -52,7 +52,7 @@ def is_formula(answer: str) -> bool:
     return all(len(name) == 1 or name in FORMULA_NAMES for name in names)
 
 
-def refusal_reason(answer: str) -> str:
+def scorer_refusal_reason(answer: str) -> str:
     """Return why a scorer must not evaluate `answer`, or "". Evaluates nothing itself."""
     if len(answer) > MAX_FORMULA_CHARS:
         return f"{len(answer)} characters, at most {MAX_FORMULA_CHARS} are evaluated"
@@ -312,7 +312,7 @@ def grade(
     answer = _strip_decoration(extraction.text, entry["answer"])
     if len(answer) > MAX_ANSWER_CHARS:
         return Grade(0.0, f"answer too long: {len(answer)} characters")
-    if task in FORMULA_TASKS and (reason := refusal_reason(answer)):
+    if task in FORMULA_TASKS and (reason := scorer_refusal_reason(answer)):
         return Grade(0.0, f"refused: {shorten(answer)}: {reason}")
     guard = GUARDS.get(task)
     if guard is not None and (reason := guard(answer, entry)):

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.stopping import read_when_ready
-from megatron_r1.commands.guessed_settings import value_text
+from megatron_r1.commands.guessed_settings import yaml_value_text
 from megatron_r1.commands.trained_model import (
     CONVERT,
     find_exported,
@@ -54,8 +54,8 @@ def run(config: Config, folder: str, question: list[str] | None = None) -> None:
     model = find_exported(folder, ARGUMENTS[0])
     config = _engine_settings(config, model)
     _print_note(
-        f"model: {model}; template: {value_text(config.data.template)}; sampled at temperature "
-        f"{config.rollout.temperature:g}"
+        f"model: {model}; template: {yaml_value_text(config.data.template)}; sampled at "
+        f"temperature {config.rollout.temperature:g}"
     )
     checkpoints = complete_checkpoints(model.parent / "checkpoints")
     if model.name == "hf" and checkpoints:

@@ -24,7 +24,7 @@ from megatron_r1.commands.sampling_run import (
 from megatron_r1.config import Config
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.evaluation_plot import write_figure
-from megatron_r1.evaluation.evaluation_report import print_table, write_report
+from megatron_r1.evaluation.evaluation_report import print_table, write_evaluation_report
 from megatron_r1.evaluation.identity import identity_settings
 from megatron_r1.evaluation.package_versions import package_versions
 from megatron_r1.evaluation.prompt_sets import PromptSet, load_prompt_sets, prompt_digest
@@ -155,7 +155,7 @@ def _write_results(
     atomic_write(folder.path / "eval.json", json.dumps(result, indent=1) + "\n")
     figure = write_figure(folder.path / "eval.png", summaries)
     questions = {(q["benchmark"], q["id"]): q for q in read_lines(folder.path / "questions.jsonl")}
-    write_report(
+    write_evaluation_report(
         folder.report_path,
         title=f"evaluation · {folder.path.name}",
         settings={"model": str(result["model"]), **{n: str(v) for n, v in settings.items()}},

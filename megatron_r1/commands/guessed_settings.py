@@ -30,7 +30,7 @@ class Guess(NamedTuple):
     reason: str
 
 
-def value_text(value: Any) -> str:
+def yaml_value_text(value: Any) -> str:
     """Return a value as YAML on one line."""
     if isinstance(value, str) and "\n" in value:
         return json.dumps(value, ensure_ascii=False)

@@ -16,7 +16,7 @@ from megatron_r1.pipeline import manifest, serving
 from megatron_r1.pipeline.executor import Executor
 from megatron_r1.pipeline.graph import StageGraph, check_plan, missing_files, unknown_stage
 from megatron_r1.pipeline.pipeline_recipe import PipelineConfig, PipelineRecipe, load_pipeline
-from megatron_r1.pipeline.pipeline_report import write_report
+from megatron_r1.pipeline.pipeline_report import write_pipeline_report
 from megatron_r1.pipeline.stage_runner import StopSignals, write_recipe
 from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.pipeline.status import StageState, all_statuses, stale_text, status_lines
@@ -80,7 +80,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
         finally:
             command = ["megatron-r1", "pipeline", path]
             command += [f"--{key}={format_value(value)}" for key, value in overrides.items()]
-            report = write_report(root, config.title, shlex.join(command), plans, graph)
+            report = write_pipeline_report(root, config.title, shlex.join(command), plans, graph)
             print(f"{report}; report.md and report.json next to it", flush=True)
 
 

@@ -22,7 +22,7 @@ from megatron_r1.config.yaml_text import format_value as as_yaml
 from megatron_r1.plan.calibration import calibrate_from
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.hardware import GIB
-from megatron_r1.plan.job import PlannedJob, check_trainer
+from megatron_r1.plan.job import PlannedJob, check_planned_layout
 from megatron_r1.plan.published_runs import published_table
 from megatron_r1.plan.push import check_engines_and_push
 from megatron_r1.plan.quantity import Quantity, byte_quantity, sum_quantities, total_hours
@@ -164,7 +164,7 @@ def _can_work(job: PlannedJob) -> bool:
         return False
     try:
         if job.trains:
-            check_trainer(job)
+            check_planned_layout(job)
     except ValueError as error:
         print(f"cannot work: {error}")
         _print_nearest(job)

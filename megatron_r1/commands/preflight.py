@@ -49,7 +49,7 @@ def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> No
     facts = rank.run(config, settings.preflight)
     if facts:
         results = findings.preflight_results(config, settings.preflight, facts)
-        findings.write_report(Path(path).stem, settings.preflight, facts, results)
+        findings.write_preflight_report(Path(path).stem, settings.preflight, facts, results)
 
 
 def start_ranks(arguments: Sequence[str], world_size: int) -> int:

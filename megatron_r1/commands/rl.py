@@ -12,7 +12,7 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.process_memory import without_garbage_collection
 from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands.preloads import preload_megatron, preload_vllm
-from megatron_r1.commands.rl_checks import check_settings, engines_share_gpus
+from megatron_r1.commands.rl_checks import check_rl_settings, engines_share_gpus
 from megatron_r1.commands.rl_prompts import read_prompts
 from megatron_r1.commands.rollout_services import RolloutServices, open_rollouts
 from megatron_r1.commands.run_facts import describe_kind_weights, describe_teachers, run_facts
@@ -47,7 +47,7 @@ def run(config: Config) -> None:
     Raises:
         UserError: a mistake in the recipe or its data, before any long work starts.
     """
-    check_settings(config)
+    check_rl_settings(config)
     timeline.mark("controller/settings checked")
     preload_megatron()
     preload_vllm(config)
@@ -152,7 +152,7 @@ def dry_run(config: Config) -> None:
     """
     from megatron_r1.commands.dry_run import show_batch
 
-    check_settings(config)
+    check_rl_settings(config)
     require_weights(Path(config.model.path))
     preload_vllm(config)
     with without_garbage_collection():

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.commands import torchrun
-from megatron_r1.commands.guessed_settings import guess_layout, value_text
+from megatron_r1.commands.guessed_settings import guess_layout, yaml_value_text
 from megatron_r1.commands.node_resources import detect_node_resources
 from megatron_r1.commands.trainer_checks import check_trainer
 from megatron_r1.config import Config
@@ -86,11 +86,11 @@ def _suggest_placement(config: Config, hf_config: HFConfig) -> str:
     if not node.num_gpus:  # the driver has some, but they have no files in /dev
         return general_hint
     guesses = guess_layout(hf_config, num_parameters(hf_config), node)
-    keys = ", ".join(f"{guess.key}: {value_text(guess.value)}" for guess in guesses)
+    keys = ", ".join(f"{guess.key}: {yaml_value_text(guess.value)}" for guess in guesses)
     return f"{keys}, as megatron-r1 init does on this host, or rollout.placement: hosts"
 
 
-def check_settings(config: Config) -> None:
+def check_rl_settings(config: Config) -> None:
     """Check the recipe's settings against each other, the model's config.json and this host.
 
     Raises:

@@ -11,7 +11,7 @@ from r1_grading.rewards import GRADERS, SERVED_REWARDS
 from r1_grading.terms import RewardUnusable
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.rl_checks import check_settings
+from megatron_r1.commands.rl_checks import check_rl_settings
 from megatron_r1.config import Config
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import PromptSplit, load_prompts, prompt_options
@@ -32,7 +32,7 @@ def check_and_read_prompts(config: Config) -> tuple[PromptTokenizer, PromptSplit
     # In the order of what a check needs: settings, then the tokenizer, which the environment's
     # check renders with, then the prompts, whose lengths the tokenizer measures. So a mistake in
     # a setting is reported without reading the data, which may be large.
-    check_settings(config)
+    check_rl_settings(config)
     return read_prompts(config)
 
 

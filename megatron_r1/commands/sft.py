@@ -32,7 +32,7 @@ def run(config: Config) -> None:
     Raises:
         UserError: a mistake in the recipe or its data, before any long work.
     """
-    check_settings(config)
+    check_sft_settings(config)
     preload_megatron()
     text, examples, contents = read_examples(config)
     config = resolve_steps(config, "sft", examples.epoch_size)
@@ -47,7 +47,7 @@ def run(config: Config) -> None:
 def dry_run(config: Config) -> None:
     """Read and render the examples, print what became of the rows, and train nothing. Errors as
     `run`."""
-    check_settings(config)
+    check_sft_settings(config)
     text, examples, contents = read_examples(config)
     config = resolve_steps(config, "sft", examples.epoch_size)
     for line in contents:
@@ -74,7 +74,7 @@ def make_sample(token_ids: list[int], is_learned: list[bool]) -> Sample:
     return msgspec.structs.replace(sample, is_sampled=learned_bytes)
 
 
-def check_settings(config: Config) -> None:
+def check_sft_settings(config: Config) -> None:
     """Raise UserError for settings and a model that cannot be trained."""
     config.model.require_language_head()
     check_trainer(config, "sft")

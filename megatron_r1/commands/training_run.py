@@ -174,10 +174,10 @@ def _write_report(
     folder: RunFolder, title: str, facts: Sequence[str], next_commands: Commands
 ) -> None:
     # Imports matplotlib, for which the trainer need not wait at the start.
-    from megatron_r1.reporting.run_report import run_headline, write_report
+    from megatron_r1.reporting.run_report import run_headline, write_run_report
 
     summary = {"model": facts[0], "task": " · ".join(facts[1:])}
-    write_report(folder, title=title, facts=summary, next_commands=next_commands)
+    write_run_report(folder, title=title, facts=summary, next_commands=next_commands)
     print(f"{run_headline(folder)}\nreport: {folder.report_path}", flush=True)
 
 

@@ -74,7 +74,7 @@ def format_estimate(metric: str, estimate: Estimate, with_name: bool = False) ->
     return f"{prefix}{value} ({interval})"
 
 
-def write_report(
+def write_evaluation_report(
     path: Path,
     title: str,
     settings: Mapping[str, str],

@@ -308,7 +308,7 @@ def error_rates(
     return ErrorRates(rejected, accepted)
 
 
-async def read_responses(
+async def read_second_verdicts(
     responses: Iterable[AuditedResponse], second_reader: SecondReader
 ) -> dict[str, SecondReaderVerdict]:
     """Return id → second verdict of each response; the pool limits how many are read at a time."""

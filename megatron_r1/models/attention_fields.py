@@ -6,7 +6,7 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import (
     HFConfig,
-    is_number,
+    is_finite_number,
     model_family,
     require_keys,
     require_values,
@@ -259,9 +259,9 @@ def rope_parameters(hf_config: HFConfig) -> dict[str, Any]:
     rope["rope_type"] = rope.get("rope_type") or kind or "default"
     rope.setdefault("rope_theta", model_family(hf_config).rope_theta)
     for name, value in rope.items():
-        fits = is_number(value) or value is None or type(value) is bool
+        fits = is_finite_number(value) or value is None or type(value) is bool
         if name == "rope_theta":
-            fits = is_number(value) and value > 0
+            fits = is_finite_number(value) and value > 0
         if not fits and name != "rope_type":
             raise UserError(
                 f"config.json: {name}={value!r} of the rotary settings must be a number"

@@ -399,7 +399,7 @@ def num_mtp_layers(hf_config: HFConfig) -> int:
     return hf_config.get("num_nextn_predict_layers") or 0
 
 
-def is_number(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
     """Whether a setting is a finite number; booleans do not count as numbers."""
     return type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER
 

@@ -22,7 +22,7 @@ from megatron_r1.models.attention_fields import (
 from megatron_r1.models.experts import expert_fields
 from megatron_r1.models.hf_config import (
     HFConfig,
-    is_number,
+    is_finite_number,
     model_family,
     num_mtp_layers,
     require_keys,
@@ -204,7 +204,7 @@ def _check_sizes(hf_config: HFConfig) -> None:
     kinds: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
         (_COUNTS, lambda value: type(value) is int and value >= 0, "a whole number"),
         (_FLAGS, lambda value: type(value) is bool, "true or false"),
-        (_FACTORS, is_number, "a number"),
+        (_FACTORS, is_finite_number, "a number"),
     )
     for keys, fits, expected in kinds:
         for key in keys:

@@ -118,7 +118,7 @@ def output_digests(folder: Path) -> dict[str, str]:
     return {path.name: digest_path(path) for path in paths if path.name not in NOT_OUTPUT}
 
 
-def list_changes(
+def describe_setting_changes(
     before: dict[str, Any], after: dict[str, Any], defaults: dict[str, Any] | None = None
 ) -> list[str]:
     """Return a sentence such as `rl.group_size: 16 then, 8 now` for each difference.

@@ -56,7 +56,7 @@ class Cell(NamedTuple):
     source: str = ""
 
 
-def write_report(
+def write_pipeline_report(
     root: Path, title: str, command: str, plans: Sequence[PipelinePlan], graph: StageGraph
 ) -> Path:
     """Write `report.json`, `report.md` and `report.html` into `root`; return the path of the last.

@@ -115,7 +115,7 @@ def stage_status(
         for name, status in upstream.items()
         if status.state is not StageState.DONE
     ]
-    reasons += fingerprint.list_changes(
+    reasons += fingerprint.describe_setting_changes(
         record["settings"],
         fingerprint.deciding_settings(plan, stage, bool(finished_record)),
         fingerprint.default_settings(),

@@ -305,7 +305,7 @@ class PlannedJob:
         return max(1, (self.rollout_gpus or self.world_size) // self.config.rollout.engines)
 
 
-def check_trainer(job: PlannedJob) -> None:
+def check_planned_layout(job: PlannedJob) -> None:
     """Raise ValueError, by name, for settings of `parallel` that are impossible for the model
     or on these GPUs."""
     job.parallel.check_sizes(job.world_size)

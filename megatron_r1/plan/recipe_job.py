@@ -16,7 +16,7 @@ from megatron_r1.models.hf_config import HFConfig, read_hf_config
 from megatron_r1.plan.assumed_numbers import apply_calibration
 from megatron_r1.plan.hardware import GIB, HARDWARE, Assumptions
 from megatron_r1.plan.job import Calibration, PlannedJob, text_limit
-from megatron_r1.plan.teacher import check_teachers
+from megatron_r1.plan.teacher import check_planned_teachers
 
 
 def parse_job_arguments(
@@ -200,7 +200,7 @@ def load_planned_recipe(recipe: Path, overrides: dict[str, Any]) -> configuratio
             key="eval.benchmarks",
             cause=Cause.UNSUPPORTED,
         )
-    check_teachers(config)
+    check_planned_teachers(config)
     return config
 
 

@@ -8,7 +8,7 @@ from operator import attrgetter, itemgetter
 from typing import Any
 
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.job import PlannedJob, check_trainer
+from megatron_r1.plan.job import PlannedJob, check_planned_layout
 from megatron_r1.plan.push import check_engines_and_push
 
 
@@ -87,7 +87,7 @@ def _fits_always(job: PlannedJob) -> bool:
 def _fitting_estimate(job: PlannedJob) -> JobEstimate | None:
     try:
         if job.trains:
-            check_trainer(job)
+            check_planned_layout(job)
     except ValueError:
         return None
     estimate = JobEstimate(job)

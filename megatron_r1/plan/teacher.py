@@ -16,7 +16,7 @@ LOGITS_BYTES = 4
 """Bytes of a logit; logits and their log-softmax exist at once."""
 
 
-def check_teachers(config: Config) -> None:
+def check_planned_teachers(config: Config) -> None:
     """Raise UserError for a teacher that does not exist, or that its ranks cannot share."""
     for key, teacher in config.teacher.sections.items():
         max_positions(teacher.path, f"{key}.path")

@@ -30,7 +30,7 @@ BALANCER_OPTIONS = {"window_size": 8, "step_interval": 8}
 response of a miniature takes 24."""
 
 
-def rollout_section(config: Config) -> dict[str, Any]:
+def small_rollout_settings(config: Config) -> dict[str, Any]:
     """Return the settings of `rollout` that differ on any device."""
     rollout = config.rollout
     hosts = min(rollout.hosts_per_engine, layout.MAX_PARTS)
@@ -81,7 +81,7 @@ def rollout_on_gpus(
         num_gpus: the trainer ranks of the miniature.
         experts: the routed experts of a layer of its model.
         device: "gpu" or "null-gpu"."""
-    small_rollout, sizes = rollout_section(config), {}
+    small_rollout, sizes = small_rollout_settings(config), {}
     while math.prod(small_rollout[axis] for axis in ENGINE_AXES) > num_gpus:
         # Experts are spread by the data axis, too; several engines are what a push is most for.
         axes = [axis for axis in ENGINE_AXES if small_rollout[axis] > 1]
@@ -123,7 +123,7 @@ def _vllm_arguments(config: Config, num_copies: int, device: RehearsalDevice) ->
     return arguments
 
 
-def teacher_section(config: Config, folder: Path) -> dict[str, Any]:
+def small_teacher_settings(config: Config, folder: Path) -> dict[str, Any]:
     """Return the settings of `teacher` that differ, one small model for each; {} without a teacher.
 
     Args:

@@ -14,8 +14,8 @@ from megatron_r1.rehearse.engine_sections import (
     RESPONSE_TOKENS,
     max_model_len,
     rollout_on_gpus,
-    rollout_section,
-    teacher_section,
+    small_rollout_settings,
+    small_teacher_settings,
 )
 from megatron_r1.rehearse.recipe_sections import (
     NUM_QUESTIONS,
@@ -92,7 +92,7 @@ def make_miniature(
         "model": _model_settings(config, folder, device),
         "data": data_section(folder),
         "agents": {"environment": "", "harness": "", "verifiers": {}},
-        "rollout": rollout_section(config)
+        "rollout": small_rollout_settings(config)
         | (
             rollout_on_gpus(config, parallel.processes, num_experts(small_hf_config), device)
             if on_gpu
@@ -101,7 +101,7 @@ def make_miniature(
         "push": _push_settings(config, on_gpu),
         "rewards": rewards_section(config),
         "rl": rl_section(config, replicas),
-        "teacher": teacher_section(config, folder),
+        "teacher": small_teacher_settings(config, folder),
         "optimizer": {
             "learning_rate": LEARNING_RATE,
             "min_learning_rate": min(config.optimizer.min_learning_rate, LEARNING_RATE),
@@ -130,7 +130,7 @@ def make_miniature(
     return Miniature(
         small_config,
         small_hf_config,
-        list_changes(config, small_config, hf_config, small_hf_config),
+        describe_miniature_changes(config, small_config, hf_config, small_hf_config),
     )
 
 
@@ -138,9 +138,9 @@ def write_miniature(miniature: Miniature, verb: str) -> Path:
     """Write the model, the data and the recipe of a miniature; return the recipe's path."""
     config, hf_config = miniature.config, miniature.hf_config
     folder = Path(config.run.folder).parent
-    model.write_folder(Path(config.model.path), hf_config, seed=0)
+    model.write_random_model_folder(Path(config.model.path), hf_config, seed=0)
     for teacher in config.teacher.sections.values():
-        model.write_folder(Path(teacher.path), hf_config, seed=1)
+        model.write_random_model_folder(Path(teacher.path), hf_config, seed=1)
     kinds = _other_kinds(config) if verb == "rl" else []
     sources = list(config.teacher.by_source)
     count = max(NUM_QUESTIONS, 4 * (len(sources) + 1))  # some of each are held out
@@ -202,7 +202,7 @@ def _microbatch_tokens(config: Config) -> int:
     return max(1, min(tokens, tokens * max_model_len(config) // longest))
 
 
-def list_changes(
+def describe_miniature_changes(
     config: Config, small_config: Config, hf_config: HFConfig, small_hf_config: HFConfig
 ) -> list[Change]:
     """Return every setting and size that differs, with the reason where it is not size alone.

@@ -92,7 +92,7 @@ def shrink_config(hf_config: HFConfig, num_layers: int, fp8: bool) -> HFConfig:
     return small
 
 
-def write_folder(folder: Path, hf_config: HFConfig, seed: int) -> None:
+def write_random_model_folder(folder: Path, hf_config: HFConfig, seed: int) -> None:
     """Write a Hugging Face model folder: config.json, tokenizer and random weights in fp32.
 
     Args:
@@ -183,7 +183,7 @@ def serve_reward_models(
     if verb != "rl" or not names:
         yield []
         return
-    write_folder(folder / SERVED_NAME, score_model_config(hf_config), seed=2)
+    write_random_model_folder(folder / SERVED_NAME, score_model_config(hf_config), seed=2)
     tokens = min(MAX_TOKENS, hf_config.get("max_position_embeddings", MAX_TOKENS))
     arguments = ["--dtype", "float32", "--max-model-len", str(tokens), "--served-model-name"]
     server = ServeConfig(

@@ -71,7 +71,7 @@ class Plot(NamedTuple):
     value: str = ""
 
 
-def write_report(
+def write_run_report(
     run_folder: RunFolder | str | Path,
     *,
     title: str = "",

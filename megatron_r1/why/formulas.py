@@ -17,7 +17,7 @@ REWARD_ROUNDING = 1e-9
 rounding, which is smaller."""
 
 
-def training_reward(
+def expected_training_reward(
     reward: float | None, num_tokens: int, limit: int, buffer: float, penalty: float
 ) -> float | None:
     """Return the reward that is trained on.
@@ -34,7 +34,7 @@ def training_reward(
     return reward - penalty * min(1.0, max(0.0, (num_tokens - begin) / (buffer * limit)))
 
 
-def advantages(
+def recomputed_advantages(
     groups: Sequence[Sequence[float | None]],
     rules: AlgorithmRules,
     std: str,
@@ -125,7 +125,7 @@ def scale_advantages(
 
     Args:
         centered_rewards: rewards less their baseline, by group.
-        std: as of `advantages`, like the next two.
+        std: as of `recomputed_advantages`, like the next two.
         epsilon: added to the deviation.
         ddof: the deviation divides by the number of rewards less `ddof`."""
     if std == "group":
@@ -153,11 +153,11 @@ def reward_term_advantages(
     Args:
         rewards: by reward and group; None: ungraded.
         weights: the weight of each reward.
-        rules: as of `advantages`, like the next two.
+        rules: as of `recomputed_advantages`, like the next two.
         std: what is divided by.
         epsilon: added to the deviation."""
     parts = {
-        name: advantages(term_rewards, rules, std, epsilon)
+        name: recomputed_advantages(term_rewards, rules, std, epsilon)
         for name, term_rewards in rewards.items()
     }
     groups = range(len(next(iter(rewards.values()))))
@@ -182,7 +182,7 @@ def are_equal(values: np.ndarray) -> bool:
     )
 
 
-def learning_rate(
+def expected_learning_rate(
     update: int,
     total: int,
     *,

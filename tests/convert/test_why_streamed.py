@@ -33,7 +33,7 @@ from megatron_r1.why.policy.streamed_model import StreamedModel, StreamMemory, s
 from megatron_r1.why.policy.tensor_source import AdapterTensors, TensorSource
 from megatron_r1.why.policy.token_logprobs import sampled_logprobs
 from megatron_r1.why.policy.token_rows import TokenRow, join_rows
-from megatron_r1.why.policy.transformers_adapters import attach_adapters
+from megatron_r1.why.policy.transformers_adapters import attach_transformers_adapters
 
 AMPLE = StreamMemory(10**9, 1000, reads_experts=False)
 TIGHT = StreamMemory(0, 3, reads_experts=True)
@@ -214,7 +214,7 @@ def test_adapters_are_added_as_they_are_to_the_whole_model(tmp_path):
         factors[layer + A] = torch.randn(2, columns, generator=draw)
         factors[layer + B] = torch.randn(rows, 2, generator=draw)
     before = sampled_logprobs(whole, rows_of())[0]
-    attach_adapters(whole, list(factors), factors.__getitem__, 0.5)
+    attach_transformers_adapters(whole, list(factors), factors.__getitem__, 0.5)
     adapted = model.source.with_adapters(
         AdapterTensors(frozenset(factors), factors.__getitem__, 0.5)
     )

@@ -11,7 +11,7 @@ import re
 import pytest
 import reasoning_gym
 from r1_grading import logic
-from r1_grading.logic import is_formula, refusal_reason
+from r1_grading.logic import is_formula, scorer_refusal_reason
 from reasoning_gym.factory import DATASETS
 
 TASKS = sorted(set(DATASETS) - set(logic.UNGUARDED))
@@ -136,17 +136,17 @@ def test_formulas_are_told_from_programs():
 )
 def test_no_scorer_evaluates_what_is_too_large(formula):
     entry = {"answer": None, "metadata": {"numbers": [3, 5, 7], "target": 15}}
-    assert refusal_reason(formula)
+    assert scorer_refusal_reason(formula)
     assert reward("countdown", entry, formula) == 0.0
 
 
 def test_formulas_of_honest_size_may_be_evaluated():
     for formula in ("3 + 5 + 7", "(3 + 4) * 5 / 2", "-34*x**8/15 - 5*x/4 + C", "2*exp(3*x)"):
-        assert refusal_reason(formula) == "", formula
+        assert scorer_refusal_reason(formula) == "", formula
     for task in ("countdown", "puzzle24", "polynomial_multiplication", "simple_integration"):
         for item in entries(task, 8):
             if item["answer"]:
-                assert refusal_reason(item["answer"]) == "", item["answer"]
+                assert scorer_refusal_reason(item["answer"]) == "", item["answer"]
 
 
 @pytest.mark.parametrize(

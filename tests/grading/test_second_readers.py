@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from r1_grading.second_readers.answer_texts import parse_answer, same_answer
+from r1_grading.second_readers.answer_texts import parse_answer, same_answer_texts
 from r1_grading.second_readers.mathematics import Unsure, grade
 
 from megatron_r1.base.files.json_lines import read_lines
@@ -93,7 +93,7 @@ SAME = [
 @pytest.mark.parametrize(("truth", "answer", "same"), SAME)
 def test_values_at_points_decide_what_a_person_would(truth, answer, same):
     try:
-        verdict = same_answer(parse_answer(truth), parse_answer(answer), "seed")
+        verdict = same_answer_texts(parse_answer(truth), parse_answer(answer), "seed")
     except Unsure:
         verdict = None
     assert verdict is same
@@ -131,6 +131,6 @@ def test_the_answer_is_read_where_it_stands_and_nowhere_else(response, points):
 
 def test_a_tower_of_powers_does_not_hang_it():
     for answer in ("9^{9^{9^{9}}}", "2^{2^{100}}", "500!!!", r"e^{10^{9}}"):
-        assert same_answer(parse_answer("13"), parse_answer(answer), "seed") is None
+        assert same_answer_texts(parse_answer("13"), parse_answer(answer), "seed") is None
     with pytest.raises(Unsure):
         parse_answer("(" * 150 + "1" + ")" * 150)

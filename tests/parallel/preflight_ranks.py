@@ -36,7 +36,7 @@ def main() -> None:
     if facts:
         try:
             found = findings.preflight_results(config, settings, facts)
-            findings.write_report("small", settings, facts, found)
+            findings.write_preflight_report("small", settings, facts, found)
         except RunError as error:
             print(f"blocked: {error}")
 

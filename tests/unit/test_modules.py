@@ -38,6 +38,33 @@ def test_every_module_is_imported_without_an_error():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def names_of(path: Path) -> set[str]:
+    """The functions and classes that a module defines or imports."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+    return names
+
+
+def test_names_that_packages_import_at_first_use_are_defined():
+    homes = {}
+    for package, folder in HOMES.items():
+        for path in (folder / package).rglob("__init__.py"):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
+                if name in ("_MODULE_BY_NAME", "_MODULES"):
+                    homes[path.parent] = ast.literal_eval(node.value)
+    assert len(homes) == 3
+    for folder, modules in homes.items():
+        for name, module in modules.items():
+            path = folder / module
+            path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            assert name in names_of(path), (name, path)
+
+
 def test_no_two_test_files_have_the_same_name():
     # pytest imports them by it, as folders of tests are no packages.
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))

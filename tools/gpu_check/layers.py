@@ -99,7 +99,7 @@ def settings(case: str, folder: Path) -> tuple[Config, Config]:
 
 def _write_model(folder: Path, hf_config: HFConfig) -> None:
     """Write random weights that bf16 holds exactly, so that both sides start from the same ones."""
-    model.write_folder(folder, hf_config, seed=0)
+    model.write_random_model_folder(folder, hf_config, seed=0)
     file = folder / "model.safetensors"
     tensors = {name: tensor.bfloat16().float() for name, tensor in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})

@@ -29,7 +29,7 @@ from r1_grading.math.refusal import (
     is_division,
     is_unfinished,
     last_value_of_computation,
-    refusal_reason,
+    parser_refusal_reason,
 )
 from r1_grading.math.relation import (
     APPROX,
@@ -109,7 +109,7 @@ def compare_answers(truth: str, answer: str) -> Result:
     if (same_value := _compare_numbers(expected, answer)) is not None:
         is_open = not same_value and is_division(expected, answer)
         return same_value, "a division is left open" if is_open else ""
-    if (reason := refusal_reason(expected, answer)) is not None:
+    if (reason := parser_refusal_reason(expected, answer)) is not None:
         return False, reason
     return same_meaning(expected, answer), ""
 

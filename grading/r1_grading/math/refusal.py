@@ -86,7 +86,7 @@ def last_value_of_computation(expected: str, answer: str) -> str:
     return value.strip() if is_one else answer
 
 
-def refusal_reason(expected: str, answer: str) -> str | None:
+def parser_refusal_reason(expected: str, answer: str) -> str | None:
     """Return why `answer` (spelled) is not given to the parser; None where it is."""
     depth = nesting_depth(answer)
     if depth is None:

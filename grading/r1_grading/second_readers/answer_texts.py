@@ -20,7 +20,7 @@ from r1_grading.second_readers.formulas import (
     Node,
     is_open_sum,
     is_whole,
-    same_value,
+    same_formula_values,
 )
 
 MAX_CHARS = 400
@@ -127,7 +127,7 @@ def parse_answer(text: str) -> Answer:
     return Answer(form, members, name.replace(" ", "") if equals else "", bool(percent))
 
 
-def same_answer(expected: Answer, answer: Answer, seed: str) -> bool | None:
+def same_answer_texts(expected: Answer, answer: Answer, seed: str) -> bool | None:
     """Whether two answers have the same values; None where that is not sure.
 
     Args:
@@ -144,11 +144,12 @@ def same_answer(expected: Answer, answer: Answer, seed: str) -> bool | None:
         return None if _has_repeated(expected, seed) or _has_repeated(answer, seed) else False
     if expected.form not in ("list", "set"):
         return _all_true(
-            same_value(*pair, seed) for pair in zip(expected.members, answer.members, strict=True)
+            same_formula_values(*pair, seed)
+            for pair in zip(expected.members, answer.members, strict=True)
         )
     unmatched_members = list(answer.members)
     for member in expected.members:
-        verdicts = [same_value(member, candidate, seed) for candidate in unmatched_members]
+        verdicts = [same_formula_values(member, candidate, seed) for candidate in unmatched_members]
         if True in verdicts:
             unmatched_members.pop(verdicts.index(True))
         elif None in verdicts:
@@ -160,7 +161,7 @@ def same_answer(expected: Answer, answer: Answer, seed: str) -> bool | None:
 
 def _has_repeated(answer: Answer, seed: str) -> bool:
     pairs = itertools.combinations(answer.members, 2)
-    return any(same_value(*pair, seed) is not False for pair in pairs)
+    return any(same_formula_values(*pair, seed) is not False for pair in pairs)
 
 
 def _all_true(verdicts: Iterable[bool | None]) -> bool | None:

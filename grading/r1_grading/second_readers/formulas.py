@@ -84,7 +84,7 @@ class Node:
 PI, E, I = (Node("constant", value=name) for name in ("pi", "e", "i"))  # noqa: E741
 
 
-def same_value(expected: Node, answer: Node, seed: str) -> bool | None:
+def same_formula_values(expected: Node, answer: Node, seed: str) -> bool | None:
     """Whether two formulas have equal values for all values of their letters; None if not sure.
 
     The answer has to be worked out as far as the truth.

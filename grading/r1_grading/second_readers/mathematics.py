@@ -17,7 +17,7 @@ from math_verify import parse, verify
 from r1_grading.base.errors import shorten
 from r1_grading.reading import Reading
 from r1_grading.rewards import Grade
-from r1_grading.second_readers.answer_texts import Unsure, parse_answer, same_answer
+from r1_grading.second_readers.answer_texts import Unsure, parse_answer, same_answer_texts
 from r1_grading.truths import accepted_answers
 
 THOUGHT_END = "</think>"
@@ -121,7 +121,7 @@ def _point_verdict(truth: str, answer: str) -> tuple[str, str]:
     if _strip_spacing(truth) == _strip_spacing(answer):
         return CORRECT, ""
     try:
-        verdict = same_answer(parse_answer(truth), parse_answer(answer), f"{truth}\n{answer}")
+        verdict = same_answer_texts(parse_answer(truth), parse_answer(answer), f"{truth}\n{answer}")
     except Unsure as error:
         return UNSURE, str(error)
     return (UNSURE if verdict is None else CORRECT if verdict else INCORRECT), ""

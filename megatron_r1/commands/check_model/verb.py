@@ -37,7 +37,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
-from megatron_r1.engines.server.errors import EngineError, describe_failure
+from megatron_r1.engines.server.errors import EngineError, with_log_excerpt
 from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
 from megatron_r1.engines.server.settings import engine_settings
@@ -114,7 +114,7 @@ async def compare_with_vllm(
             client = fleet.engines[0].client
             replies = [await client.compute_logprobs(ids, 1) for ids in reference.sequences]
         except EngineError as error:
-            return NotCompared(describe_failure(error, scratch, ENGINE_NAME))
+            return NotCompared(with_log_excerpt(error, scratch, ENGINE_NAME))
     pairs = zip(replies, reference.logprobs, strict=True)
     return max(
         abs(a - b) for computed, expected in pairs for a, b in zip(computed, expected, strict=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.commands.guessed_settings import Guess, value_text
+from megatron_r1.commands.guessed_settings import Guess, yaml_value_text
 from megatron_r1.commands.node_resources import NodeResources
 from megatron_r1.models.hf_config import HFConfig
 
@@ -83,5 +83,5 @@ def recipe_text(title: Sequence[str], guesses: Sequence[Guess]) -> str:
             lines += textwrap.wrap(
                 guess.reason, LINE_WIDTH, initial_indent="  # ", subsequent_indent="  # "
             )
-            lines.append(f"  {guess.key.partition('.')[2]}: {value_text(guess.value)}")
+            lines.append(f"  {guess.key.partition('.')[2]}: {yaml_value_text(guess.value)}")
     return "\n".join(lines) + "\n"

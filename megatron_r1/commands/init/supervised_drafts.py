@@ -51,7 +51,7 @@ def are_examples(rows: Sequence[dict[str, Any]]) -> bool:
 def _sft_recipe(source: QuestionSource) -> RecipeDraft:
     def try_out(path: Path) -> None:
         recipe = configuration.load_recipe(path, required=sft.REQUIRED_KEYS)
-        sft.check_settings(recipe)
+        sft.check_sft_settings(recipe)
         *_, lines = sft.read_examples(recipe)
         print("\n".join(["", *lines]))
 

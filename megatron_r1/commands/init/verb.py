@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.guessed_settings import Guess, value_text
+from megatron_r1.commands.guessed_settings import Guess, yaml_value_text
 from megatron_r1.commands.init.recipe_draft import QuestionSource, RecipeDraft, recipe_text
 from megatron_r1.commands.init.rl_draft import MAX_ROWS, MODEL_ARGUMENT, rl_recipe
 from megatron_r1.commands.init.supervised_drafts import supervised_recipe
@@ -91,7 +91,7 @@ def _write_recipe(
     )
     atomic_write(path, recipe_text(title, guesses))
     for guess in guesses:
-        print(f"{guess.key}: {value_text(guess.value)}   # {guess.reason}")
+        print(f"{guess.key}: {yaml_value_text(guess.value)}   # {guess.reason}")
     try:
         draft.try_out(path)
     except UserError as error:

@@ -11,7 +11,7 @@ from r1_grading.base.errors import shorten
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.score.audited_responses import OPTION, read_responses, read_run
+from megatron_r1.commands.score.audited_responses import OPTION, read_audited_responses, read_run
 from megatron_r1.commands.score.verifier_audit import (
     NUM_GROUPS,
     SAMPLE_SIZE,
@@ -76,7 +76,7 @@ def run(
         config, responses = read_run(Path(path))
         advantages = _advantages_of(config.rl)
     else:
-        responses = list(read_responses(Path(path), config.data.kind))
+        responses = list(read_audited_responses(Path(path), config.data.kind))
     if not any(response.can_be_audited for response in responses):
         kinds = sorted({response.kind for response in responses if response.total is not None})
         raise UserError(

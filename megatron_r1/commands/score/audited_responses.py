@@ -67,7 +67,7 @@ def read_run(path: Path) -> tuple[Config, list[AuditedResponse]]:
     return settings, responses
 
 
-def read_responses(path: Path, kind: str | None) -> Iterator[AuditedResponse]:
+def read_audited_responses(path: Path, kind: str | None) -> Iterator[AuditedResponse]:
     """Yield the graded lines of a file; their texts stay on disk.
 
     Args:

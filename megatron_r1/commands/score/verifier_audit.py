@@ -30,7 +30,7 @@ from megatron_r1.evaluation.verifier_errors import (
     draw_sample,
     error_rates,
     group_by_stratum,
-    read_responses,
+    read_second_verdicts,
 )
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ async def audit_verifier(
         response for group in drawn_groups for response in group if response.can_be_audited
     ]
     distinct_responses = list({response.id: response for response in to_judge}.values())
-    second_verdicts = await read_responses(distinct_responses, second_reader)
+    second_verdicts = await read_second_verdicts(distinct_responses, second_reader)
     sources = sorted({stratum[0] for stratum in strata})
     kinds_without_reader = Counter(
         response.kind

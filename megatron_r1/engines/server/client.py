@@ -23,7 +23,7 @@ from megatron_r1.engines.server.errors import (
     EngineTimeout,
 )
 from megatron_r1.engines.server.json_replies import parse_prompt_logprobs, parse_responses
-from megatron_r1.engines.server.reply_reader import MEDIA_TYPE, read_responses
+from megatron_r1.engines.server.reply_reader import MEDIA_TYPE, read_reply_body
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.routing_shape import RoutingShape
 from megatron_r1.push.control_messages import PushInitInfo, PushUpdateInfo
@@ -143,7 +143,7 @@ class EngineClient:
         async def read(reply: aiohttp.ClientResponse) -> list[Response]:
             if reply.content_type == MEDIA_TYPE:
                 try:
-                    return await read_responses(reply.content, *expected, self._routing_slots)
+                    return await read_reply_body(reply.content, *expected, self._routing_slots)
                 except ValueError as error:
                     raise EngineFault(f"{self.url}{GENERATE_PATH}: {error}") from error
             body = await reply.read()

@@ -52,7 +52,7 @@ class ConnectionBroken(EngineFault):
     """The connection broke before the reply: the engine may or may not have executed the call."""
 
 
-def describe_failure(error: EngineError, log_folder: Path, engine: str) -> str:
+def with_log_excerpt(error: EngineError, log_folder: Path, engine: str) -> str:
     """Return an error with an excerpt of the engine's log, for where the log is removed next.
 
     Args:

@@ -68,7 +68,7 @@ class ReplyHeader(msgspec.Struct):
 _decode = msgspec.json.Decoder(ReplyHeader).decode
 
 
-async def read_responses(
+async def read_reply_body(
     content: StreamReader,
     num_prompt_tokens: int,
     routing: RoutingShape | None,

@@ -2,6 +2,7 @@
 One replica reads each slice of a checkpoint and sends it to the others, so that a job reads each
 byte once at any number of replicas."""
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from megatron_r1.models.build import process_groups
 from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
-from megatron_r1.models.weights.layout import LayoutEntry, Shard, parameter_layout
-from megatron_r1.models.weights.table import SCORE, Piece
+from megatron_r1.models.weights.layout import LayoutEntry, Shard, hf_tensors, parameter_layout
+from megatron_r1.models.weights.table import SCORE, Piece, Shape
 
 
 def local_pieces(
@@ -166,6 +167,22 @@ def load_megatron(
     _load_weights(model_chunks, hf_config, MegatronWeights(path, stored or hf_config))
 
 
+def initialize_score_head(
+    model_chunks: Sequence[torch.nn.Module], hf_config: HFConfig, *, std: float, seed: int
+) -> None:
+    """Draw the head of a score model from N(0, std^2), the same for every parallel layout.
+
+    Args:
+        model_chunks: this rank's virtual pipeline stages.
+        hf_config: the model's `config.json`.
+        std: standard deviation of the weights.
+        seed: seed of the generator, together with the tensor's name."""
+    with torch.no_grad():
+        for parameter, pieces, _ in local_pieces(model_chunks, hf_config):
+            if [piece.hf_name for piece in pieces] == [SCORE]:
+                parameter.copy_(_draw_normal(SCORE, tuple(parameter.shape), std, seed))
+
+
 def _load_weights(
     model_chunks: Sequence[torch.nn.Module],
     hf_config: HFConfig,
@@ -184,7 +201,7 @@ def _load_weights(
             for index, (parameter, pieces, replicas) in enumerate(entries):
                 if index % replicas.size() != replicas.rank():
                     continue
-                zero_padding(parameter, pieces)
+                _zero_padding(parameter, pieces)
                 for piece in pieces:
                     values = weights.read(piece.hf_name, piece.dim, piece.hf_start, piece.length)
                     parameter.narrow(piece.dim, piece.local_start, piece.length).copy_(values)
@@ -220,7 +237,40 @@ def _on_every_rank(action: Callable[[], None]) -> None:
             raise UserError(text, key=key, cause=cause)
 
 
-def zero_padding(parameter: torch.Tensor, pieces: Sequence[Piece]) -> None:
-    """Set the rows of a parameter that pad it to 0: those that no piece has."""
+def initialize_weights(
+    model_chunks: Sequence[torch.nn.Module], hf_config: HFConfig, *, std: float, seed: int
+) -> None:
+    """Fill this rank's parameters with random weights, the same for every parallel layout.
+
+    Matrices are drawn from N(0, std^2), each HF tensor from a generator seeded by `seed` and its
+    name; norms become 1, biases 0. Each tensor is drawn whole, in fp32, one at a time.
+
+    Args:
+        model_chunks: this rank's virtual pipeline stages.
+        hf_config: the model's `config.json`.
+        std: standard deviation of the matrices.
+        seed: an integer, the same on every rank."""
+    shapes = hf_tensors(hf_config)
+    with torch.no_grad():
+        for parameter, pieces, _ in local_pieces(model_chunks, hf_config):
+            _zero_padding(parameter, pieces)
+            for piece in pieces:
+                shape = shapes[piece.hf_name][0]
+                if len(shape) == 1:
+                    values = torch.full(shape, float(piece.hf_name.endswith("norm.weight")))
+                else:
+                    values = _draw_normal(piece.hf_name, shape, std, seed)
+                values = values.narrow(piece.dim, piece.hf_start, piece.length)
+                parameter.narrow(piece.dim, piece.local_start, piece.length).copy_(values)
+
+
+def _draw_normal(name: str, shape: Shape, std: float, seed: int) -> torch.Tensor:
+    # A CPU's numbers, also with a GPU; crc32, because hash() is salted in every process.
+    generator = torch.Generator()
+    generator.manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def _zero_padding(parameter: torch.Tensor, pieces: Sequence[Piece]) -> None:
     if sum(piece.length for piece in pieces) < parameter.shape[pieces[0].dim if pieces else 0]:
         parameter.zero_()

@@ -91,7 +91,7 @@ def measured_rates(hardware: Hardware, facts: Sequence[RankFacts]) -> dict[str, 
     return values
 
 
-def write_report(
+def write_preflight_report(
     title: str,
     settings: PreflightConfig,
     facts: Sequence[RankFacts],

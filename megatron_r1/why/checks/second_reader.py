@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from r1_grading.reading import Reading
-from r1_grading.second_readers.answer_texts import Unsure, parse_answer, same_answer
+from r1_grading.second_readers.answer_texts import Unsure, parse_answer, same_answer_texts
 from r1_grading.terms import ACCURACY
 
 from megatron_r1.why.checks.regraded_rewards import FAMILY, MAX_READ
@@ -82,7 +82,7 @@ def compare_accuracies(step: RecordedStep) -> ComparedQuantity:
 def _same_values(answer: str, truth: str) -> bool | None:
     """Return whether both have the same values at random points; None where that is not sure."""
     try:
-        return same_answer(parse_answer(truth), parse_answer(answer), f"{truth}\n{answer}")
+        return same_answer_texts(parse_answer(truth), parse_answer(answer), f"{truth}\n{answer}")
     except Unsure:
         return None
 

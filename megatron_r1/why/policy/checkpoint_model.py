@@ -28,7 +28,7 @@ from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.hf_writer import copy_model_files
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.formats.published_layout import stacked_part
-from megatron_r1.why.policy.transformers_adapters import attach_adapters
+from megatron_r1.why.policy.transformers_adapters import attach_transformers_adapters
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 STATE_PREFIX, REFERENCE_PREFIX = "optimizer.state.", "reference."
@@ -112,7 +112,7 @@ def model_of(tensors: Mapping[str, Tensor], hf_files: Path) -> torch.nn.Module:
     hf_config = read_hf_config(str(hf_files))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_folder(tensors, hf_files, folder)
+        write_checkpoint_folder(tensors, hf_files, folder)
         model = _enable_padding_gradient(load_with_transformers(folder, hf_config, torch.float32))
     state = model.state_dict()
     stacked_tensors = _stacked_experts(tensors)
@@ -163,7 +163,7 @@ def read_tensors(source: Path, hf_config: HFConfig, prefix: str = "") -> dict[st
         return dict(_published_tensors(weights, hf_config))
 
 
-def write_folder(tensors: Mapping[str, Tensor], hf_files: Path, folder: Path) -> None:
+def write_checkpoint_folder(tensors: Mapping[str, Tensor], hf_files: Path, folder: Path) -> None:
     """Write a Hugging Face folder of tensors that are not quantized.
 
     Args:
@@ -192,12 +192,14 @@ def read_adapted_model(
     Raises:
         UserError: the checkpoint is damaged, or the folder another model's."""
     model = read_model(base, hf_files)
-    names, read = adapter_factors(checkpoint, prefix)
-    attach_adapters(model, names, read, lora.alpha / lora.rank)
+    names, read = read_adapter_factors(checkpoint, prefix)
+    attach_transformers_adapters(model, names, read, lora.alpha / lora.rank)
     return model
 
 
-def adapter_factors(checkpoint: Path, prefix: str) -> tuple[list[str], Callable[[str], Tensor]]:
+def read_adapter_factors(
+    checkpoint: Path, prefix: str
+) -> tuple[list[str], Callable[[str], Tensor]]:
     """Return the names of the adapters' factors in a checkpoint, and the function that reads one,
     fp32.
 

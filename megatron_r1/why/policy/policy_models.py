@@ -198,7 +198,7 @@ class PolicyModels:
             if lora is None or base is None:
                 self._sources[key] = TensorSource(source, hf_config, prefix)
             else:
-                names, read = checkpoint_model.adapter_factors(source, prefix)
+                names, read = checkpoint_model.read_adapter_factors(source, prefix)
                 adapters = AdapterTensors(frozenset(names), read, lora.scale)
                 self._sources[key] = TensorSource(base, hf_config).with_adapters(adapters)
         return self._sources[key]
@@ -287,11 +287,11 @@ def write_policy(
         raise CannotRecompute(f"the weights after step {step.step - 1} are not here")
     tensors = checkpoint_model.read_tensors(source, step.hf_config)
     if lora is not None and source != before:
-        names, read = checkpoint_model.adapter_factors(before, "")
+        names, read = checkpoint_model.read_adapter_factors(before, "")
         transformers_adapters.merge_adapters(
             tensors, {name: read(name) for name in names}, lora.scale
         )
-    checkpoint_model.write_folder(tensors, step.model, folder)
+    checkpoint_model.write_checkpoint_folder(tensors, step.model, folder)
 
 
 def _make_token_row(sequence: TokenSequence, is_cut: bool) -> TokenRow:

@@ -48,7 +48,7 @@ class LowRankProducts(torch.nn.Module):
         return weight + torch.cat(products, dim=-2)
 
 
-def attach_adapters(
+def attach_transformers_adapters(
     model: Any, names: Sequence[str], read: Callable[[str], Tensor], scale: float
 ) -> None:
     """Give a model adapters, whose factors are then its only parameters with a gradient.

@@ -77,7 +77,7 @@ class RecordedStep:
 
     @property
     def has_response_advantages(self) -> bool:
-        """Whether each response has an advantage that `formulas.advantages` makes of its reward."""
+        """Whether `formulas.recomputed_advantages` gives each response its advantage."""
         is_recomputed = self.rules.recomputed_baseline is not None and not self.rules.kl_in_reward
         return is_recomputed and self.config.rl.reward_normalization == "sum"
 
@@ -143,7 +143,7 @@ class RecordedStep:
     def _scheduled_rates(self, num_steps: int) -> list[float]:
         settings = self.config.optimizer
         return [
-            formulas.learning_rate(
+            formulas.expected_learning_rate(
                 self.updates_after(self.step - 1) + index + 1,
                 self.updates_after(num_steps),
                 highest=settings.learning_rate,
@@ -264,7 +264,7 @@ def group_rewards(groups: Sequence[Group], config: Config, overlong_penalty: flo
     rl, limit = config.rl, config.rollout.max_response_tokens
     return [
         [
-            formulas.training_reward(
+            formulas.expected_training_reward(
                 graded.reward if graded.is_graded else None,
                 len(graded.response.token_ids),
                 limit,
@@ -303,7 +303,7 @@ def response_advantages(
             rl.advantage_epsilon,
         )
     else:
-        by_group = formulas.advantages(
+        by_group = formulas.recomputed_advantages(
             training_rewards, rules, rl.advantage_std, rl.advantage_epsilon
         )
     if rl.truncated == "mask":
@@ -337,7 +337,7 @@ def _reward_terms(
         weights = {**weights, "": rl.overlong_penalty}
         rewards[""] = [
             [
-                formulas.training_reward(
+                formulas.expected_training_reward(
                     0.0 if graded.is_graded else None,
                     len(graded.response.token_ids),
                     limit,

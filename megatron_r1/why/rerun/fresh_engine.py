@@ -17,7 +17,7 @@ from megatron_r1.config import Config
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
-from megatron_r1.engines.server.errors import EngineError, describe_failure
+from megatron_r1.engines.server.errors import EngineError, with_log_excerpt
 from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings
@@ -106,7 +106,7 @@ async def compute_engine_logprobs(
                 )
             )
         except EngineError as error:
-            reason = describe_failure(error, logs, f"{ROLE}-0")
+            reason = with_log_excerpt(error, logs, f"{ROLE}-0")
             raise CannotRecompute(f"the fresh engine: {reason}") from error
     return [
         _sampled_logprobs(sequence, reply)

@@ -48,10 +48,10 @@ def _compute_advantages(step: RecordedStep, rewards: Rewards, **options: Any) ->
     Args:
         step: the step, whose settings are used.
         rewards: those of each group.
-        options: arguments of `formulas.advantages` in place of the step's."""
+        options: arguments of `formulas.recomputed_advantages` in place of the step's."""
     rl = step.config.rl
     arguments: dict[str, Any] = {"std": rl.advantage_std, "epsilon": rl.advantage_epsilon} | options
-    return formulas.advantages(rewards, step.rules, **arguments)
+    return formulas.recomputed_advantages(rewards, step.rules, **arguments)
 
 
 def _rule_substitutions(step: RecordedStep) -> Iterator[Substitution]:

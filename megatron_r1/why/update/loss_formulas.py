@@ -129,7 +129,7 @@ class Update:
     terms: dict[str, float] = field(default_factory=dict)
 
 
-def loss_denominator(rows: Sequence[TokenRow], loss: LossRules) -> float:
+def recomputed_loss_denominator(rows: Sequence[TokenRow], loss: LossRules) -> float:
     """Return what the sum of an update's losses is divided by.
 
     Args:

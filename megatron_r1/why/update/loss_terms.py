@@ -226,7 +226,7 @@ def left_out_terms(
     rewards = step.training_rewards
     rewards_with_zeros = [[reward or 0.0 for reward in group] for group in rewards]
     graded_advantages, all_advantages = (
-        formulas.advantages(values, step.rules, rl.advantage_std, rl.advantage_epsilon)
+        formulas.recomputed_advantages(values, step.rules, rl.advantage_std, rl.advantage_epsilon)
         for values in (rewards, rewards_with_zeros)
     )
     all_rows = list(rows)

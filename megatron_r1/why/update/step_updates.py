@@ -25,7 +25,7 @@ from megatron_r1.why.update.loss_formulas import (
     LossRules,
     Totals,
     Update,
-    loss_denominator,
+    recomputed_loss_denominator,
     row_terms,
 )
 from megatron_r1.why.update.loss_terms import TermGradients, add_gradients
@@ -217,7 +217,7 @@ class StepUpdates:
         first_update = self._first_update if index == 0 else None
         if first_update is not None and not first_update.has_inputs(rows):
             first_update = None
-        totals = Totals(denominator=loss_denominator(list(rows.values()), loss))
+        totals = Totals(denominator=recomputed_loss_denominator(list(rows.values()), loss))
         trace = Trace(list(rows), {}, {})
         by_batch = self._batched_rows(rows)
         for number, batch in enumerate(by_batch, 1):

@@ -16,7 +16,7 @@ from megatron_r1.why.update.checkpoint_after import CheckpointAfter
 from megatron_r1.why.update.loss_formulas import (
     LossRules,
     Totals,
-    loss_denominator,
+    recomputed_loss_denominator,
     row_loss,
     update_means,
 )
@@ -105,7 +105,9 @@ class SubstitutionEstimates:
         updates = []
         for trace in self._updates.traces:
             indices = [index for index in trace.rows if rows[index].is_trained]
-            totals = Totals(denominator=loss_denominator([rows[index] for index in indices], rules))
+            totals = Totals(
+                denominator=recomputed_loss_denominator([rows[index] for index in indices], rules)
+            )
             for index in indices:
                 logprobs, entropy = trace.tokens[index]
                 ref = None if ref_logprobs is None else ref_logprobs[index]

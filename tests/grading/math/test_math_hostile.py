@@ -11,7 +11,7 @@ import pytest
 from r1_grading import RewardPool
 from r1_grading import math as math_reward
 from r1_grading.math.normalization import normalize_latex
-from r1_grading.math.refusal import refusal_reason
+from r1_grading.math.refusal import parser_refusal_reason
 from r1_grading.reading import READINGS
 
 from tools.bench.rewards import samples
@@ -154,7 +154,7 @@ def test_what_is_not_recognized_costs_one_time_limit_and_a_worker(monkeypatch, t
     ],
 )
 def test_a_refusal_says_which_rule_refuses(answer, reason):
-    assert reason in (refusal_reason("13", normalize_latex(answer)) or "")
+    assert reason in (parser_refusal_reason("13", normalize_latex(answer)) or "")
     assert "refused" in math_reward.grade(answered(answer), 13).reason
 
 
@@ -165,5 +165,7 @@ def test_honest_answers_are_not_refused():
         *("-5", r"3 \times 10^{8}", r"x_1^2", r"{9}^{2}", "90°"),
     )
     for answer in honest:
-        assert refusal_reason(normalize_latex(answer), normalize_latex(answer)) is None, answer
-    assert refusal_reason(r"\int_0^1 f", r"2 \int_0^1 f") is None
+        assert parser_refusal_reason(normalize_latex(answer), normalize_latex(answer)) is None, (
+            answer
+        )
+    assert parser_refusal_reason(r"\int_0^1 f", r"2 \int_0^1 f") is None

@@ -24,14 +24,14 @@ from megatron_r1.models.hf_config import read_hf_config
 from megatron_r1.models.support_checks import check_supported
 from megatron_r1.models.weights.formats import published_layout
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
-from megatron_r1.rehearse.model import write_folder
+from megatron_r1.rehearse.model import write_random_model_folder
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A Qwen2 with a tokenizer of 512 tokens and a chat template."""
     hf_config = {**MODEL, "vocab_size": 512, "eos_token_id": 1, "bos_token_id": 0}
-    write_folder(tmp_path / "model", hf_config, seed=0)
+    write_random_model_folder(tmp_path / "model", hf_config, seed=0)
     return tmp_path / "model"
 
 
@@ -143,7 +143,7 @@ def experts(tmp_path):
         **{"moe_intermediate_size": 33, "norm_topk_prob": True, "decoder_sparse_step": 1},
         **{"mlp_only_layers": [], "eos_token_id": 1, "bos_token_id": 0},
     }
-    write_folder(tmp_path / "experts", hf_config, seed=0)
+    write_random_model_folder(tmp_path / "experts", hf_config, seed=0)
     return tmp_path / "experts"
 
 
@@ -182,7 +182,7 @@ def test_a_folder_without_mtp_weights_is_checked_without_them(experts, tmp_path,
         "partial_rotary_factor": 1.0,
     }
     folder = tmp_path / "glm"
-    write_folder(folder, hf_config, seed=0)
+    write_random_model_folder(folder, hf_config, seed=0)
     tensors = load_file(folder / WEIGHTS)
     kept = {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
     assert len(kept) < len(tensors)

@@ -13,10 +13,10 @@ from small_qwen2 import MODEL
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli, rl, rl_checks, torchrun
-from megatron_r1.commands.guessed_settings import value_text
+from megatron_r1.commands.guessed_settings import yaml_value_text
 from megatron_r1.commands.rl_checks import check_gpu_memory
 from megatron_r1.engines.server import gpu
-from megatron_r1.rehearse.model import write_folder
+from megatron_r1.rehearse.model import write_random_model_folder
 
 HF = {**MODEL, "vocab_size": 512, "eos_token_id": 1, "bos_token_id": 0}
 PLACEMENT = (
@@ -41,7 +41,7 @@ def eight_gpus(monkeypatch, tmp_path):
 def recipe(eight_gpus, tmp_path, monkeypatch):
     """A recipe that says nothing of GPUs, as README's; with the questions in a CSV, too."""
     monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "model", HF, seed=0)
+    write_random_model_folder(tmp_path / "model", HF, seed=0)
     rows = [(f"{a} + 1?", a + 1) for a in range(30)]
     with open("sums.csv", "w", newline="") as file:
         csv.writer(file).writerows([("question", "truth"), *rows])
@@ -69,11 +69,11 @@ def test_a_recipe_by_hand_gets_the_placement_that_init_writes(recipe, capsys):
     assert values["rollout.colocated"] and values["rollout.engines"] == 8
     assert values["push.transport"] == "cuda_ipc"
     # ... and is what the refusal of the other names.
-    shown = [f"{key}: {value_text(value)}" for key, value in values.items()]
+    shown = [f"{key}: {yaml_value_text(value)}" for key, value in values.items()]
     with refused("rollout.colocated", Cause.CONFLICT, "rollout.gpu_memory", "0.92", *shown):
-        rl_checks.check_settings(configuration.load_recipe(recipe))
+        rl_checks.check_rl_settings(configuration.load_recipe(recipe))
     by_hand = configuration.load_recipe(recipe, values)
-    rl_checks.check_settings(by_hand)
+    rl_checks.check_rl_settings(by_hand)
     assert {key: value_of(by_hand, key) for key in PLACEMENT} == values
 
 

@@ -10,7 +10,7 @@ from small_qwen2 import MODEL
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
-from megatron_r1.rehearse.model import write_folder
+from megatron_r1.rehearse.model import write_random_model_folder
 
 HF = {**MODEL, "vocab_size": 512, "eos_token_id": 1, "bos_token_id": 0}
 
@@ -19,7 +19,7 @@ HF = {**MODEL, "vocab_size": 512, "eos_token_id": 1, "bos_token_id": 0}
 def model(tmp_path_factory):
     """A Qwen2 of two layers with weights and a tokenizer."""
     folder = tmp_path_factory.mktemp("refused") / "model"
-    write_folder(folder, HF, seed=0)
+    write_random_model_folder(folder, HF, seed=0)
     return folder
 
 

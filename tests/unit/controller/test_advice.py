@@ -13,7 +13,7 @@ from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollo
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.run_report import write_report
+from megatron_r1.reporting.run_report import write_run_report
 
 CASES = yaml.safe_load(Path(__file__).with_name("advice.yaml").read_text(encoding="utf-8"))
 PROMPT = Prompt("q", "59 + 63?", "math", "122", {})
@@ -75,6 +75,6 @@ def test_the_report_shows_it(tmp_path):
     folder = RunFolder(tmp_path)
     folder.append_metrics({"step": 1, "accuracy": 0.0})
     folder.append_advice({"step": 1, "topic": "accuracy", "text": "0 of 2 <answer> are right"})
-    assert "Step 1: 0 of 2 &lt;answer&gt; are right." in write_report(folder).read_text()
+    assert "Step 1: 0 of 2 &lt;answer&gt; are right." in write_run_report(folder).read_text()
     folder.truncate_after(0)
     assert folder.read_advice() == []

@@ -1,6 +1,6 @@
 """The samples that the page of an evaluation shows."""
 
-from megatron_r1.evaluation.evaluation_report import NUM_EXAMPLES, write_report
+from megatron_r1.evaluation.evaluation_report import NUM_EXAMPLES, write_evaluation_report
 
 
 def sample(question, reward, reason, ungraded=False):
@@ -20,7 +20,7 @@ def sample(question, reward, reason, ungraded=False):
 def page_of(folder, samples):
     (folder / "eval.png").write_bytes(b"")
     questions = {("sums", s["id"]): {"question": f"question {s['id']}"} for s in samples}
-    page = write_report(
+    page = write_evaluation_report(
         folder / "report.html", "sums", {}, [], folder / "eval.png", questions, iter(samples)
     )
     return page.read_text()

@@ -236,7 +236,9 @@ def test_random_text_often_has_the_form_of_a_response(tmp_path):
     """By chance two of 56 had, and a sampling recipe goes through only if one is kept."""
     draw = random.Random(0)
     hf_config = read_hf_config(ROOT / "examples/deepseek_r1/model", None)
-    model.write_folder(tmp_path, model.shrink_config(hf_config, num_layers=2, fp8=False), seed=0)
+    model.write_random_model_folder(
+        tmp_path, model.shrink_config(hf_config, num_layers=2, fp8=False), seed=0
+    )
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     texts = [
         tokenizer.decode(
@@ -356,7 +358,7 @@ def test_many_teachers_all_have_questions(tmp_path, monkeypatch):
     config = load_recipe(file)
     small = miniature.make_miniature(config, read_hf_config(config.model.path), tmp_path, 16)
     assert small.config.data.where == {}
-    monkeypatch.setattr(model, "write_folder", lambda *_, **__: None)
+    monkeypatch.setattr(model, "write_random_model_folder", lambda *_, **__: None)
     miniature.write_miniature(small, "rl")
     prompts = load_prompts(path=small.config.data.path, num_heldout=small.config.data.num_heldout)
     counts = check_sources(small.config.teacher, prompts.train)

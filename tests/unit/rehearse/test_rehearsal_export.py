@@ -20,7 +20,9 @@ def folder(tmp_path_factory):
     """A miniature of DeepSeek-V3 with two layers and an MTP layer."""
     hf_config = read_hf_config(ROOT / "examples/deepseek_r1/model", None)
     folder = tmp_path_factory.mktemp("model")
-    model.write_folder(folder, model.shrink_config(hf_config, num_layers=2, fp8=False), seed=0)
+    model.write_random_model_folder(
+        folder, model.shrink_config(hf_config, num_layers=2, fp8=False), seed=0
+    )
     return folder
 
 

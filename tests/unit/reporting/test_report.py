@@ -19,7 +19,7 @@ from megatron_r1.reporting.plots import (
     stacked_plot,
 )
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.reporting.run_report import run_headline, write_report
+from megatron_r1.reporting.run_report import run_headline, write_run_report
 
 VOID = {"meta", "br", "path", "use", "rect", "link"}
 
@@ -140,7 +140,7 @@ def full_run(path):
 
 def test_a_full_run_is_reported_with_its_numbers(tmp_path):
     folder = full_run(tmp_path / "run")
-    path = write_report(
+    path = write_run_report(
         folder,
         title="sums <1>",
         facts={"model": "DeepSeek-V3 & small"},
@@ -175,7 +175,7 @@ def test_of_a_truth_that_is_a_solution_the_answer_is_shown(tmp_path, truth, show
     with RunFolder(tmp_path) as folder:
         folder.append_metrics(metrics_line(1))
         folder.append_samples([sample])
-        _, words = read_page(write_report(folder))
+        _, words = read_page(write_run_report(folder))
     assert shown in words
     assert "Adding" not in words and "left" not in words
 
@@ -188,7 +188,7 @@ def test_temperatures_that_differ_are_said_beside_the_curves(tmp_path, heldout):
         folder.write_config(sections)
         folder.append_metrics(metrics_line(1))
         folder.append_evaluation({"step": 0, "eval/pass@1": 0.5})
-        _, words = read_page(write_report(folder))
+        _, words = read_page(write_run_report(folder))
     assert ("at temperature 1.0 and held-out ones at 0.6" in words) == (heldout == 0.6)
 
 
@@ -199,7 +199,7 @@ def test_what_the_model_writes_cannot_become_markup(tmp_path):
         folder.append_samples(
             [{"step": 1, "question": attack, "response": attack, "reason": attack, "truth": attack}]
         )
-        html, words = read_page(write_report(folder, title=attack))
+        html, words = read_page(write_run_report(folder, title=attack))
     assert "<script" not in html and "<img" not in html and "\x1b" not in html
     assert "<script>alert(1)</script>" in words
 
@@ -222,14 +222,14 @@ def test_any_run_has_a_report(tmp_path, lines, expected):
     folder = RunFolder(tmp_path)
     for line in lines:
         folder.append_metrics(line)
-    _, words = read_page(write_report(tmp_path))
+    _, words = read_page(write_run_report(tmp_path))
     sentence = outcome_sentence(lines, merge_evaluations(lines))
     assert figures(sentence) == expected.split() and sentence in words
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with refused("folder", Cause.NOT_FOUND, tmp_path / "nowhere"):
-        write_report(tmp_path / "nowhere")
+        write_run_report(tmp_path / "nowhere")
 
 
 def evaluated(step, value, low, high, questions):
@@ -305,7 +305,7 @@ def test_the_format_reward_has_a_chart_where_it_has_a_weight(tmp_path):
         folder.path.mkdir()
         folder.write_config({"rewards": {"weights": weights}})
         folder.append_metrics({"step": 1, "accuracy": 0.5, "format/mean": 0.25})
-        _, words = read_page(write_report(folder))
+        _, words = read_page(write_run_report(folder))
         assert ("responses in the asked-for form" in words) == ("format" in weights)
 
 
@@ -316,7 +316,7 @@ def test_training_samples_are_shown_where_nothing_was_evaluated(tmp_path):
             folder.append_samples(
                 [{"step": step, "question": f"q{step}-{i}", "response": "r"} for i in range(5)]
             )
-        _, words = read_page(write_report(folder))
+        _, words = read_page(write_run_report(folder))
     assert sorted(set(re.findall(r"q\d-\d", words))) == [
         f"q{step}-{i}" for step in (1, 5, 9) for i in (0, 1, 2)
     ]
@@ -335,7 +335,7 @@ def test_an_episode_is_shown_as_a_conversation(tmp_path):
     with RunFolder(tmp_path) as folder:
         folder.append_metrics(metrics_line(1))
         folder.append_samples([{"step": 1, "response": "r", **line} for line in (episode, long)])
-        html, words = read_page(write_report(folder))
+        html, words = read_page(write_run_report(folder))
     places = [words.index(text) for text in ("max_turns", "9 tokens", f"So {call}", "4 tokens")]
     assert places == sorted(places)
     assert "50 turns" in words and html.count("<li") == 3 + 41

@@ -884,7 +884,7 @@ def test_a_step_that_has_no_log_is_refused(planted):
 )
 def test_advantages_of_a_group_by_hand(algorithm, std, expected):
     groups = [[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]]
-    made = formulas.advantages(groups, ALGORITHMS[algorithm], std, 0.0)
+    made = formulas.recomputed_advantages(groups, ALGORITHMS[algorithm], std, 0.0)
     assert made[0] == pytest.approx(expected)
     rest = 0.25 if algorithm == "reinforce" else 0.0
     assert made[1] == pytest.approx([rest] * 4)
@@ -895,7 +895,7 @@ def test_advantages_of_a_group_by_hand(algorithm, std, expected):
 )
 def test_advantages_are_those_of_the_algorithms_module(algorithm):
     rl, groups = RLConfig(algorithm=algorithm), [[1.0, 0.0, 0.0, 1.0], [0.5, 1.0, 0.25, 1.0]]
-    made = formulas.advantages(
+    made = formulas.recomputed_advantages(
         groups, ALGORITHMS[algorithm], rl.advantage_std, rl.advantage_epsilon
     )
     expected = algorithms.find_algorithm(algorithm).outcome_advantages(groups, rl)
@@ -904,7 +904,7 @@ def test_advantages_are_those_of_the_algorithms_module(algorithm):
 
 def test_the_punishment_of_a_long_response_by_hand():
     # Over the last 20 of 100 tokens it grows from 0 to 1.
-    made = [formulas.training_reward(1.0, n, 100, 0.2, 1.0) for n in (80, 90, 100)]
+    made = [formulas.expected_training_reward(1.0, n, 100, 0.2, 1.0) for n in (80, 90, 100)]
     assert made == pytest.approx([1.0, 0.5, 0.0])
 
 

@@ -8,7 +8,7 @@ from megatron_r1.models.weights.adapter_table import A, B
 from megatron_r1.why.policy.token_logprobs import token_logits
 from megatron_r1.why.policy.transformers_adapters import (
     LowRankProducts,
-    attach_adapters,
+    attach_transformers_adapters,
     merge_adapters,
     merged_weights,
     trained_parameters,
@@ -61,7 +61,7 @@ def test_a_model_with_adapters_is_that_with_their_products(layers):
     model, expected = random_model("DeepseekV3"), random_model("DeepseekV3")
     factors = factors_of(model, layers)
     add_products(expected, factors)
-    attach_adapters(model, list(factors), factors.__getitem__, SCALE)
+    attach_transformers_adapters(model, list(factors), factors.__getitem__, SCALE)
     ids = torch.randint(23, (2, 9))
     torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=0, atol=1e-5)
     weights = merged_weights(model)
@@ -76,7 +76,7 @@ def test_another_scale_is_that_of_smaller_products():
     factors = factors_of(model, layers)
     smaller = {name: value / 3 if name.endswith(B) else value for name, value in factors.items()}
     assert with_scale(model, SCALE) is None
-    attach_adapters(model, list(factors), factors.__getitem__, SCALE)
+    attach_transformers_adapters(model, list(factors), factors.__getitem__, SCALE)
     add_products(expected, smaller)
     ids = torch.randint(23, (2, 9))
     before = model(ids).logits
@@ -90,7 +90,7 @@ def test_a_forward_pass_adds_the_products_once(monkeypatch):
     """Transformers reads an expert's slice of the stacked weights at a time."""
     model, num_calls = random_model("DeepseekV3"), 0
     factors = factors_of(model, EXPERTS)
-    attach_adapters(model, list(factors), factors.__getitem__, SCALE)
+    attach_transformers_adapters(model, list(factors), factors.__getitem__, SCALE)
     forward = LowRankProducts.forward
 
     def count(self, weight):
@@ -108,7 +108,7 @@ def test_only_the_factors_are_trained_with_the_gradients_of_the_product():
     model, whole = random_model("DeepseekV3"), random_model("DeepseekV3")
     factors = factors_of(model, ATTENTION)
     add_products(whole, factors)
-    attach_adapters(model, list(factors), factors.__getitem__, SCALE)
+    attach_transformers_adapters(model, list(factors), factors.__getitem__, SCALE)
     ids = torch.randint(23, (2, 9))
     for each_model in (model, whole):
         each_model(ids).logits.square().sum().backward()
