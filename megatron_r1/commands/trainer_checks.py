@@ -1,5 +1,5 @@
-"""What training is refused for before its trainer ranks start: a layout, a folder or a model that
-they cannot use."""
+"""What training is refused for before its trainer ranks start: a layout or a model that they cannot
+use."""
 
 from pathlib import Path
 
@@ -12,13 +12,6 @@ from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.models.hf_config import num_mtp_layers, read_hf_config
 from megatron_r1.models.parallel_checks import check_exchange_overlap
 from megatron_r1.models.weights.adapter_table import check_adapters
-
-NOT_TRAINING = {
-    "sample.json": "a sampling",
-    "curation.json": "a sampling",  # up to 0.2
-    "identity.json": "an evaluation or a sampling",
-}
-"""Files of folders that a training run cannot continue."""
 
 
 def check_trainer(config: Config, verb: str) -> None:
@@ -47,21 +40,6 @@ def check_trainer(config: Config, verb: str) -> None:
             )
     for _, settings in config.schedule_parts():
         check_batches(settings, verb, world_size)
-
-
-def check_folder(config: Config) -> None:
-    """Refuse to train in a folder that belongs to a sampling or an evaluation.
-
-    Args:
-        config: the recipe, whose `run.folder` is checked."""
-    for file, owner in NOT_TRAINING.items():
-        if Path(config.run.folder, file).exists():
-            raise UserError(
-                f"run.folder {config.run.folder} is that of {owner}: give the training a folder "
-                "of its own",
-                key="run.folder",
-                cause=Cause.EXISTS,
-            )
 
 
 def check_weights(model: ModelConfig) -> None:

@@ -15,8 +15,9 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.cpu_memory import cpu_memory
+from megatron_r1.commands.run_folder_checks import check_folder
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
-from megatron_r1.commands.trainer_checks import check_folder, check_weights
+from megatron_r1.commands.trainer_checks import check_weights
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.optimizer import warmup_note
 from megatron_r1.controller.run_recorder import RunRecorder

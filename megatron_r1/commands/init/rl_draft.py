@@ -21,7 +21,8 @@ from megatron_r1.commands.guessed_settings import Guess
 from megatron_r1.commands.init.recipe_draft import QuestionSource, RecipeDraft
 from megatron_r1.commands.node_resources import NodeResources
 from megatron_r1.commands.rl_prompts import check_and_read_prompts, explain_renamed_columns
-from megatron_r1.commands.trained_model import template_of_model, trained_recipe
+from megatron_r1.commands.trained_model import trained_recipe
+from megatron_r1.commands.trained_template import template_of_model
 from megatron_r1.config import infer_verb
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, guess_columns

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from megatron_r1.commands import sampling_run
+from megatron_r1.commands import checkpoint_export
 from megatron_r1.config import Config, ParallelConfig, dump_recipe
 from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.trainer.checkpoints import checkpoint_folders
@@ -49,18 +49,18 @@ class Trainer:
 
     async def call(self, operation, folder, **arguments):
         if operation == CheckpointOperations.load_checkpoint:
-            self.checkpoint = sampling_run.Path(folder)
+            self.checkpoint = checkpoint_export.Path(folder)
             return
-        sampling_run.Path(folder).mkdir()
-        (sampling_run.Path(folder) / "config.json").write_text("{}")
-        (sampling_run.Path(folder) / "weights").write_text(
+        checkpoint_export.Path(folder).mkdir()
+        (checkpoint_export.Path(folder) / "config.json").write_text("{}")
+        (checkpoint_export.Path(folder) / "weights").write_text(
             (self.checkpoint / "weights").read_text()
         )
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling_run, "TrainerClient", Trainer)
+    monkeypatch.setattr(checkpoint_export, "TrainerClient", Trainer)
     for name in "ab":
         checkpoint(tmp_path / name, 100, name)
         (tmp_path / name / "config.yaml").write_text(dump_recipe(Config()))
@@ -72,7 +72,7 @@ def test_an_export_is_used_again_for_the_same_checkpoint_only(runs):
 
     def exported(name):
         made = runs / name / "checkpoints/step_00000100"
-        asyncio.run(sampling_run.export_checkpoint(made, target, ParallelConfig(), runs))
+        asyncio.run(checkpoint_export.export_checkpoint(made, target, ParallelConfig(), runs))
         return (target / "weights").read_text()
 
     (runs / "eval").mkdir()
@@ -84,6 +84,6 @@ def test_an_export_is_used_again_for_the_same_checkpoint_only(runs):
 
 def test_a_checkpoint_may_be_named_from_its_parent_folder(runs, monkeypatch):
     monkeypatch.chdir(runs / "a/checkpoints")
-    made = sampling_run.Path("step_00000100")
-    asyncio.run(sampling_run.export_checkpoint(made, runs / "hf", ParallelConfig(), runs))
+    made = checkpoint_export.Path("step_00000100")
+    asyncio.run(checkpoint_export.export_checkpoint(made, runs / "hf", ParallelConfig(), runs))
     assert (runs / "hf/weights").read_text() == "a"

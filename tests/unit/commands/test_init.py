@@ -23,7 +23,7 @@ from megatron_r1.commands.init import rl_draft
 from megatron_r1.commands.init import verb as init
 from megatron_r1.commands.init.recipe_draft import recipe_text
 from megatron_r1.commands.node_resources import NodeResources
-from megatron_r1.commands.trained_model import guess_template
+from megatron_r1.commands.trained_template import guess_template
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
 from megatron_r1.models import read_hf_config
