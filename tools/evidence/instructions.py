@@ -144,8 +144,9 @@ def _compute_the_same(
 
 
 def _are_consistent(renames: set[tuple[str, str]], new: Version) -> bool:
-    """Return whether no two names become one, and modules have all that other files import from
-    them by one of the names: a name may be another one in the file that defines it alone."""
+    """Return whether no two names become one, and whether files import names that exist.
+
+    A name may be another one in the file that defines it alone; then others import it in vain."""
     if len({after for _, after in renames}) < len(renames):
         return False
     names = {name for pair in renames for name in pair}
