@@ -8,14 +8,14 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from megatron_r1.base.errors import TrainerError, UserError
+from megatron_r1.base.errors import Cause, TrainerError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.cpu_memory import cpu_memory
-from megatron_r1.commands.run_folder_checks import check_folder
 from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
 from megatron_r1.commands.trainer_checks import check_weights
 from megatron_r1.config import RESUMABLE, Config
@@ -33,6 +33,12 @@ IMPLEMENTATIONS = "implementations.json"
 """The file in the run's folder that names the implementation of each part of a step."""
 Commands = Sequence[tuple[str, str]]
 """(purpose, command) suggestions for the report."""
+NOT_TRAINING = {
+    "sample.json": "a sampling",
+    "curation.json": "a sampling",  # up to 0.2
+    "identity.json": "an evaluation or a sampling",
+}
+"""Files of folders that a training run cannot continue."""
 
 
 @dataclass(frozen=True)
@@ -202,3 +208,18 @@ def _with_microbatch(
     tokens = memory.microbatch_tokens(config.parallel.tokens_per_microbatch)
     notify(memory.describe(tokens))
     return config.with_changes(parallel={"tokens_per_microbatch": tokens})
+
+
+def check_folder(config: Config) -> None:
+    """Refuse to train in a folder that belongs to a sampling or an evaluation.
+
+    Args:
+        config: the recipe, whose `run.folder` is checked."""
+    for file, owner in NOT_TRAINING.items():
+        if Path(config.run.folder, file).exists():
+            raise UserError(
+                f"run.folder {config.run.folder} is that of {owner}: give the training a folder "
+                "of its own",
+                key="run.folder",
+                cause=Cause.EXISTS,
+            )
