@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
+from megatron_r1.base.processes.children import free_port
 from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
 
 HERE = Path(__file__).parent
@@ -18,10 +18,8 @@ TOKEN = "secret" * 8
 
 
 def start_ranks(address: str) -> list[subprocess.Popen]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    port = str(free_port("127.0.0.1"))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     shared |= {RANKS_TOKEN_VARIABLE: TOKEN, "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(

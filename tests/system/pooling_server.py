@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,15 +9,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from megatron_r1.base.processes.children import free_port
 from megatron_r1.engines.server.environment_variables import engine_environment
 
 
 @contextlib.contextmanager
 def pooling_server(model: Path, name: str = "rm"):
     """Serves the folder `model` as `name`, in fp32; yields the server's address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port("127.0.0.1")
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--served-model-name", name, "--runner", "pooling", "--dtype", "float32"]
     command += ["--max-model-len", "256", "--enforce-eager", "--host", "127.0.0.1"]

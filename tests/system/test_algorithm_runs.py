@@ -77,6 +77,7 @@ def test_every_correction_in_one_run(base, tmp_path):
         "rl.reward_normalization": "each",
         "rl.kl_estimator": "unbiased",
         "rl.schedule": json.dumps(schedule),
+        "rl.prompts_per_rollout": 16,  # tokens enough for a share of those that are masked
         # Rewards that differ, and answers most of which end before the limit.
         "rewards.weights": json.dumps({"accuracy": 1.0, "format": 0.1, "conciseness": 1.0}),
         "rollout.stop_token_ids": json.dumps([*range(3, 263, 2)]),

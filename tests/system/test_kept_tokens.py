@@ -47,13 +47,14 @@ def fleet(models, loop, tmp_path_factory):
     loop(fleet.close())
 
 
-def least_kept(row, top_p=1.0, top_k=None, min_p=0.0):
-    """The lowest log-probability that a cut keeps, in the order in which vLLM cuts."""
+def least_kept(row, top_p=1.0, top_k=None, min_p=0.0, rounding=0.0):
+    """The lowest log-probability that a cut keeps, in the order in which vLLM cuts; with `rounding`
+    of the sum of probabilities."""
     if min_p:  # vLLM's first
         row = torch.where(row >= row.max() + torch.tensor(min_p).log(), row, -torch.inf)
     ordered = row.sort(descending=True)[0][:top_k]
     p = ordered.softmax(0)
-    return ordered[(p.cumsum(0) - p < top_p) & (ordered > -torch.inf)].min()
+    return ordered[(p.cumsum(0) - p < top_p + rounding) & (ordered > -torch.inf)].min()
 
 
 def check_kept(rows, response, cut):
@@ -64,10 +65,9 @@ def check_kept(rows, response, cut):
     for at, (token, end) in enumerate(zip(response.token_ids, ends, strict=True)):
         row = torch.tensor(rows[at], dtype=torch.float64)
         kept = ids[end - counts[at] : end].tolist()
-        least = least_kept(row, **cut)
-        sure = (row > least + TIE).nonzero()[:, 0].tolist()
-        possible = (row > least - TIE).nonzero()[:, 0].tolist()
-        # The edge of a sum of probabilities that is top_p but for rounding.
+        # A sum of probabilities may be top_p but for rounding.
+        sure = (row > least_kept(row, **cut, rounding=-TIE) + TIE).nonzero()[:, 0].tolist()
+        possible = (row > least_kept(row, **cut, rounding=TIE) - TIE).nonzero()[:, 0].tolist()
         assert {*sure} <= {*kept} <= {*possible}, (at, cut, kept)
         logprob = (row[token] - row[kept].logsumexp(0)).item()
         assert response.logprobs[at] == pytest.approx(logprob, abs=TOLERANCE), (at, cut)

@@ -28,6 +28,8 @@ LAYOUTS = {
         # may never happen in 24 tokens.
         "rollout.temperature": 0.25,
         "rollout.max_response_tokens": 96,
+        # With the recipe's rate one token of such a policy makes most of its KL.
+        "optimizer.learning_rate": 1.0e-5,
     },
     "drafts of MTP layers": {
         "model.mtp": "train",
@@ -77,7 +79,7 @@ model: {{path: {folder}/base/hf, dtype: float32}}
 data: {{path: {folder}/questions.jsonl, num_heldout: 1, template: "{{question}}"}}
 rollout: {{max_response_tokens: 24, max_num_seqs: 64, dtype: float32}}
 rl: {{prompts_per_rollout: 4, group_size: 8, minibatches: 2, kl_beta: 0.01,
-  keep_sample_log: true}}
+  keep_sample_log: true, routing_replay: true}}
 eval: {{every: 1, samples: 1}}
 checkpoint: {{keep_every: 1}}
 optimizer: {{learning_rate: 1.0e-3}}

@@ -198,6 +198,50 @@ def reference_logprobs(folder, prompt, responses, temperature):
     return answers
 
 
+NEAR_TIE = 1e-5
+"""Relative noise of a router's input under which experts that are almost equally good change
+places; engines and transformers differ there by rounding, a tenth of that."""
+
+
+def logprobs_before_near_ties(folder, prompt, responses, temperature):
+    """As `reference_logprobs`, of each response's tokens before the first whose experts two right
+    implementations may choose differently."""
+    import torch
+
+    model = load_model(folder)
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    draw = torch.Generator().manual_seed(0)
+    answers = reference_logprobs(folder, prompt, responses, temperature)
+    if not gates:
+        return answers
+
+    def noisy(_, arguments):
+        hidden = arguments[0]
+        noise = torch.randn(hidden.shape, generator=draw) * NEAR_TIE
+        return hidden * (1 + noise), *arguments[1:]
+
+    def chosen_experts(tokens):
+        chosen = []
+        hooks = [g.register_forward_hook(lambda _, __, out: chosen.append(out[2])) for g in gates]
+        with torch.no_grad():
+            model(tokens)
+        for hook in hooks:
+            hook.remove()
+        return torch.stack([each.view(tokens.shape[1], -1).sort(-1).values for each in chosen])
+
+    for index, response in enumerate(responses):
+        tokens = torch.tensor([prompt + response])
+        chosen = chosen_experts(tokens)
+        hooks = [gate.register_forward_pre_hook(noisy) for gate in gates]
+        differs = [(chosen_experts(tokens) != chosen).any(-1).any(0) for _ in range(8)]
+        for hook in hooks:
+            hook.remove()
+        ties = torch.stack(differs).any(0).nonzero()[:, 0].tolist()
+        if ties:
+            answers[index] = answers[index][: max(0, ties[0] - len(prompt) + 1)]
+    return answers
+
+
 def reference_rows(folder, prompt, responses, temperature):
     """log softmax(logits / temperature) [tokens, vocabulary] at each response's tokens, by
     transformers in fp32."""

