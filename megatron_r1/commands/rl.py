@@ -2,7 +2,7 @@
 docs/stages/, docs/algorithms.md and docs/rewards.md.
 
 The algorithm is `controller.loop.train_policy`. Here the roles of a run are started: engines and
-graders (`rollout_roles`) next to the trainer (`training_run`)."""
+graders (`rollout_services`) next to the trainer (`training_run`)."""
 
 import asyncio
 from pathlib import Path
@@ -14,7 +14,7 @@ from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands.preloads import preload_megatron, preload_vllm
 from megatron_r1.commands.rl_checks import check_rl_settings, engines_share_gpus
 from megatron_r1.commands.rl_prompts import read_prompts
-from megatron_r1.commands.rollout_services import RolloutServices, open_rollouts
+from megatron_r1.commands.rollout_services import RolloutServices, open_rollout_services
 from megatron_r1.commands.run_facts import describe_kind_weights, describe_teachers, run_facts
 from megatron_r1.commands.trained_model import next_commands
 from megatron_r1.commands.training_run import TrainingRun, show_trainer, training_run
@@ -66,19 +66,19 @@ async def _train_with_restarts(
     async with training_run(config, "rl", facts, next_commands(config)) as training:
         if training is None or await training.has_all_steps(config):
             return
-        async with open_rollouts(config, training.recorder, tokenizer) as rollout_roles:
-            training.supervisor.watch_rollouts(rollout_roles.collector)
-            await rollout_roles.check(config, prompts)
+        async with open_rollout_services(config, training.recorder, tokenizer) as rollout_services:
+            training.supervisor.watch_rollouts(rollout_services.collector)
+            await rollout_services.check(config, prompts)
             timeline.mark("controller/rewards checked")
             starting = f"trainer and {config.rollout.engines} x vLLM"
             training.recorder.view.show_phase("starting", starting)
-            start = _start_roles(config, training.trainer, rollout_roles.collector)
+            start = _start_roles(config, training.trainer, rollout_services.collector)
             if not await training.stop.finished_before_stop(start):
                 return
             show_trainer(training.recorder, training.trainer)
             while True:
-                rl_run = _rl_run(config, training, rollout_roles, prompts)
-                joining = accepting_hosts(rollout_roles.collector.fleet, rollout_roles.hosts)
+                rl_run = _rl_run(config, training, rollout_services, prompts)
+                joining = accepting_hosts(rollout_services.collector.fleet, rollout_services.hosts)
                 try:
                     async with rl_run.open(), joining:
                         await train_policy(rl_run)  # the algorithm
@@ -120,10 +120,10 @@ async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
 
 
 def _rl_run(
-    config: Config, training: TrainingRun, rollout_roles: RolloutServices, prompts: PromptSplit
+    config: Config, training: TrainingRun, rollout_services: RolloutServices, prompts: PromptSplit
 ) -> RLRun:
     """Return the run, which begins at the newest checkpoint."""
-    collector, trainer, recorder = rollout_roles.collector, training.trainer, training.recorder
+    collector, trainer, recorder = rollout_services.collector, training.trainer, training.recorder
     collector.fleet.forget_policy_version()  # ranks that went back push earlier ones again
     longest = max_model_len(config) - PROBE_TOKENS
     first = prompts.train[: config.push.probes]
@@ -133,7 +133,7 @@ def _rl_run(
     ]
     pusher = create_pusher(config, trainer, collector.fleet, probes)
     prompt_sampler = PromptSampler(prompts.train, config.run.seed)
-    step_sampler = StepSampler(config, collector, prompt_sampler, rollout_roles.sample_log)
+    step_sampler = StepSampler(config, collector, prompt_sampler, rollout_services.sample_log)
     return RLRun(
         recorder,
         training.stop,

@@ -53,7 +53,7 @@ class RolloutServices:
 
 
 @contextlib.asynccontextmanager
-async def open_rollouts(
+async def open_rollout_services(
     config: Config, recorder: RunRecorder, tokenizer: PromptTokenizer
 ) -> AsyncIterator[RolloutServices]:
     """Yield what samples and grades; close it, and all that it uses, at the end of the block.

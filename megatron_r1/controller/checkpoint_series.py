@@ -1,4 +1,4 @@
-"""The controller's part of checkpoints: it chooses the one to continue from, and saves them."""
+"""Writes the checkpoints of any run while it trains, and chooses the one to continue from."""
 
 import asyncio
 import json

@@ -93,7 +93,7 @@ class PolicyEngines:
         return self._sampled_step
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers of engines and pushes."""
+        """Return the metrics of the engines and of the push."""
         return {
             **self.step_sampler.collector.fleet.metrics(),
             **self._push_metrics,

@@ -1,4 +1,4 @@
-"""The checkpoints of a run and what it continues from."""
+"""Saves what an RL run continues from, the states of its sampler and reward workers included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records a run (folder, checkpoints, trackers, terminal) and restores where it was left."""
+"""Records a run in its folder, trackers and terminal, and restores it from a checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -29,7 +29,7 @@ class StepMeter:
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self) -> dict[str, float]:
-        """Return the numbers of the reward workers, and of the teachers if there are any."""
+        """Return the metrics of the reward workers, and of the teachers if there are any."""
         metrics = dict(self._meter.read())
         if self._teachers is not None:
             numbers = self._teachers.metrics().items()

@@ -18,4 +18,4 @@
 each. `rendezvous` is how all ranks find each other, and learn of failures, through a store.
 `control_messages` has what the controller sends to engines, and what ranks report to it.
 
-docs/push.md begins with a glossary."""
+The section "Words" of docs/push.md defines the terms."""

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from r1_grading.remote import read_settings
-from r1_grading.remote.judge import SAFETY, Judge, JudgeSettings, PairVotes
+from r1_grading.remote.judge import Judge, PairVotes
+from r1_grading.remote.judge_prompt import SAFETY
+from r1_grading.remote.judge_settings import JudgeSettings
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.sample import SERVED_JUDGE, SampleConfig

@@ -8,7 +8,9 @@ import textwrap
 
 import pytest
 from fakes.model_service import Served, by_answer, judge_that, said, sections, verdict
-from r1_grading.remote.judge import Judge, JudgeSettings, PairVotes, read_verdict
+from r1_grading.remote.judge import Judge, PairVotes
+from r1_grading.remote.judge_prompt import read_verdict
+from r1_grading.remote.judge_settings import JudgeSettings
 from r1_grading.remote.remote_rewards import check_options
 from r1_grading.remote.service import ServiceError, Ungradable
 from refusals import refused
@@ -262,7 +264,7 @@ def test_answers_are_asked_for_once_by_all_processes(tmp_path):
         """
         import asyncio, sys
         from r1_grading.remote.judge import Judge
-        from r1_grading.remote.judge import JudgeSettings
+        from r1_grading.remote.judge_settings import JudgeSettings
 
         async def main(url, cache):
             judge = Judge(JudgeSettings(url=url, model="m", cache=cache))

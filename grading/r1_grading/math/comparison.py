@@ -22,6 +22,13 @@ from r1_grading.math.answer_structure import (
     split_top_level,
     without_thousands,
 )
+from r1_grading.math.list_members import (
+    lists_relations,
+    paired_members,
+    read_list,
+    rename_parameter,
+    without_repeats,
+)
 from r1_grading.math.normalization import normalize_latex, strip_styling
 from r1_grading.math.number import PERCENT, read_number, same_number
 from r1_grading.math.number_words import words_to_number
@@ -40,20 +47,15 @@ from r1_grading.math.relation import (
     bare_name,
     is_asked_quantity,
     is_name,
-    lists_relations,
-    paired_members,
     read_chain,
     read_exclusion,
-    read_list,
     read_set,
     relation_name,
-    rename_parameter,
     same_congruence,
     same_operands,
     same_relation,
     set_builder_condition,
     solution_set,
-    without_repeats,
 )
 from r1_grading.math.symbolic import constant_value, read_expression, same_expression
 from r1_grading.math.units import degrees_to_radians, same_unit, split_han_unit, split_unit

@@ -40,7 +40,7 @@ class BackgroundTracker:
 
         Args:
             key: `STEP_METRIC` or `EVALUATION`.
-            line: the figures."""
+            line: the metrics."""
         self._lines.put((key, line))
 
     def notes(self) -> list[str]:

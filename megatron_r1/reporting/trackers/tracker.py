@@ -1,4 +1,4 @@
-"""A tracker of a run's figures, and the arguments with which it is opened."""
+"""A tracker of a run's metrics, and the arguments with which it is opened."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""All trackers that a recipe names in `run.trackers`: sends them the figures of a run."""
+"""All trackers that a recipe names in `run.trackers`: sends them the metrics of a run."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial

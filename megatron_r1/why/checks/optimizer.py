@@ -1,4 +1,4 @@
-"""The change of the weights and of Adam's moments, against that of the updates made again."""
+"""The change of the weights and of Adam's moments, against that of the recomputed updates."""
 
 from __future__ import annotations
 

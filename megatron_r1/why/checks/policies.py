@@ -1,4 +1,5 @@
-"""The trainer's old log-probabilities, and its reference, against checkpoints before the step."""
+"""Compares log-probabilities of the trainer's old policy and of its reference with those of the
+checkpoints that they come from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step's updates made again by formula, as the settings say or with one thing substituted.
+"""A step's updates recomputed by formula, as the settings say or with one thing substituted.
 
 - `update_inputs`: what the updates are made of; `loss_formulas` and `adam`: the formulas;
   `step_updates`: makes the updates; `checkpoint_after`: what they are compared with, and what it

@@ -1,5 +1,5 @@
-"""A recorded step's updates made again with transformers' model, as the settings say or with one
-thing substituted."""
+"""Recomputes a step's updates with transformers' model, as the settings say or with one thing
+substituted, and keeps the results of each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MIN_CLIPPED_NORM_FACTOR = 1.001
 
 @dataclass(frozen=True)
 class RecomputedUpdates:
-    """The updates of a step, made again.
+    """The recomputed updates of a step.
 
     Attributes:
         metrics: as metrics.jsonl has them, over the updates.
@@ -72,7 +72,7 @@ class Recomputation:
         policies: log-probabilities under its policies.
         inputs: what the updates are made of.
         checkpoint_after: what the checkpoint after the step has of the run's updates.
-        searches_causes: whether updates that depart are made again with substitutions: not where
+        searches_causes: whether updates that depart are recomputed with substitutions: not where
             something before them departs, which may be why.
         show_progress: called with a line before what may take minutes.
 

@@ -1,4 +1,4 @@
-"""A step's updates made again: autograd over fp64 formulas of the loss (`loss_formulas`) through
+"""Runs a step's updates: autograd over fp64 formulas of the loss (`loss_formulas`) through
 transformers' model in fp32, and AdamW by its formula (`adam`)."""
 
 from __future__ import annotations

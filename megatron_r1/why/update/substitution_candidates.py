@@ -1,5 +1,5 @@
 """What may have been computed otherwise than the settings say: each a substitution in a step's
-updates, which are then made again."""
+updates, which are then recomputed."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def fit_run(
     max_rounds: int = MAX_ROUNDS,
 ) -> TermFit:
     """Return how often the run added each term of the loss, the coefficients of its gradient. Where
-    they are not what they should be, the updates are made again with them: later gradients, and how
+    they are not what they should be, the updates are recomputed with them: later gradients, and how
     each was clipped, depend on them.
 
     Args:
@@ -186,7 +186,7 @@ def fit_run(
         moments: the run's.
         relative_error: as of `fit_coefficients`.
         grad_norm: the logged norm, mean over the updates.
-        max_rounds: how often updates are made again at most."""
+        max_rounds: how often updates are recomputed at most."""
     gradients, fit = first_gradients, fit_coefficients(first_gradients, moments, relative_error)
     for _ in range(max_rounds):
         known_coefficients = [
