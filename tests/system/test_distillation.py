@@ -174,7 +174,8 @@ checkpoint: {{every: 12}}
 
 @pytest.mark.more
 def test_a_student_comes_closer_to_its_teacher_on_questions_it_never_saw(base, distilled, oracle):
-    records = [json.loads(line) for line in (distilled / "samples.jsonl").read_text().splitlines()]
+    # Not splitlines(), which also splits at U+0085: a response may have it.
+    records = [json.loads(line) for line in (distilled / "samples.jsonl").open()]
     heldout = sorted({r["question"] for r in records if r["split"] == "eval"})
     trained = {r["question"] for r in records if r["split"] == "train"}
     assert len(heldout) == 10 and not trained & set(heldout)
