@@ -31,8 +31,10 @@ def left_behind(folder: Path) -> list[int]:
 
 
 def lines(path: Path) -> list[dict]:
+    """Return the whole lines of a file of JSON. str.splitlines() would also split at U+0085, which
+    a response of a random model may have."""
     text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in text.split("\n") if line.endswith("}")]
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.more
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.open()]
 
 
 def write_recipe(folder: Path, model: Path) -> Path:
