@@ -10,12 +10,11 @@ which of the covered files compute something else since (`tools.evidence.records
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from tools.evidence.records import PRIMITIVES, CodeChanges
+from tools.evidence.records import PRIMITIVES, CodeChanges, head
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path("tests/nullgpu/passed.json")
@@ -79,7 +78,7 @@ def run(arguments: list[str]) -> int:
     Nothing is recorded of code that is not committed, as the record names a commit."""
     import pytest
 
-    counts, commit = Counts(), _git_output("rev-parse", "--short=12", "HEAD").strip()
+    counts, commit = Counts(), head(ROOT)
     uncommitted = CodeChanges(ROOT).files(commit, list(COVERED_PATHS))
     code = pytest.main([str(ROOT / "tests/nullgpu"), *arguments], plugins=[counts])
     if uncommitted:
@@ -99,11 +98,6 @@ def run(arguments: list[str]) -> int:
     unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     unfinished.rename(ROOT / RECORD)
     return code
-
-
-def _git_output(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main() -> int:

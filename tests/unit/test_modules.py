@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tools.evidence.renames import public_names
+
 ROOT = Path(__file__).parents[2]
 HOMES = {"megatron_r1": ROOT, "r1_kernels": ROOT / "kernels", "r1_grading": ROOT / "grading"}
 """Package -> the folder that it is in."""
@@ -38,17 +40,6 @@ def test_every_module_is_imported_without_an_error():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def names_of(path: Path) -> set[str]:
-    """The functions and classes that a module defines or imports."""
-    names = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom):
-            names |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            names.add(node.name)
-    return names
-
-
 def test_names_that_packages_import_at_first_use_are_defined():
     homes = {}
     for package, folder in HOMES.items():
@@ -62,7 +53,7 @@ def test_names_that_packages_import_at_first_use_are_defined():
         for name, module in modules.items():
             path = folder / module
             path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-            assert name in names_of(path), (name, path)
+            assert name in public_names(path.read_text(encoding="utf-8")), (name, path)
 
 
 def test_no_two_test_files_have_the_same_name():
