@@ -10,8 +10,8 @@ The others are operations on a packed batch, on all tokens at once instead of sa
 `rotate_packed`: Megatron slices the rotary angles of a packed batch sample by sample, in Python,
 for queries and keys of every layer: with 256 samples that is a third of a small model's time
 besides its products, and on a GPU a synchronization each time. Here all angles are gathered in one
-operation, at the positions that `packed_params` has for the whole micro-batch. `roll_packed`: the
-same of MTP layers' tokens."""
+operation, at the positions that `host_packed_seq_params` has for the whole micro-batch.
+`roll_packed`: the same of MTP layers' tokens."""
 
 from typing import Any
 

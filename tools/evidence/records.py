@@ -187,8 +187,8 @@ class CodeChanges:
         return [name for name in changed if not self._is_same(commit, (name,))]
 
     def _joined_to(self, commit: str, modules: set[str]) -> set[str]:
-        """Return those of the files that are gone of which every definition that the project still
-        has is in `modules`."""
+        """Return the removed files that were joined to `modules`: all definitions of such a file
+        that the project still has are in them."""
         texts = (_text_in(self._root, name) or "" for name in modules)
         defined_now = {name for text in texts for name in defined_in(text)}
         left = {
