@@ -118,7 +118,8 @@ def test_what_is_not_recognized_costs_one_time_limit_and_a_worker(monkeypatch, t
     (tmp_path / "unguarded.py").write_text(
         "from r1_grading import math\n"
         "from r1_grading.math import comparison\n"
-        "comparison.refusal_reason = lambda expected, answer: None\n"
+        "assert comparison.parser_refusal_reason\n"
+        "comparison.parser_refusal_reason = lambda expected, answer: None\n"
         "grade = math.grade\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
