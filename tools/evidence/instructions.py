@@ -17,14 +17,20 @@ from tools.evidence.renames import (
     ProjectNames,
     Renames,
     find_file_renames,
+    find_new_names,
     find_renames,
+    imported_names,
     is_of_project,
     names_in,
     rename,
+    renamed_modules,
     without_annotations,
 )
 
 NO_RENAMES: Renames = frozenset()
+NO_MODULES: frozenset[str] = frozenset()
+ANY_MODULE = "<module>"
+"""Stands for each module whose attributes a file reads: imports say which attribute of which."""
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 TYPE_CHECKS = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
@@ -62,13 +68,20 @@ class Version(NamedTuple):
     names: Callable[[], ProjectNames | None] | None = None
     imports: Callable[[], frozenset[tuple[str, str]]] | None = None
 
-    def statements(self) -> list[_Statements]:
+    def statements(self, former_names: Renames, modules: frozenset[str]) -> list[_Statements]:
         """Return those of each file.
+
+        Args:
+            former_names: names that are to be others.
+            modules: names of modules whose attributes count as if they were imported.
 
         Raises:
             SyntaxError: a text is not Python.
         """
-        return [_compiled_statements(text or "") for text in self.texts]
+        return [
+            _compiled_statements(text or "", NO_RENAMES, former_names, modules)
+            for text in self.texts
+        ]
 
     def file_renames(self, later: "Version", names: frozenset[str] | None) -> list[Renames]:
         """Return the renames of each file alone.
@@ -84,19 +97,23 @@ class Version(NamedTuple):
         return [find_file_renames(text or "", new_text or "", names) for text, new_text in pairs]
 
     def renamed_statements(
-        self, renames: Renames, file_renames: Sequence[Renames]
+        self, renames: Renames, file_renames: Sequence[Renames], modules: frozenset[str]
     ) -> list[_Statements]:
         """Return those of each file with the names of a later version.
 
         Args:
             renames: names that are others everywhere.
             file_renames: names that are others in each file.
+            modules: names of modules whose attributes count as if they were imported.
 
         Raises:
             SyntaxError: a text is not Python.
         """
         pairs = zip(self.texts, file_renames, strict=True)
-        return [_compiled_statements(text or "", renames | own) for text, own in pairs]
+        return [
+            _compiled_statements(text or "", renames | own, NO_RENAMES, modules)
+            for text, own in pairs
+        ]
 
 
 def compute_the_same(old: Version, new: Version) -> bool:
@@ -104,7 +121,7 @@ def compute_the_same(old: Version, new: Version) -> bool:
 
     They have the same statements, in whichever of the files, those of a file other than definitions
     in the same order; and what they import has the same definitions. Names may differ where
-    `find_renames` and `find_file_renames` say so.
+    `find_renames`, `find_file_renames` and `find_new_names` say so.
 
     Args:
         old: one version.
@@ -113,23 +130,54 @@ def compute_the_same(old: Version, new: Version) -> bool:
     Raises:
         SyntaxError: a text is not Python.
     """
-    if _compute_the_same(old, new, NO_RENAMES, None):
+    if _compute_the_same(old, new, NO_RENAMES, NO_RENAMES, None, NO_MODULES, NO_MODULES):
         return True
     if old.names is None or new.names is None:
         return False
     old_names, new_names = old.names(), new.names()
     if old_names is None or new_names is None:
         return False
-    old_texts, new_texts = ([text or "" for text in version.texts] for version in (old, new))
+    old_texts, new_texts = _texts_with_imports(old, new), _texts_with_imports(new, old)
     renames = find_renames(old_texts, new_texts, old_names, new_names)
-    return _compute_the_same(old, new, renames, old_names.used)
+    renamed = {after for _, after in renames}
+    former_names = frozenset(
+        (after, before)
+        for after, before in find_new_names(old_texts, new_texts, old_names, new_names)
+        if after not in renamed
+    )
+    return _compute_the_same(
+        old,
+        new,
+        renames,
+        former_names,
+        old_names.used,
+        renamed_modules(old_names.modules, renames),
+        new_names.modules,
+    )
+
+
+def _texts_with_imports(version: Version, other: Version) -> list[str]:
+    """Return the texts of a version, and of the modules that it alone imports from."""
+    pairs = frozenset[tuple[str, str]]().union(*(imported_names(t or "") for t in version.texts))
+    pairs -= frozenset[tuple[str, str]]().union(*(imported_names(t or "") for t in other.texts))
+    modules = {module for module, _ in pairs} | {f"{module}.{name}" for module, name in pairs}
+    own_modules = sorted(module for module in modules if is_of_project(module))
+    texts = (*version.texts, *map(version.module_text, own_modules))
+    return list(dict.fromkeys(text or "" for text in texts))
 
 
 def _compute_the_same(
-    old: Version, new: Version, renames: Renames, names: frozenset[str] | None
+    old: Version,
+    new: Version,
+    renames: Renames,
+    former_names: Renames,
+    names: frozenset[str] | None,
+    old_modules: frozenset[str],
+    new_modules: frozenset[str],
 ) -> bool:
     file_renames = old.file_renames(new, names)
-    old_files, new_files = old.renamed_statements(renames, file_renames), new.statements()
+    old_files = old.renamed_statements(renames, file_renames, old_modules)
+    new_files = new.statements(former_names, new_modules)
     if _statement_counts(old_files) != _statement_counts(new_files):
         return False
     if not all(
@@ -139,7 +187,13 @@ def _compute_the_same(
         return False
     public_renames = {pair for own in file_renames for pair in own if pair[0][0] != "_"}
     return _are_consistent(public_renames, new) and _import_the_same(
-        old_files, new_files, old.module_text, new.module_text, renames
+        (old_files, new_files),
+        lambda module: _compiled_statements(
+            old.module_text(module) or "", renames, NO_RENAMES, old_modules
+        ),
+        lambda module: _compiled_statements(
+            new.module_text(module) or "", NO_RENAMES, former_names, new_modules
+        ),
     )
 
 
@@ -159,31 +213,27 @@ def _are_consistent(renames: set[tuple[str, str]], new: Version) -> bool:
 
 
 def _import_the_same(
-    old_files: Sequence[_Statements],
-    new_files: Sequence[_Statements],
-    old_text: Callable[[str], str | None],
-    new_text: Callable[[str], str | None],
-    renames: Renames,
+    files: tuple[Sequence[_Statements], Sequence[_Statements]],
+    old_module: Callable[[str], _Statements],
+    new_module: Callable[[str], _Statements],
 ) -> bool:
     """Return whether two versions import the same.
 
     Names of the project that only one of them imports from their modules have the definitions that
     the other has by these names, and all else is imported by both."""
     old_imports, new_imports = (
-        frozenset[Import]().union(*(file.imports for file in files))
-        for files in (old_files, new_files)
+        frozenset[Import]().union(*(file.imports for file in version)) for version in files
     )
     if any(not is_of_project(module) for module, _, _ in old_imports ^ new_imports):
         return False
     old_definitions = defaultdict(list)
-    for file in old_files:
+    for file in files[0]:
         for name, statement in file.by_name.items():
             old_definitions[name].append(statement)
     for module, name, _ in old_imports - new_imports:
-        statements = _compiled_statements(old_text(module) or "", renames)
-        old_definitions[name].append(statements.by_name.get(name))
+        old_definitions[name].append(old_module(module).by_name.get(name))
     new_definitions = (
-        (name, _compiled_statements(new_text(module) or "").by_name.get(name))
+        (name, new_module(module).by_name.get(name))
         for module, name, _ in new_imports - old_imports
     )
     return all(
@@ -202,15 +252,20 @@ def _common_statements(file: _Statements, other: _Statements) -> list[Any]:
 
 
 @cache  # claims of many commits ask for the same texts
-def _compiled_statements(text: str, renames: Renames = NO_RENAMES) -> _Statements:
+def _compiled_statements(
+    text: str, renames: Renames, former_names: Renames, modules: frozenset[str]
+) -> _Statements:
     # They are those of the Python that runs this: two results of two Pythons do not compare.
-    tree = without_annotations(rename(ast.parse(text), renames))
+    tree = rename(rename(ast.parse(text), renames), former_names, in_texts=False)
+    tree = without_annotations(tree)
+    attributes = _import_attributes(tree, modules)
     imports: set[Import] = {
         (node.module, alias.name, alias.asname)
         for node in ast.walk(tree)  # also within functions
         if isinstance(node, ast.ImportFrom) and node.module and is_of_project(node.module)
         for alias in node.names
     }
+    imports |= attributes
     tree = _WithoutModules().visit(tree)
     definitions: list[Any] = []
     others: list[Any] = []
@@ -228,6 +283,52 @@ def _compiled_statements(text: str, renames: Renames = NO_RENAMES) -> _Statement
             (definitions if isinstance(node, DEFINITIONS) else others).append(code)
             by_name |= dict.fromkeys(_defined_names(node), code)
     return _Statements(frozenset(imports), tuple(definitions), tuple(others), by_name)
+
+
+def _import_attributes(tree: ast.Module, modules: frozenset[str]) -> set[Import]:
+    """Return the attributes that a file reads of modules of the project, as if it imported these.
+
+    `tree` is changed in place: it no longer imports these modules, and `ANY_MODULE` stands for each
+    of them. A module stays of which the file does anything else than read attributes, and one that
+    shares the name of such an attribute with another."""
+    modules_by_alias = {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if f"{node.module}.{alias.name}" in modules
+    }
+    read_attributes = [
+        (node, node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        if isinstance(node.value, ast.Name) and node.value.id in modules_by_alias
+    ]
+    read_names = {id(name) for _, name in read_attributes}
+    for node in ast.walk(tree):
+        other = {ast.Name: "id", ast.arg: "arg", ast.ExceptHandler: "name"}.get(type(node))
+        if other and id(node) not in read_names:
+            modules_by_alias.pop(getattr(node, other), None)
+    aliases_by_attribute = defaultdict(set)
+    for node, name in read_attributes:
+        aliases_by_attribute[node.attr].add(name.id)
+    for aliases in aliases_by_attribute.values():
+        for alias in aliases if len(aliases) > 1 else ():
+            modules_by_alias.pop(alias, None)
+    imports: set[Import] = set()
+    for node, name in read_attributes:
+        if name.id in modules_by_alias:
+            imports.add((modules_by_alias[name.id], node.attr, None))
+            name.id = ANY_MODULE
+    for statement in tree.body:
+        if isinstance(statement, ast.ImportFrom):
+            statement.names = [
+                alias
+                for alias in statement.names
+                if (alias.asname or alias.name) not in modules_by_alias
+            ]
+    tree.body = [each for each in tree.body if not isinstance(each, ast.ImportFrom) or each.names]
+    return imports
 
 
 def _defined_names(node: ast.stmt) -> list[str]:

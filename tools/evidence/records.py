@@ -13,7 +13,13 @@ from pathlib import Path
 
 from megatron_r1.base.files import atomic_write
 from tools.evidence.instructions import Version, compute_the_same
-from tools.evidence.renames import ProjectNames, defined_in, imported_names, names_in
+from tools.evidence.renames import (
+    ProjectNames,
+    defined_in,
+    imported_names,
+    keywords_in,
+    names_in,
+)
 
 FOLDER = "docs/evidence"
 MODULE_FOLDERS = {
@@ -343,7 +349,9 @@ def _names_at(root: Path, commit: str) -> ProjectNames | None:
     if words is None or lines is None or files is None:
         return None  # without them any name would be new
     defined = {re.findall(WORD, line)[-1] for line in lines.splitlines()}
-    return ProjectNames(frozenset(words.split()), frozenset(defined | _module_names(files)))
+    return ProjectNames(
+        frozenset(words.split()), frozenset(defined | _module_names(files)), _modules(files)
+    )
 
 
 def _names_now(root: Path) -> ProjectNames:
@@ -351,7 +359,10 @@ def _names_now(root: Path) -> ProjectNames:
     texts = [_text_in(root, name) or "" for name in files.splitlines()]
     all_names = frozenset(name for text in texts for name in names_in(text))
     defined = {name for text in texts for name in defined_in(text)}
-    return ProjectNames(all_names, frozenset(defined | _module_names(files)))
+    keywords = frozenset(pair for text in texts for pair in keywords_in(text))
+    return ProjectNames(
+        all_names, frozenset(defined | _module_names(files)), _modules(files), keywords
+    )
 
 
 def _imports_now(root: Path) -> frozenset[tuple[str, str]]:
@@ -359,6 +370,14 @@ def _imports_now(root: Path) -> frozenset[tuple[str, str]]:
     return frozenset(
         pair for name in files.splitlines() for pair in imported_names(_text_in(root, name) or "")
     )
+
+
+def _modules(files: str) -> frozenset[str]:
+    """Return the names of modules, with their packages."""
+    paths = [name.removesuffix(".py") for name in files.splitlines() if name.endswith(".py")]
+    for folder in set(MODULE_FOLDERS.values()):
+        paths = [path.removeprefix(folder) for path in paths]
+    return frozenset(path.removesuffix("/__init__").replace("/", ".") for path in paths)
 
 
 def _module_names(files: str) -> set[str]:

@@ -3,7 +3,7 @@
 A module, class, function, constant or attribute that has another name computes the same. Renames
 are found where two statements are alike but for names, and count only if they cannot be something
 else: the old name is nowhere in the later project, the new one was nowhere in the earlier, and both
-are the project's own."""
+are the project's own. Of a parameter, a field or a variable the old name may stay elsewhere."""
 
 import ast
 import re
@@ -28,10 +28,14 @@ class ProjectNames(NamedTuple):
     Attributes:
         used: all names; of a commit also the words of comments and texts.
         defined: those of modules, classes, functions, attributes and parameters; of a commit those
-            of what is only set, but of no parameters alone."""
+            of what is only set, but of no parameters alone.
+        modules: those of modules, with their packages.
+        keywords: those of calls, as (function or class, keyword); of a commit none."""
 
     used: frozenset[str]
     defined: frozenset[str]
+    modules: frozenset[str]
+    keywords: frozenset[tuple[str, str]] = frozenset()
 
 
 def find_renames(
@@ -58,6 +62,127 @@ def find_renames(
         if before not in new_names.used and before in old_names.defined
         if after not in old_names.used and after in new_names.defined
     )
+
+
+def find_new_names(
+    old_texts: Sequence[str],
+    new_texts: Sequence[str],
+    old_names: ProjectNames,
+    new_names: ProjectNames,
+) -> Renames:
+    """Return the new and the old name of parameters, fields and variables whose name was nowhere in
+    the earlier project, while others may still have the old one.
+
+    A method is not among them, nor a parameter of one where the class has bases: another class may
+    call or override it by the old name. Neither is a parameter or field that a call names as
+    before, a variable where a function has another by the old name, or an attribute where a file
+    has.
+
+    Args:
+        old_texts: the texts of one version.
+        new_texts: those of the other.
+        old_names: the names of the earlier project.
+        new_names: those of the later one.
+
+    Raises:
+        SyntaxError: a text is not Python.
+    """
+    candidates = set(_differing_names(old_texts, new_texts))
+    afters = [after for _, after in candidates]
+    former_names = old_names.defined.union(*map(defined_in, old_texts))
+    names = new_names.defined - old_names.used - old_names.defined
+    names -= {part for module in new_names.modules for part in module.split(".")}
+    parameters = set[tuple[str, str]]()
+    for text in new_texts:
+        names -= _methods_and_definitions(text)
+        parameters |= _parameters(text)
+    scopes = [
+        scope
+        for text in new_texts
+        for scope in (*_variables_of_functions(text), _attributes_in(text))
+    ]
+    return frozenset(
+        (after, before)
+        for before, after in candidates
+        if before in former_names and after in names and afters.count(after) == 1
+        if not any({before, after} <= scope for scope in scopes)
+        if not any(
+            name == after and (owner, before) in new_names.keywords for owner, name in parameters
+        )
+    )
+
+
+@cache  # claims of many commits ask for the same texts
+def _methods_and_definitions(text: str) -> frozenset[str]:
+    """Return the names of functions, classes and methods, and of the parameters of methods of
+    classes that have bases."""
+    nodes = list(ast.walk(_parsed_module(text)))
+    names = {node.name for node in nodes if isinstance(node, FUNCTIONS | ast.ClassDef)}
+    classes = (node for node in nodes if isinstance(node, ast.ClassDef) and node.bases)
+    for method in (method for each in classes for method in each.body):
+        if isinstance(method, FUNCTIONS) and method.name != "__init__":
+            names |= {node.arg for node in ast.walk(method.args) if isinstance(node, ast.arg)}
+    return frozenset(names)
+
+
+@cache  # claims of many commits ask for the same texts
+def _parameters(text: str) -> frozenset[tuple[str, str]]:
+    """Return parameters of functions and fields of classes, as (function or class, name)."""
+    pairs: set[tuple[str, str]] = set()
+    for node in ast.walk(_parsed_module(text)):
+        if isinstance(node, FUNCTIONS):
+            pairs |= {
+                (node.name, each.arg) for each in ast.walk(node.args) if isinstance(each, ast.arg)
+            }
+        if isinstance(node, ast.ClassDef):
+            inner = [each for each in node.body if isinstance(each, FUNCTIONS)]
+            fields = {name for each in node.body for name in _target_names(each)}
+            fields |= {
+                each.arg
+                for method in inner
+                for each in ast.walk(method.args)
+                if isinstance(each, ast.arg)
+            }
+            pairs |= {(node.name, name) for name in fields}
+    return frozenset(pairs)
+
+
+def keywords_in(text: str) -> frozenset[tuple[str, str]]:
+    """Return the keywords of all calls, as (function or class, keyword)."""
+    calls = (node for node in ast.walk(_parsed_module(text)) if isinstance(node, ast.Call))
+    return frozenset(
+        (getattr(call.func, "id", getattr(call.func, "attr", "")), keyword.arg)
+        for call in calls
+        for keyword in call.keywords
+        if keyword.arg
+    )
+
+
+@cache  # claims of many commits ask for the same texts
+def _variables_of_functions(text: str) -> list[frozenset[str]]:
+    """Return the variables and parameters of each function, and those of the module."""
+    tree = _parsed_module(text)
+    scopes = [tree, *(node for node in ast.walk(tree) if isinstance(node, FUNCTIONS))]
+    return [
+        frozenset(
+            node.id if isinstance(node, ast.Name) else node.arg
+            for node in (ast.walk(scope) if scope is not tree else _outside_functions(tree))
+            if isinstance(node, ast.Name | ast.arg)
+        )
+        for scope in scopes
+    ]
+
+
+def _attributes_in(text: str) -> frozenset[str]:
+    nodes = ast.walk(_parsed_module(text))
+    return frozenset(node.attr for node in nodes if isinstance(node, ast.Attribute))
+
+
+def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, FUNCTIONS):
+            yield child
+            yield from _outside_functions(child)
 
 
 @cache  # claims of many commits ask for the same texts
@@ -162,10 +287,17 @@ def _parsed_module(text: str) -> ast.Module:
         return ast.Module([], [])
 
 
-def rename(tree: ast.Module, renames: Renames) -> ast.Module:
-    """Return the tree with the new names; it is changed in place."""
+def rename(tree: ast.Module, renames: Renames, *, in_texts: bool = True) -> ast.Module:
+    """Return the tree with the new names; it is changed in place.
+
+    Args:
+        tree: a module.
+        renames: the names and what they become.
+        in_texts: whether texts that are names are renamed, too."""
     new_names = dict(renames)
     for node in ast.walk(tree) if renames else ():
+        if isinstance(node, ast.Constant) and not in_texts:
+            continue
         for key, value in _name_fields(node):
             if isinstance(value, list):
                 setattr(node, key, [new_names.get(name, name) for name in value])
@@ -173,6 +305,14 @@ def rename(tree: ast.Module, renames: Renames) -> ast.Module:
                 parts = (new_names.get(name, name) for name in value.split("."))
                 setattr(node, key, ".".join(parts))
     return tree
+
+
+def renamed_modules(modules: frozenset[str], renames: Renames) -> frozenset[str]:
+    """Return the names of modules, and those that they have after the renames."""
+    new_names = dict(renames)
+    return modules | {
+        ".".join(new_names.get(part, part) for part in module.split(".")) for module in modules
+    }
 
 
 def without_annotations(tree: ast.Module) -> ast.Module:
