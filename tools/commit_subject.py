@@ -9,7 +9,6 @@ body that says why and how. A commit that renames Python files, or whose body li
 new, has in its body a line with the command that made them, or one that says why none could.
 .githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
 
-import math
 import re
 import subprocess
 import sys
@@ -18,10 +17,6 @@ from pathlib import Path
 MAX_CHARS = 72
 MAX_FILES = 5
 """Of a commit without a body."""
-FORMER_MAX_FILES = 20
-BODIES_SINCE = 1795892400
-"""Commits whose author date is earlier (2026-11-28 19:00 UTC) may have `FORMER_MAX_FILES`, and any
-text as their command."""
 MADE_BY_GIT = (
     "Merge branch ",
     "Merge pull request ",
@@ -62,24 +57,16 @@ COMMAND = re.compile(r"^Command:[ \t]*(\S.*)$", re.MULTILINE)
 PROGRAM = re.compile(r"[`$ ]*[a-z./][\w./+-]* +\S")
 """A program and an argument, as a shell reads them: `git mv a b`, not "a script moved them"."""
 PROSE = re.compile(r"(?:a|an|the|this|each|every|one) ")
-RENAMES_SINCE = 1795802400
-"""Commits whose author date is earlier (2026-11-27 18:00 UTC) may list renames alone."""
 MOVED_FILE = re.compile(r'^R\d+\t.*\.py"?$')
 """A Python file that another one became, as `git diff --name-status` tells it."""
-MOVES_SINCE = 1795838400
-"""Commits whose author date is earlier (2026-11-28 04:00 UTC) may rename files alone: they are from
-before the rule."""
 
 
-def message_faults(
-    message: str, num_files: int = 0, date: float = math.inf, *, num_moved: int = 0
-) -> list[str]:
+def message_faults(message: str, num_files: int = 0, *, num_moved: int = 0) -> list[str]:
     """Return a sentence for each fault of a message.
 
     Args:
         message: as git hands it to the hook.
         num_files: the number of files that the commit changes.
-        date: the author date in seconds since 1970.
         num_moved: the number of Python files that it renames.
     """
     lines = message.partition(SCISSORS)[0].splitlines()
@@ -92,22 +79,21 @@ def message_faults(
     if not subject or subject.startswith(MADE_BY_GIT):
         return []
     faults = []
-    is_former = date < BODIES_SINCE
-    if num_files > (FORMER_MAX_FILES if is_former else MAX_FILES) and not body.strip():
+    if num_files > MAX_FILES and not body.strip():
         faults.append(
             f"it stands alone for {num_files} files: a body says why, and how it was done"
         )
     renames = ""
-    if num_moved and date >= MOVES_SINCE:
+    if num_moved:
         renames = f"it renames {num_moved} Python file{'s' if num_moved > 1 else ''}"
-    elif date >= RENAMES_SINCE and RENAME.search(body):
+    elif RENAME.search(body):
         renames = "its body lists renames"
     if renames and not subject.startswith("Merge ") and not RENAMED_BY.search(body):
         faults.append(
             f"{renames}: a line `Command:` has the command that made them, "
             "or `By hand:` says what no command could do, and why"
         )
-    for command in COMMAND.findall(body) if not is_former else ():
+    for command in COMMAND.findall(body):
         if not PROGRAM.match(command) or PROSE.match(command) or "By hand:" in command:
             faults.append(
                 f"`Command: {command[:40]}` is no command: give one that a reader can run, or say "
@@ -133,17 +119,15 @@ def message_faults(
 def log_faults(commits: str) -> list[str]:
     """Return the faults of the commits that `git log` lists for a range, each with its commit."""
     # Merges have no list of files here, and are judged by their own rule.
-    log = _git_output(
-        "log", "--format=%x01%h%x02%at%x02%P%x02%B%x02", "--name-status", "-M", commits
-    )
+    log = _git_output("log", "--format=%x01%h%x02%P%x02%B%x02", "--name-status", "-M", commits)
     is_shallow = _git_output("rev-parse", "--is-shallow-repository").strip() == "true"
     range_faults = []
     for entry in filter(None, log.split("\x01")):
-        commit, date, parents, message, files = entry.split("\x02")
+        commit, parents, message, files = entry.split("\x02")
         # The oldest commit of a shallow clone has no parent there, and lists the whole tree.
         is_cut_off = is_shallow and not parents
         num_files, num_moved = (0, 0) if is_cut_off else _count_files(files)
-        faults = message_faults(message, num_files, int(date), num_moved=num_moved)
+        faults = message_faults(message, num_files, num_moved=num_moved)
         range_faults += [f"{commit}: {fault}" for fault in faults]
     return range_faults
 
