@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from tools.evidence.renames import (
     ProjectNames,
     Renames,
+    defined_in,
     find_file_renames,
     find_new_names,
     find_renames,
@@ -84,7 +85,7 @@ class Version(NamedTuple):
         ]
 
     def file_renames(self, later: "Version", names: frozenset[str] | None) -> list[Renames]:
-        """Return the renames of each file alone.
+        """Return the renames of each file alone, also of what has moved to new files.
 
         Args:
             later: the later version.
@@ -93,8 +94,17 @@ class Version(NamedTuple):
         Raises:
             SyntaxError: a text is not Python.
         """
-        pairs = zip(self.texts, later.texts, strict=True)
-        return [find_file_renames(text or "", new_text or "", names) for text, new_text in pairs]
+        pairs = list(zip(self.texts, later.texts, strict=True))
+        new_files = [new_text for text, new_text in pairs if text is None and new_text]
+        renames = []
+        for text, new_text in pairs:
+            own = find_file_renames(text or "", (new_text or "",), names)
+            moved = defined_in(text or "") - defined_in(new_text or "")
+            texts = [each for each in new_files if moved & defined_in(each)]
+            if texts:
+                own |= find_file_renames(text or "", (new_text or "", *texts), names)
+            renames.append(own)
+        return renames
 
     def renamed_statements(
         self, renames: Renames, file_renames: Sequence[Renames], modules: frozenset[str]
@@ -207,7 +217,8 @@ def _are_consistent(renames: set[tuple[str, str]], new: Version) -> bool:
     imports = new.imports() if names and new.imports else ()
     for module, name in imports:
         text = new.module_text(module) if name in names else None
-        if text is not None and name not in names_in(text):
+        is_module = text is not None and new.module_text(f"{module}.{name}") is not None
+        if text is not None and not is_module and name not in names_in(text):
             return False
     return True
 
@@ -293,42 +304,76 @@ def _import_attributes(tree: ast.Module, modules: frozenset[str]) -> set[Import]
     shares the name of such an attribute with another."""
     modules_by_alias = {
         alias.asname or alias.name: f"{node.module}.{alias.name}"
-        for node in tree.body
+        for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
         if f"{node.module}.{alias.name}" in modules
     }
-    read_attributes = [
-        (node, node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-        if isinstance(node.value, ast.Name) and node.value.id in modules_by_alias
-    ]
-    read_names = {id(name) for _, name in read_attributes}
-    for node in ast.walk(tree):
-        other = {ast.Name: "id", ast.arg: "arg", ast.ExceptHandler: "name"}.get(type(node))
-        if other and id(node) not in read_names:
-            modules_by_alias.pop(getattr(node, other), None)
+    visitor = _ModuleUses(frozenset(modules_by_alias))
+    visitor.visit(tree)
+    for alias in visitor.other_uses:
+        modules_by_alias.pop(alias, None)
     aliases_by_attribute = defaultdict(set)
-    for node, name in read_attributes:
+    for node, name in visitor.read_attributes:
         aliases_by_attribute[node.attr].add(name.id)
     for aliases in aliases_by_attribute.values():
         for alias in aliases if len(aliases) > 1 else ():
             modules_by_alias.pop(alias, None)
     imports: set[Import] = set()
-    for node, name in read_attributes:
+    for node, name in visitor.read_attributes:
         if name.id in modules_by_alias:
             imports.add((modules_by_alias[name.id], node.attr, None))
             name.id = ANY_MODULE
-    for statement in tree.body:
-        if isinstance(statement, ast.ImportFrom):
-            statement.names = [
-                alias
-                for alias in statement.names
-                if (alias.asname or alias.name) not in modules_by_alias
-            ]
-    tree.body = [each for each in tree.body if not isinstance(each, ast.ImportFrom) or each.names]
+    _WithoutImports(frozenset(modules_by_alias)).visit(tree)
     return imports
+
+
+class _ModuleUses(ast.NodeVisitor):
+    """Finds what is done with modules, where no function has a variable of that name.
+
+    Attributes:
+        read_attributes: an attribute that is read, and the module's name in it.
+        other_uses: modules of which something else is done."""
+
+    def __init__(self, aliases: frozenset[str]) -> None:
+        self._aliases = aliases
+        self.read_attributes: list[tuple[ast.Attribute, ast.Name]] = []
+        self.other_uses: set[str] = set()
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        name = node.value
+        if (
+            isinstance(name, ast.Name)
+            and name.id in self._aliases
+            and isinstance(node.ctx, ast.Load)
+        ):
+            self.read_attributes.append((node, name))
+        else:
+            self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        self.other_uses |= self._aliases & {node.id}
+
+    def generic_visit(self, node: ast.AST) -> None:
+        aliases = self._aliases
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            inner = list(ast.walk(node))
+            self._aliases -= {each.arg for each in inner if isinstance(each, ast.arg)}
+            names = (each for each in inner if isinstance(each, ast.Name))
+            self._aliases -= {name.id for name in names if not isinstance(name.ctx, ast.Load)}
+        super().generic_visit(node)
+        self._aliases = aliases
+
+
+class _WithoutImports(ast.NodeTransformer):
+    """Removes the imports of `aliases` from other modules, also within functions."""
+
+    def __init__(self, aliases: frozenset[str]) -> None:
+        self._aliases = aliases
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST:
+        node.names = [a for a in node.names if (a.asname or a.name) not in self._aliases]
+        return node if node.names else ast.copy_location(ast.Pass(), node)
 
 
 def _defined_names(node: ast.stmt) -> list[str]:
@@ -353,12 +398,14 @@ class _WithoutModules(ast.NodeTransformer):
 
 
 def _computes_nothing(node: ast.stmt) -> bool:
-    """Return whether a statement is a text, or imports for the type checker alone."""
+    """Return whether a statement is a text, imports for the type checker alone, or the list of what
+    `import *` imports, which ruff refuses."""
     is_for_types = (
         isinstance(node, ast.If) and ast.unparse(node.test) in TYPE_CHECKS and not node.orelse
     )
     is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return is_for_types or is_text or isinstance(node, ast.Pass)
+    is_list = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    return is_for_types or is_text or is_list or isinstance(node, ast.Pass)
 
 
 def _code_instructions(code: CodeType) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ are the project's own. Of a parameter, a field or a variable the old name may st
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -187,7 +187,7 @@ def _outside_functions(node: ast.AST) -> Iterator[ast.AST]:
 
 @cache  # claims of many commits ask for the same texts
 def find_file_renames(
-    old_text: str, new_text: str, earlier_names: frozenset[str] | None = None
+    old_text: str, new_texts: tuple[str, ...], earlier_names: frozenset[str] | None = None
 ) -> Renames:
     """Return the renames between two versions of one file, where no other name of the file is the
     old or the new one. Another file may still have these names: it means its own by them.
@@ -199,24 +199,30 @@ def find_file_renames(
 
     Args:
         old_text: one version.
-        new_text: the other.
+        new_texts: the other, and new files to which some of it has moved.
         earlier_names: the names in the earlier project; None: private functions alone count.
 
     Raises:
         SyntaxError: a text is not Python.
     """
-    old_own, new_own = _private_functions(old_text), _private_functions(new_text)
+    old_own, new_own = _private_functions(old_text), _in_any(_private_functions, new_texts)
     if earlier_names is not None:
         old_own |= _private_methods(old_text) | public_names(old_text)
-        new_own |= (_private_methods(new_text) | public_names(new_text)) - earlier_names
-    old_own, new_own = old_own - names_in(new_text), new_own - names_in(old_text)
+        new_own |= (
+            _in_any(_private_methods, new_texts) | _in_any(public_names, new_texts)
+        ) - earlier_names
+    old_own, new_own = old_own - _in_any(names_in, new_texts), new_own - names_in(old_text)
     if not old_own or not new_own:
         return frozenset()
     return _one_to_one(
         (before, after)
-        for before, after in _differing_names([old_text], [new_text])
+        for before, after in _differing_names([old_text], new_texts)
         if before in old_own and after in new_own
     )
+
+
+def _in_any(names_of: Callable[[str], frozenset[str]], texts: Iterable[str]) -> frozenset[str]:
+    return frozenset[str]().union(*map(names_of, texts))
 
 
 def _differing_names(
@@ -238,12 +244,14 @@ def _one_to_one(candidates: Iterable[tuple[str, str]]) -> Renames:
     return frozenset(pair for pair in pairs if befores.count(pair[0]) == 1 == afters.count(pair[1]))
 
 
+@cache  # claims of many commits ask for the same texts
 def _private_functions(text: str) -> frozenset[str]:
     """Return the names of a module's functions that begin with an underscore."""
     functions = (node for node in _parsed_module(text).body if isinstance(node, FUNCTIONS))
     return frozenset(node.name for node in functions if node.name.startswith("_"))
 
 
+@cache  # claims of many commits ask for the same texts
 def _private_methods(text: str) -> frozenset[str]:
     """Return the names of the methods of a module's classes that begin with one underscore."""
     classes = (node for node in ast.walk(_parsed_module(text)) if isinstance(node, ast.ClassDef))
@@ -251,6 +259,7 @@ def _private_methods(text: str) -> frozenset[str]:
     return frozenset(node.name for node in methods if re.match("_[^_]", node.name))
 
 
+@cache  # claims of many commits ask for the same texts
 def public_names(text: str) -> frozenset[str]:
     """Return the names of the functions and classes that a module defines, or imports from the
     project, without an underscore."""
@@ -260,6 +269,7 @@ def public_names(text: str) -> frozenset[str]:
     return frozenset(name for name in names if not name.startswith("_"))
 
 
+@cache  # claims of many commits ask for the same texts
 def imported_names(text: str) -> frozenset[tuple[str, str]]:
     """Return what a module imports from others, anywhere in it, as (module, name)."""
     return frozenset(
@@ -275,6 +285,7 @@ def is_of_project(module: str) -> bool:
     return module.partition(".")[0] in PROJECT_PACKAGES
 
 
+@cache  # claims of many commits ask for the same texts
 def names_in(text: str) -> frozenset[str]:
     """Return the names in a text; a text that is not Python has none."""
     return frozenset(_names_in_tree(_parsed_module(text)))
@@ -326,6 +337,7 @@ def without_annotations(tree: ast.Module) -> ast.Module:
     return tree
 
 
+@cache  # claims of many commits ask for the same texts
 def defined_in(text: str) -> frozenset[str]:
     """Return the names of classes, functions, parameters, attributes and a module's variables in a
     text. Local variables are not among them."""
