@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_r1.base.files.json_lines import write_lines
 from megatron_r1.data.prompt import is_heldout
-from megatron_r1.data.prompt_tokenizer import render_template
+from megatron_r1.data.prompt_templates import render_template
 
 TERMS = 3
 NUM_WORKED, NUM_MIXED = 17_600, 4_800

@@ -7,9 +7,9 @@ functions bound to plain PyTorch on any device.
 A call of `linear_policy_loss`, which uses the most, passes these modules in this order:
 
 1. `arguments`: checks shapes, dtypes, devices and values.
-2. `token_logprobs`: `make_head` checks those of the head.
+2. `linear_token_logprobs`: `make_head` checks those of the head.
 3. `registry`: chooses Triton or PyTorch for every primitive.
-4. `policy_loss`: makes the mask and the average into a weight per token.
+4. `policy_loss`: checks the tokens; `averaging` makes their mask into a weight per token.
 5. `linear_head`: the logits of a chunk of tokens, by the matrix products of `precision`.
 6. `primitives.softmax_*`: the statistics of each row of logits.
 7. `vocabulary`: gathers them over the ranks that share the vocabulary.
@@ -23,16 +23,18 @@ A call of `linear_policy_loss`, which uses the most, passes these modules in thi
 needs `arguments`, `registry` and `primitives.blockwise_*` alone."""
 
 from r1_kernels import reference
+from r1_kernels.averaging import Averaging
 from r1_kernels.blockwise import dequantize_blockwise, quantize_blockwise
 from r1_kernels.linear_policy_loss import (
     LinearPolicyLoss,
     linear_policy_loss,
     linear_policy_loss_from_settings,
 )
-from r1_kernels.policy_loss import Averaging, PolicyLoss, policy_loss
+from r1_kernels.linear_token_logprobs import linear_token_logprobs
+from r1_kernels.policy_loss import PolicyLoss, policy_loss
 from r1_kernels.policy_terms import PolicySettings, TokenTensors
 from r1_kernels.sampling_mask import SamplingMask
-from r1_kernels.token_logprobs import linear_token_logprobs, token_logprobs
+from r1_kernels.token_logprobs import token_logprobs
 
 __all__ = [
     "Averaging",

@@ -34,8 +34,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from r1_kernels.arguments import check_targets, check_tensors, check_tokens
+from r1_kernels.averaging import Averaging, Level, Sequences
 from r1_kernels.linear_head import HeadGradients, LinearHead, Rows, num_rows
-from r1_kernels.policy_loss import Averaging, Level, Sequences, prepare_tokens, tokens_loss
+from r1_kernels.linear_token_logprobs import LinearTokenLogprobs, make_head
+from r1_kernels.policy_loss import prepare_tokens, tokens_loss
 from r1_kernels.policy_terms import (
     DEFAULTS,
     KLEstimator,
@@ -46,7 +48,6 @@ from r1_kernels.policy_terms import (
 )
 from r1_kernels.precision import accumulation_dtype, without_autocast
 from r1_kernels.sampling_mask import KeptIds, SamplingMask, check_sampling_mask
-from r1_kernels.token_logprobs import LinearTokenLogprobs, make_head
 from r1_kernels.vocabulary import RowSoftmax, RowUpstream
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from megatron_r1.agents.token_tree import Message, TokenTree
-from megatron_r1.data.tokenizer import EndToken
+from megatron_r1.data.end_tokens import EndToken
 
 PROBE_TEXT = "answer-7c1e"
 """The answer of a probe conversation, which shows what a template writes after an answer."""

@@ -12,7 +12,8 @@ from megatron_r1.agents.verifiers import list_tasks
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.data.prompt_reader import MissingTruth
-from megatron_r1.data.prompts import PromptOptions, PromptSplit, load_prompts
+from megatron_r1.data.prompt_split import PromptSplit
+from megatron_r1.data.prompts import PromptOptions, load_prompts
 
 
 def load_environment_prompts(environment: str, **options: Unpack[PromptOptions]) -> PromptSplit:

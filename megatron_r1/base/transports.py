@@ -29,8 +29,8 @@ class Transport:
     """The rate into an engine rank that a plan assumes: a field of `config.hardware.Hardware`."""
     link: str
     """What a plan calls the link of that rate."""
-    is_single_host: bool = False
-    """Whether trainer ranks write into the memory of engine ranks, which are on the same host."""
+    is_single_node: bool = False
+    """Whether trainer ranks write into the memory of engine ranks, which are on the same node."""
     sends_in_rounds: bool = False
     """Whether it is a collective: all ranks send together, in planned rounds, through a
     communicator that refuses two ranks on one GPU."""
@@ -45,7 +45,7 @@ class Transport:
     @property
     def exports_gpu_memory(self) -> bool:
         """Whether an engine hands memory of its GPU to other processes."""
-        return self.is_single_host and self.memory == "GPU"
+        return self.is_single_node and self.memory == "GPU"
 
 
 TRANSPORTS = {
@@ -55,7 +55,7 @@ TRANSPORTS = {
         memory="host",
         rate="host_link",
         link="link to the host",
-        is_single_host=True,
+        is_single_node=True,
     ),
     "cuda_ipc": Transport(
         "shared_memory.DeviceReceiver",
@@ -63,7 +63,7 @@ TRANSPORTS = {
         memory="GPU",
         rate="nvlink",
         link="NVLink",
-        is_single_host=True,
+        is_single_node=True,
         without_gpu="shm",
     ),
     "gloo": Transport(
@@ -85,9 +85,9 @@ TRANSPORTS = {
 }
 """name -> transport; `push.transport` is one of these names."""
 
-ACROSS_HOSTS = "gloo"
-"""The transport that works between any hosts; a plan for several takes it instead of one for one
-host."""
+ACROSS_NODES = "gloo"
+"""The transport that works between any nodes; a plan for several takes it instead of one for one
+node."""
 
 if TYPE_CHECKING:
     TransportName = str

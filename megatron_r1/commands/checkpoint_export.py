@@ -9,7 +9,7 @@ from megatron_r1.base.files import atomic_write, fsync
 from megatron_r1.config import Config, ParallelConfig
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.evaluation.model_folder import find_model
-from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.checkpoints import manifest
 from megatron_r1.trainer.operations import CheckpointOperations
 
 SOURCE_FILE = ".made_of"
@@ -31,9 +31,9 @@ async def export_checkpoint(
     Raises:
         UserError: a checkpoint outside a run.
         TrainerError: the trainer fails."""
-    listed, exported = checkpoint / checkpoint_folders.MANIFEST, target / SOURCE_FILE
+    listed, exported = checkpoint / manifest.MANIFEST, target / SOURCE_FILE
     # A checkpoint without manifest is damaged: loading it raises.
-    source = checkpoint_folders.file_entry(listed).checksum if listed.is_file() else ""
+    source = manifest.file_entry(listed).checksum if listed.is_file() else ""
     if exported.is_file() and exported.read_text(encoding="ascii") == source:
         return
     recipe = checkpoint.resolve().parents[1] / "config.yaml"

@@ -14,7 +14,8 @@ from megatron_r1.config.parallel import DEFAULT_TOKENS
 from megatron_r1.config.rollout import RolloutConfig
 from megatron_r1.config.teacher import TeacherEngineConfig
 from megatron_r1.models import read_hf_config
-from megatron_r1.models.hf_config import HFConfig, load_raw_hf_config, sparse_layers
+from megatron_r1.models.hf_config import HFConfig, sparse_layers
+from megatron_r1.models.hf_config_file import load_raw_hf_config
 from megatron_r1.models.memory import (
     BYTES,
     checkpoint_bytes,

@@ -20,7 +20,8 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.models.hf_config import HFConfig, read_hf_config
+from megatron_r1.models.hf_config import HFConfig
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.push.plan.planned_links import links_per_rank
 from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout, planned_push
 from megatron_r1.rehearse import coverage, miniature, model, null_gpu
@@ -110,7 +111,7 @@ def check_full_size(config: Config, verb: str) -> None:
 
 def check_connections(config: Config, hf_config: HFConfig) -> None:
     """Refuse a push whose full size connects too many ranks, with UserError."""
-    if not config.push.on_one_host:  # in shared memory a link costs nothing
+    if not config.push.on_one_node:  # in shared memory a link costs nothing
         links = links_per_rank(planned_push(config, hf_config), config.parallel.processes)
         check_links(links, engine_layout(config).num_ranks)
 

@@ -29,8 +29,8 @@ from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.step_sampler import StepSampler
 from megatron_r1.controller.trainer_calls.client import TrainerClient
+from megatron_r1.data.prompt_split import PromptSplit
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.fleet.joining_hosts import accepting_hosts
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
@@ -77,7 +77,7 @@ async def _train_with_restarts(
                 return
             show_trainer(training.recorder, training.trainer)
             while True:
-                rl_run = _rl_run(config, training, rollout_services, prompts)
+                rl_run = _make_rl_run(config, training, rollout_services, prompts)
                 joining = accepting_hosts(rollout_services.collector.fleet, rollout_services.hosts)
                 try:
                     async with rl_run.open(), joining:
@@ -119,7 +119,7 @@ async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
     timeline.mark("controller/engines ready")
 
 
-def _rl_run(
+def _make_rl_run(
     config: Config, training: TrainingRun, rollout_services: RolloutServices, prompts: PromptSplit
 ) -> RLRun:
     """Return the run, which begins at the newest checkpoint."""

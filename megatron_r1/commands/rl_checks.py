@@ -77,7 +77,7 @@ def _suggest_placement(config: Config, hf_config: HFConfig) -> str:
     general_hint = (
         "rollout.colocated: true and rollout.gpu_memory, what the trainer leaves of a GPU"
     )
-    if torchrun.SPANS_HOSTS in os.environ:  # with GPUs of other hosts, too
+    if torchrun.SPANS_NODES in os.environ:  # with GPUs of other hosts, too
         return general_hint
     try:
         node = detect_node_resources()

@@ -13,8 +13,9 @@ from r1_grading.terms import RewardUnusable
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.commands.rl_checks import check_rl_settings
 from megatron_r1.config import Config
+from megatron_r1.data.prompt_split import PromptSplit
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import PromptSplit, load_prompts, prompt_options
+from megatron_r1.data.prompts import load_prompts, prompt_options
 from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.reporting.formatting import format_count, make_printable, shorten_middle
 

@@ -16,8 +16,8 @@ from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.sample_log import SampleLog
 from megatron_r1.controller.rollouts.teacher_fleets import open_teachers
 from megatron_r1.controller.run_recorder import RunRecorder
+from megatron_r1.data.prompt_split import PromptSplit
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.engines.episodes import Player
 from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import open_host_pool, server_maker
@@ -63,8 +63,8 @@ async def open_rollout_services(
         recorder: the run's folder and view.
         tokenizer: how questions become tokens."""
     rewards, notify, folder = config.rewards, recorder.view.show_message, recorder.folder
-    on_one_host, logs = config.push.on_one_host, folder.path / "logs"
-    async with open_host_pool(config.rollout, folder.path, on_one_host, notify) as hosts:
+    on_one_node, logs = config.push.on_one_node, folder.path / "logs"
+    async with open_host_pool(config.rollout, folder.path, on_one_node, notify) as hosts:
         pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
         fleet = _make_fleet(config, recorder, hosts)
         teachers = open_teachers(config, logs, notify)

@@ -7,11 +7,11 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.config import Config
 from megatron_r1.config.teacher import OTHER_SOURCES
 from megatron_r1.controller.rollouts.teacher_fleets import check_sources
+from megatron_r1.data.end_tokens import describe_end_tokens
 from megatron_r1.data.prompt import Prompt
+from megatron_r1.data.prompt_split import PromptSplit
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.prompts import PromptSplit
 from megatron_r1.data.sampler import drawn_fractions
-from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.reporting.formatting import format_percent
 
 

@@ -7,7 +7,6 @@ which are kept. If only what is kept has changed, the second pass alone is repea
 
 import contextlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from r1_grading.terms import weights_at
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
+from megatron_r1.commands.sample_inputs import SampleInputs, load_sample_inputs
 from megatron_r1.commands.sampling_run import (
     open_evaluated_model,
     require_same_settings,
@@ -26,19 +26,16 @@ from megatron_r1.commands.sampling_run import (
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.few_shot import FewShotExamples
-from megatron_r1.data.prompt_tokenizer import TEMPLATES
-from megatron_r1.data.prompts import load_prompts, prompt_options
+from megatron_r1.data.prompt_templates import TEMPLATES
 from megatron_r1.evaluation.evaluated_model import EvaluatedModel
 from megatron_r1.evaluation.package_versions import package_versions
-from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response_log import ResponseLog
 from megatron_r1.evaluation.sampling import ResponseSampler
 from megatron_r1.evaluation.sampling_settings import SamplingSettings
 from megatron_r1.evaluation.text_response_grader import TextResponseGrader
 from megatron_r1.reporting.formatting import format_count
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
-from megatron_r1.sample.decontamination import find_contaminated, load_avoided
+from megatron_r1.sample.cached_calls import ResultCache
 from megatron_r1.sample.filter_settings import FILTER_NAMES, active_filters, check_filters
 from megatron_r1.sample.filters import PooledFilters
 from megatron_r1.sample.preference_pairs import PreferencePairs
@@ -46,11 +43,9 @@ from megatron_r1.sample.response_judges import ResponseJudge, make_judge
 from megatron_r1.sample.safety_labels import SafetyLabels
 from megatron_r1.sample.second_pass import OUTPUT_FILES, Decide, decide_all, write_outputs
 from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection
-from megatron_r1.sample.sft_examples import Rendering, SFTKeeper, cached_rewriter
+from megatron_r1.sample.sft_examples import SFTKeeper, cached_rewriter
 
 REQUIRED_KEYS = ("run.folder",)
-KIND_WITHOUT_TRUTH = "helpful"
-"""The kind of rows that name none, if nothing is graded: it needs no truth."""
 EMPTY_OUTPUT_REMEDIES = {
     "sft": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
     "responses": "sample.keep or sample.filters, such as sample.keep.min_accuracy: 0",
@@ -94,24 +89,6 @@ def check(config: Config) -> None:
     check_filters(config.sample.filters)
 
 
-@dataclass(frozen=True)
-class SampleInputs:
-    """The inputs of a recipe, read and checked.
-
-    Attributes:
-        prompt_set: the questions, and the number of samples of each.
-        avoided_prompts: prompt id → why it is not sampled.
-        shots: worked examples that stand before each question, if any.
-        rendering: how sft.jsonl is written; None for other outputs.
-        rewrite: the user's function that rewrites responses, if any."""
-
-    prompt_set: PromptSet
-    avoided_prompts: dict[str, str]
-    shots: FewShotExamples | None
-    rendering: Rendering | None
-    rewrite: UserFunction | None
-
-
 def run(config: Config) -> None:
     """Sample what is missing, decide, write the outputs.
 
@@ -134,52 +111,8 @@ def run(config: Config) -> None:
             key="agents",
             cause=Cause.CONFLICT,
         )
-    inputs = _load_inputs(config)
+    inputs = load_sample_inputs(config)
     run_in_folder(config, "the sampling", lambda folder: _sample_and_decide(config, folder, inputs))
-
-
-def _load_inputs(config: Config) -> SampleInputs:
-    """Load what a run samples and how it writes it: questions that no benchmark has, worked
-    examples, the rewriting function, the form of its output.
-
-    Raises:
-        UserError: no question is left.
-    """
-    sample = config.sample
-    options = prompt_options(config.data)
-    if not sample.is_graded and config.data.kind is None:
-        options["kind"] = KIND_WITHOUT_TRUTH
-    split = load_prompts(**options)
-    avoid = load_avoided(sample.decontaminate)
-    if config.data.heldout_path:  # data.heldout_fraction makes a disjoint set by itself
-        avoid += [prompt.question for prompt in split.heldout]
-    avoided_prompts = (
-        find_contaminated(split.train, avoid, sample.decontaminate_ngram) if avoid else {}
-    )
-    prompts = [prompt for prompt in split.train if prompt.id not in avoided_prompts]
-    if not prompts:
-        raise UserError(
-            f"sample.decontaminate: all {len(split.train):,} questions are among those to be "
-            f"avoided, the first because of {avoided_prompts[split.train[0].id]}; give other "
-            "questions, or set sample.decontaminate_ngram: 0 for equality only",
-            key="sample.decontaminate",
-            cause=Cause.EMPTY,
-        )
-    shots = (
-        FewShotExamples(sample.shots, sample.num_shots, config.run.seed) if sample.shots else None
-    )
-    rewrite, rendering = None, None
-    if sample.rewrite:
-        rewrite = load_function(sample.rewrite, "sample.rewrite", "question, response")
-    if sample.output == "sft":
-        # A run's folder has its tokenizer in hf/.
-        path = Path(config.model.path)
-        tokenizer = path if (path / "config.json").is_file() else path / "hf"
-        model_path = str(tokenizer) if config.model.path else ""
-        rendering = Rendering(sample.render, config.data.template, model_path)
-    return SampleInputs(
-        PromptSet("", prompts, sample.samples), avoided_prompts, shots, rendering, rewrite
-    )
 
 
 async def _sample_and_decide(config: Config, folder: RunFolder, inputs: SampleInputs) -> None:

@@ -18,8 +18,8 @@ from megatron_r1.config import Config
 PORT, WORLD_SIZE = "MEGATRON_R1_PORT", "MEGATRON_R1_WORLD_SIZE"
 """Set for a controller that rank 0 started: the port that the ranks connect to; their number."""
 
-SPANS_HOSTS = "MEGATRON_R1_SPANS_HOSTS"
-"""Set for such a controller if the ranks are on several hosts."""
+SPANS_NODES = "MEGATRON_R1_SPANS_HOSTS"
+"""Set for such a controller if the ranks are on several nodes."""
 
 POLL_SECONDS = 0.2
 
@@ -55,7 +55,7 @@ def start_controller(
     environment[RANKS_TOKEN_VARIABLE] = os.environ[RANKS_TOKEN_VARIABLE]
     environment |= {PORT: str(port), WORLD_SIZE: os.environ["WORLD_SIZE"]}
     if os.environ.get("LOCAL_WORLD_SIZE", environment[WORLD_SIZE]) != environment[WORLD_SIZE]:
-        environment[SPANS_HOSTS] = "1"
+        environment[SPANS_NODES] = "1"
     controller = subprocess.Popen(
         [sys.executable, "-m", "megatron_r1", *arguments],
         env=environment,

@@ -6,7 +6,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.engines.server import gpu
-from megatron_r1.models.hf_config import hub_hint
+from megatron_r1.models.hf_config_file import hub_hint
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, complete_checkpoints
 
 CONVERT = "megatron-r1 convert"

@@ -16,7 +16,7 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.commands import torchrun
 from megatron_r1.commands.cpu_memory import cpu_memory
-from megatron_r1.commands.torchrun import PORT, SPANS_HOSTS
+from megatron_r1.commands.torchrun import PORT, SPANS_NODES
 from megatron_r1.commands.trainer_checks import check_weights
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.optimizer import warmup_note
@@ -25,7 +25,7 @@ from megatron_r1.controller.supervision.supervisor import Supervisor
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.server import gpu
 from megatron_r1.evaluation.model_folder import has_newest_export
-from megatron_r1.models.hf_config import describe_config_changes
+from megatron_r1.models.hf_config_file import describe_config_changes
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.operations import CheckpointOperations
 
@@ -88,7 +88,7 @@ async def training_run(
         HangError: nothing moved for `run.hang_seconds`.
         KeyboardInterrupt: the run was asked to stop before its last step.
     """
-    check_folder(config)
+    refuse_foreign_folder(config)
     stop = StopRequest()
     stop.listen()
     with RunFolder(config.run.folder) as folder:
@@ -105,7 +105,7 @@ async def training_run(
             yield None
             return
         trainer = _make_trainer_client(config, name, recorder)
-        supervisor = Supervisor(config, recorder, trainer, spans_hosts=SPANS_HOSTS in os.environ)
+        supervisor = Supervisor(config, recorder, trainer, spans_nodes=SPANS_NODES in os.environ)
         outcome = ""
         try:
             if not recorder.is_resumed:
@@ -202,7 +202,7 @@ def _with_microbatch(
 
     Raises:
         UserError: the run does not fit."""
-    if gpu.is_usable() or SPANS_HOSTS in os.environ:
+    if gpu.is_usable() or SPANS_NODES in os.environ:
         return config
     memory = cpu_memory(config, world_size, has_engines=has_engines)
     tokens = memory.microbatch_tokens(config.parallel.tokens_per_microbatch)
@@ -210,7 +210,7 @@ def _with_microbatch(
     return config.with_changes(parallel={"tokens_per_microbatch": tokens})
 
 
-def check_folder(config: Config) -> None:
+def refuse_foreign_folder(config: Config) -> None:
     """Refuse to train in a folder that belongs to a sampling or an evaluation.
 
     Args:

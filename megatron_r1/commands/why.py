@@ -31,9 +31,9 @@ from megatron_r1.base.errors import Cause, RunError, UserError, did_you_mean
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
 from megatron_r1.why import page
+from megatron_r1.why.all_checks import examine_step
 from megatron_r1.why.checks.reruns import RERUNS
-from megatron_r1.why.comparison import EQUAL, NOT_CHECKED, Report
-from megatron_r1.why.examination import examine_step
+from megatron_r1.why.comparison import EQUAL, NOT_CHECKED
 from megatron_r1.why.record.step_reader import (
     ExaminableStep,
     choose_step,
@@ -41,6 +41,7 @@ from megatron_r1.why.record.step_reader import (
     open_run,
     read_step,
 )
+from megatron_r1.why.step_report import Report
 
 ARGUMENTS = ("RUN",)
 SETTINGS = ()

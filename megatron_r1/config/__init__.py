@@ -13,15 +13,11 @@ from megatron_r1.config.fp8 import FP8Config
 from megatron_r1.config.model import ModelConfig
 from megatron_r1.config.optimizer import OptimizerConfig
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.config.recipe import (
-    RESUMABLE,
-    Config,
-    Verb,
+from megatron_r1.config.recipe import RESUMABLE, Config, Verb, infer_verb, known_keys
+from megatron_r1.config.recipe_files import (
     dump_recipe,
     from_overrides,
     from_tree,
-    infer_verb,
-    known_keys,
     load_recipe,
     parse_recipe,
 )

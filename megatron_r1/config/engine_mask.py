@@ -12,7 +12,7 @@ EngineMaskMethod = Literal["none", "token", "sequence", "divergence"]
 
 
 @dataclass(frozen=True)
-class EngineMask:
+class EngineMaskSettings:
     """Which tokens have no policy gradient because engine and trainer disagree about them.
 
     Attributes:
@@ -31,9 +31,9 @@ BOUNDS = {"token": (0.5, 5.0), "sequence": (0.999, 1.001), "divergence": (0.15, 
 """low and high of each method where a recipe leaves them out: those of its source."""
 
 
-def make_engine_mask(
+def make_engine_mask_settings(
     method: EngineMaskMethod, low: float | None, high: float | None, ratio_level: str
-) -> EngineMask:
+) -> EngineMaskSettings:
     """Return the mask that a recipe's settings describe.
 
     Args:
@@ -55,7 +55,7 @@ def make_engine_mask(
                     key=key,
                     cause=Cause.CONFLICT,
                 )
-        return EngineMask()
+        return EngineMaskSettings()
     if method != "sequence" and ratio_level == "sequence":
         raise UserError(
             f"rl.engine_mask: {method} leaves out single tokens, and with rl.ratio_level: sequence "
@@ -82,4 +82,4 @@ def make_engine_mask(
                 key=key,
                 cause=Cause.OUT_OF_RANGE,
             )
-    return EngineMask(method, *bounds)
+    return EngineMaskSettings(method, *bounds)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Self
 
 from megatron_r1.config.algorithms import Option
-from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.engine_mask import EngineMaskSettings
 
 AdvantageStd = Literal["group", "batch", "none"]
 KLEstimator = Literal["k1", "k2", "k3", "unbiased"]
@@ -69,7 +69,7 @@ class LossSettings(_Readable):
     """weight of the entropy bonus"""
     options: dict[str, Option] = field(default_factory=dict)
     """`rl.options`"""
-    engine_mask: EngineMask = EngineMask()
+    engine_mask: EngineMaskSettings = EngineMaskSettings()
     """the mask; the loss applies only the method "divergence", others change the advantages"""
     inner: tuple[str, ...] = ()
     """"module:function" of the losses within that of a correction, the algorithm's last"""

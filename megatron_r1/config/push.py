@@ -28,6 +28,6 @@ class PushConfig(Section):
     trainer and engine compute in float32, 0.3 in bfloat16"""
 
     @property
-    def on_one_host(self) -> bool:
-        """Whether trainer ranks write into the memory of engine ranks on the same host."""
-        return TRANSPORTS[self.transport].is_single_host
+    def on_one_node(self) -> bool:
+        """Whether trainer ranks write into the memory of engine ranks on the same node."""
+        return TRANSPORTS[self.transport].is_single_node

@@ -15,9 +15,9 @@ from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config import algorithms
 from megatron_r1.config.engine_mask import (
     BOUNDS,
-    EngineMask,
     EngineMaskMethod,
-    make_engine_mask,
+    EngineMaskSettings,
+    make_engine_mask_settings,
 )
 from megatron_r1.config.loss_settings import (
     AdvantageStd,
@@ -264,15 +264,15 @@ class RLConfig(Section):
         """Raise UserError for an engine mask whose bounds do not fit its method.
 
         Likewise for one whose method does not fit `ratio_level`."""
-        make_engine_mask(
+        make_engine_mask_settings(
             self.engine_mask, self.engine_mask_low, self.engine_mask_high, self.ratio_level
         )
 
     @property
-    def engine_mask_settings(self) -> EngineMask:
+    def engine_mask_settings(self) -> EngineMaskSettings:
         """The mask by engine and trainer, with its bounds."""
         low, high = self.engine_mask_low, self.engine_mask_high
-        return make_engine_mask(self.engine_mask, low, high, self.ratio_level)
+        return make_engine_mask_settings(self.engine_mask, low, high, self.ratio_level)
 
     def loss_settings(self, max_response_tokens: int) -> LossSettings:
         """Return the settings of the algorithm's loss.
@@ -296,7 +296,7 @@ class RLConfig(Section):
         )
 
     @property
-    def token_settings(self) -> TokenAdvantageSettings:
+    def token_advantage_settings(self) -> TokenAdvantageSettings:
         """The settings of the algorithm's token advantages."""
         return TokenAdvantageSettings(
             **{field.name: getattr(self, field.name) for field in fields(TokenAdvantageSettings)}

@@ -22,7 +22,7 @@ in these files, in the order in which `rl.algorithm: grpo` calls them:
         controller/policy_trainer.py                PolicyTrainer.compute_logprobs
         trainer/trainer.py                          Trainer.compute_logprobs
         trainer/loss_head.py                        LossHead.logprobs
-        r1_kernels/token_logprobs.py                linear_token_logprobs
+        r1_kernels/linear_token_logprobs.py         linear_token_logprobs
  4. An update: forward and backward over the micro-batches of a mini-batch.
         controller/policy_trainer.py                PolicyTrainer.update_policy
         trainer/trainer.py                          Trainer.update
@@ -30,7 +30,7 @@ in these files, in the order in which `rl.algorithm: grpo` calls them:
         trainer/passes.py                           run_passes
  5. The loss of a micro-batch, and the weight of a token in it: 1 / |o_i|.
         controller/algorithms/grpo.py               loss
-        trainer/losses.py                           token_weights
+        trainer/losses.py                           make_token_averaging
  6. Ratio, clip and KL of a token (formulae in `r1_kernels/policy_terms.py`; on a GPU Triton).
         trainer/loss_head.py                        LossHead.policy_loss
         r1_kernels/linear_policy_loss.py            linear_policy_loss_from_settings

@@ -67,7 +67,7 @@ class PolicyTrainer:
             await self.trainer.call(
                 ModelOperations.compute_token_advantages,
                 function=function,
-                settings=config.rl.token_settings,
+                settings=config.rl.token_advantage_settings,
             )
 
     async def mask_advantages(self, config: Config) -> dict[str, float]:

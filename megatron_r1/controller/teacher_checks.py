@@ -8,7 +8,8 @@ from megatron_r1.config.algorithms import find_rules
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server import model_config, recipe_checks
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.models.hf_config import HFConfig, language_settings, load_raw_hf_config
+from megatron_r1.models.hf_config import HFConfig, language_settings
+from megatron_r1.models.hf_config_file import load_raw_hf_config
 
 NUM_SHOWN = 5
 """Differing tokens that an error names."""

@@ -11,12 +11,8 @@ from r1_grading.reading import THINK
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompt import normalize_question
-from megatron_r1.data.prompt_tokenizer import (
-    PromptTokenizer,
-    opens_thought,
-    render_template,
-    system_text,
-)
+from megatron_r1.data.prompt_templates import opens_thought, render_template, system_text
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.rows import read_canonical_rows, require_text
 
 SEPARATOR = "\n\n"

@@ -1,10 +1,7 @@
-"""Questions → prompt tokens, response tokens → text: prompt templates and a tokenizer with one.
-
-A template says how a question becomes the text that the policy continues."""
+"""Questions → prompt tokens, response tokens → text: a tokenizer with a prompt template."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -12,147 +9,18 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.data.byte_decoder import ByteDecoder
 from megatron_r1.data.chats import Message
-from megatron_r1.data.tokenizer import end_tokens, load_tokenizer
-
-
-class ByteDecoder:
-    """Decodes as `tokenizer.decode(ids, skip_special_tokens=False)` does, from a table of every
-    token's bytes. The tokenizers' own decode takes 16 ms for 30,000 tokens, 130 s for a rollout of
-    8,192 such responses; this one 1 ms.
-
-    Args:
-        tokens: id → token in GPT-2's alphabet of bytes; None for an id without a token."""
-
-    def __init__(self, tokens: list[str | None]) -> None:
-        alphabet = _byte_alphabet()
-        table = [_token_bytes(token or "", alphabet) for token in tokens]
-        # The last row is for ids beyond the table, which have no text.
-        self._lengths = np.array([*map(len, table), 0], np.int32)
-        self._ends = self._lengths.cumsum(dtype=np.int32)
-        self._content = np.frombuffer(b"".join(table), np.uint8)
-
-    @classmethod
-    def from_tokenizer(cls, tokenizer: Any) -> ByteDecoder | None:
-        """Return a decoder for a byte-level transformers tokenizer; None for others, and for one
-        that cleans up spaces."""
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None or type(backend.decoder).__name__ != "ByteLevel":
-            return None
-        size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        decoder = cls([backend.id_to_token(index) for index in range(size)])
-        # Neighbors matter where bytes of several tokens make a letter, and to a clean-up.
-        ids = np.random.default_rng(0).permutation(size).astype(np.int32)
-        text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
-        return decoder if decoder.decode(ids) == text else None
-
-    def decode(self, ids: np.ndarray) -> str:
-        """Return the text of `ids`, int32; bytes that are no UTF-8 become U+FFFD."""
-        ids = np.where((ids >= 0) & (ids < len(self._lengths)), ids, len(self._lengths) - 1)
-        lengths = self._lengths[ids]
-        # Byte i of the text is byte i + shift of the table, with one shift per token. int32: half
-        # the time of int64.
-        shifts = self._ends[ids] - lengths.cumsum(dtype=np.int32)
-        positions = np.repeat(shifts, lengths)
-        positions += np.arange(len(positions), dtype=np.int32)
-        return self._content.take(positions, mode="clip").tobytes().decode("utf-8", "replace")
-
-
-def _token_bytes(token: str, alphabet: dict[str, int]) -> bytes:
-    """Return a token's bytes. A token with a letter outside the alphabet, which only added tokens
-    have, is its UTF-8 form (tokenizers 0.23, pre_tokenizers/byte_level.rs, `decode_chain`)."""
-    try:
-        return bytes([alphabet[letter] for letter in token])
-    except KeyError:
-        return token.encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's byte of each letter: printable bytes are themselves, the others the letters
-    from U+0100."""
-    printable_bytes = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    unprintable_bytes = [byte for byte in range(256) if byte not in printable_bytes]
-    letters = {chr(byte): byte for byte in printable_bytes}
-    return letters | {chr(0x100 + index): byte for index, byte in enumerate(unprintable_bytes)}
-
-
-PLACEHOLDER = "{question}"
-SYSTEM = "{system}"
-"""Where a text template has the system's message of a question, if it has a place for it."""
-
-TEMPLATE_PLACEHOLDERS = re.compile(r"\{question\}|\{system\}")
-EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
-
-CHAT_TEMPLATE_NAME = "chat"
-"""Stands for the tokenizer's own chat template (`prompt_tokenizer.PromptTokenizer`)."""
-
-TEMPLATES: dict[str, str] = {
-    # DeepSeek-R1 (arXiv 2501.12948), the template of R1-Zero.
-    "r1_zero": (
-        "A conversation between User and Assistant. The User asks a question and the Assistant "
-        "solves it. The Assistant first thinks about the reasoning process and then provides the "
-        "answer, enclosed within <think> </think> and <answer> </answer> tags.\n"
-        "User: {question}\n"
-        "Assistant:"
-    ),
-    # For models too small to read instructions.
-    "plain": "User: {question}\nAssistant:",
-}
-
-
-def find_template(template: str, key: str = "data.template") -> str:
-    """Return the text of a template: a name in `TEMPLATES`, or a text with `{question}` in it.
-
-    Args:
-        template: the recipe's value.
-        key: the recipe's key, for errors.
-
-    Raises:
-        UserError: a text without the placeholder.
-        ValueError: "chat"."""
-    if template == CHAT_TEMPLATE_NAME:
-        raise ValueError("the chat template belongs to the tokenizer: use apply_chat_template")
-    text = TEMPLATES.get(template, template)
-    if PLACEHOLDER not in text:
-        former_hint = "; {problem} is {question} now" if "{problem}" in text else ""
-        raise UserError(
-            f"prompt template {template!r} is neither one of "
-            f"{', '.join([*TEMPLATES, CHAT_TEMPLATE_NAME])} "
-            f"nor a text with {PLACEHOLDER} where the question goes{former_hint}",
-            key=key,
-            cause=Cause.UNKNOWN,
-        )
-    return text
-
-
-def render_template(template: str, question: str, system: str = "") -> str:
-    """Return the prompt text. Braces in the question or elsewhere in the template stay.
-
-    Args:
-        template: text with `{question}`.
-        question: what stands in its place.
-        system: the text for `{system}`; without such a place it stands before the question, with a
-            blank line.
-    """
-    text = find_template(template)
-    if system and SYSTEM not in text:
-        question = f"{system}\n\n{question}"
-    texts = {PLACEHOLDER: question, SYSTEM: system}
-    # One pass: a question that contains "{system}" keeps it.
-    return TEMPLATE_PLACEHOLDERS.sub(lambda match: texts[match[0]], text)
-
-
-def _closed_thought(prompt_text: str) -> str:
-    """Return the empty thought with which a rendered prompt ends, as templates write it that
-    switch thinking off; "" without one."""
-    match = EMPTY_THOUGHT.search(prompt_text)
-    return match[0] if match else ""
-
-
-def opens_thought(prompt_text: str) -> bool:
-    """Whether a rendered prompt ends inside the thought, which rewards call `thought_opened`."""
-    return prompt_text.rstrip().endswith("<think>")
-
+from megatron_r1.data.end_tokens import end_tokens
+from megatron_r1.data.prompt_templates import (
+    SYSTEM,
+    empty_thought_at_end,
+    find_template,
+    opens_thought,
+    render_template,
+    system_text,
+)
+from megatron_r1.data.tokenizer import load_tokenizer
 
 PROBE = "a message of the system"
 """A text by which it is seen whether a template shows a system's message."""
@@ -220,7 +88,10 @@ class PromptTokenizer:
         self._byte_decoder = ByteDecoder.from_tokenizer(self.hf_tokenizer)
         self._start = self._text_in_front()
         prompt = self.render("?")
-        self.opens_thought, self.closed_thought = opens_thought(prompt), _closed_thought(prompt)
+        self.opens_thought, self.closed_thought = (
+            opens_thought(prompt),
+            empty_thought_at_end(prompt),
+        )
 
     def render(self, question: str, before: Sequence[Message] = ()) -> str:
         """Return the prompt's text.
@@ -325,25 +196,3 @@ class PromptTokenizer:
 
 def _user_turns(question: str) -> list[Message]:
     return [{"role": "user", "content": question}]
-
-
-def system_text(before: Sequence[Message], key: str) -> str:
-    """Return the text of the system messages before a question, for a template with a place for one
-    question.
-
-    Args:
-        before: the messages before the question.
-        key: the template's setting.
-
-    Raises:
-        UserError: for any other turn.
-    """
-    if misplaced_message := next((m for m in before if m["role"] != "system"), None):
-        raise UserError(
-            f"{key}: a text has a place for one question, and a question of the data has turns "
-            f"before it ({misplaced_message['role']}: {misplaced_message['content'][:40]!r}); "
-            "use chat",
-            key=key,
-            cause=Cause.CONFLICT,
-        )
-    return "\n\n".join(message["content"] for message in before)

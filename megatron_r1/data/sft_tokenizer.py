@@ -12,14 +12,14 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.chats import THOUGHT_KEYS, Message
-from megatron_r1.data.prompt_tokenizer import (
+from megatron_r1.data.prompt_templates import (
     CHAT_TEMPLATE_NAME,
     PLACEHOLDER,
-    PromptTokenizer,
     find_template,
     render_template,
     system_text,
 )
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.sft import SFTExample, has_loss
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -31,7 +31,7 @@ from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import fingerprint_model, require_weights
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.sampling_settings import SamplingSettings
-from megatron_r1.models.hf_config import describe_config_changes, load_raw_hf_config
+from megatron_r1.models.hf_config_file import describe_config_changes, load_raw_hf_config
 
 ATTEMPTS = 3
 """Episodes that are tried for one sample: one that fails by no fault of the model is repeated."""

@@ -23,7 +23,7 @@ from megatron_r1.config.eval import ServerConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.few_shot import FewShotExamples
 from megatron_r1.data.prompt import Prompt
-from megatron_r1.data.prompt_tokenizer import (
+from megatron_r1.data.prompt_templates import (
     find_template,
     opens_thought,
     render_template,

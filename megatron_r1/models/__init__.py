@@ -1,8 +1,8 @@
 """Models on Megatron-Core, built from Hugging Face configurations.
 
 - `families`: the table of architectures, where one made of known parts is a new entry.
-- `hf_config`, `support_checks`, `attention_fields`, `experts`, `routing_shape`: what `config.json`
-  says.
+- `hf_config`, `support_checks`, `attention_fields`, `rotary_fields`, `experts`, `routing_shape`:
+  what `config.json` says; `hf_config_file`, `hf_config_names`: how it is read.
 - `parallel_checks`: which settings of `parallel` a model refuses.
 - `megatron_config`, `build`: Megatron's configuration, and a rank's part of a model of it, which is
   a `policy_model` or a `score_model`; `pipeline_stages`: the layers of each part.
@@ -14,9 +14,10 @@
 - `expert_exchange_overlap`, `token_dispatcher`: the exchange of tokens between experts' ranks.
 - `host_packed_seq_params`, `sampling_mask`: what comes with the tokens of a packed batch.
 - `platform`, `patches`, `cpu_patches`: prepare a process; `patch_type`: what a patch is made of;
-  `megatron_replacements`: functions in the place of Megatron's.
-- `gradients`, `fp8` (on GPUs `fp8_checks`), `routing_replay`: the rules of gradients, FP8 training
-  and routing replay.
+  `expert_routing`, `packed_rotary`: functions in the place of Megatron's; `rendezvous_store`: where
+  ranks meet.
+- `gradients`, `fp8` (on CPUs `fp8_emulation`, on GPUs `fp8_checks`), `routing_replay`: the rules of
+  gradients, FP8 training and routing replay.
 - `weights`: the table of all weights; `transformers_model`: a model for comparisons.
 
 Everything but `read_hf_config` is imported at first use, after `models.platform.prepare_process()`;
@@ -26,7 +27,7 @@ from typing import Any
 
 from r1_grading.base import import_lazily
 
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 
 _MODULE_BY_NAME = {
     "transformer_config": "megatron_config",

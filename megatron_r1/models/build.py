@@ -20,11 +20,12 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.utils import unwrap_model
 
 from megatron_r1.models import patches
-from megatron_r1.models.attention_fields import model_arguments, rope_scaling, yarn_scaling
+from megatron_r1.models.attention_fields import model_arguments
 from megatron_r1.models.gradients import correct_attributes
 from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.layer_specs import block_specs
 from megatron_r1.models.policy_model import PolicyModel
+from megatron_r1.models.rotary_fields import rope_scaling, yarn_scaling
 from megatron_r1.models.score_model import ScoreModel
 
 LATENT_EPSILON = 1e-6

@@ -30,7 +30,7 @@ def expert_fields(hf_config: HFConfig) -> dict[str, Any]:
         "moe_router_score_function": function,
         "moe_router_enable_expert_bias": function == "sigmoid",
         # With softmax Megatron normalizes the chosen scores unless this is set;
-        # `models.megatron_replacements` reads it so with sigmoid too.
+        # `models.expert_routing` reads it so with sigmoid too.
         "moe_router_pre_softmax": not _normalizes_topk(hf_config),
         "moe_router_topk_scaling_factor": hf_config.get("routed_scaling_factor") or 1.0,
         "moe_router_dtype": "fp32",

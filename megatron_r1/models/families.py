@@ -41,7 +41,7 @@ class Family:
         clamped_swiglu: experts compute clamp(gate) sigmoid(1.702 gate) (clamp(up) + 1).
         linear_biases: whether the output projection, router and experts have biases.
         stacked_experts: a tensor of the checkpoint has all experts of a layer
-            (`weights.formats.published_layout`).
+            (`weights.formats.stacked_experts`).
         normalizes_topk: whether a token's expert weights sum to 1, unless `norm_topk_prob` is
             given.
         reads_mlp_layer_types: whether transformers reads mlp_layer_types instead of

@@ -1,6 +1,6 @@
 """Every patch of Megatron-Core that the models here need, on a CPU and on a GPU.
 
-The functions that take the place of Megatron's are in `megatron_replacements` and
+The functions that take the place of Megatron's are in `expert_routing`, `packed_rotary` and
 `token_dispatcher`.
 
 `install` replaces names of Megatron's modules for the whole process. Who starts a process that
@@ -21,7 +21,8 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.moe import moe_layer, router, token_dispatcher
 
-from megatron_r1.models.megatron_replacements import roll_packed, rotate_packed, route_tokens
+from megatron_r1.models.expert_routing import route_tokens
+from megatron_r1.models.packed_rotary import roll_packed, rotate_packed
 from megatron_r1.models.patch_type import Patch, register_in
 from megatron_r1.models.token_dispatcher import KnownCountsDispatcher, indices_to_multihot
 

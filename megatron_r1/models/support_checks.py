@@ -12,13 +12,7 @@ from math import inf
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.attention_fields import (
-    KEY_VALUE_HEADS,
-    attention_fields,
-    model_arguments,
-    rope_scaling,
-    yarn_scaling,
-)
+from megatron_r1.models.attention_fields import KEY_VALUE_HEADS, attention_fields, model_arguments
 from megatron_r1.models.experts import expert_fields
 from megatron_r1.models.hf_config import (
     HFConfig,
@@ -28,6 +22,7 @@ from megatron_r1.models.hf_config import (
     require_keys,
     require_values,
 )
+from megatron_r1.models.rotary_fields import rope_scaling, yarn_scaling
 
 
 class KeyRecorder(dict[str, Any]):

@@ -5,4 +5,4 @@
 - Which are done or stale: `manifest`, `fingerprint`, `status`.
 - Their runs: `executor`, `stage_runner`, `child` behind a reaper, `function_stage` for a function,
   `serving` for their models.
-- What they found: `results`, `pipeline_report`, `graph_svg`."""
+- What they found: `results`, `pipeline_report`, `rl_plots`, `graph_svg`."""

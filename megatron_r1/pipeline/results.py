@@ -10,8 +10,9 @@ from typing import Any, Self
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
+from megatron_r1.reporting.formatting import format_number, format_percent
 from megatron_r1.reporting.outcome import first_and_last
+from megatron_r1.reporting.record_values import finite_metric
 
 FIGURES_FILE = "figures.json"
 """Any stage may write one: name → number or {value, low, high}, a share in 0 … 1 or a count."""

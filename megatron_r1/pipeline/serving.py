@@ -16,7 +16,7 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.client import is_healthy
 from megatron_r1.engines.server.environment_variables import engine_environment
 from megatron_r1.engines.server.model_config import config_arguments
-from megatron_r1.models.hf_config import load_raw_hf_config
+from megatron_r1.models.hf_config_file import load_raw_hf_config
 from megatron_r1.pipeline.child import StageProcess, describe_status
 from megatron_r1.pipeline.pipeline_recipe import ServeConfig
 

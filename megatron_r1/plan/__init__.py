@@ -2,7 +2,8 @@
 
 `megatron-r1 plan` prints it. The modules, in the order of an estimate:
 
-- What is planned: `recipe_job`, the options, and from options and recipe to the `job`;
+- What is planned: `job_options`, the options; `recipe_job`, from options and recipe to the `job`,
+  and `job_checks`, which jobs are impossible;
   `hardware`, the rates, and `assumed_numbers`, those of `--calibrate`; `quantity`, a number with
   unit, formula and range.
 - Counts: `counts`, parameters; `flops`, operations; `communication`, bytes that trainer ranks send.
@@ -16,6 +17,6 @@
   their way to the trainer.
 - The estimate: `timing`, a step's seconds by part, with loads, sleeps and saves; `time_ranges`,
   their ranges and what narrows them; `estimate`, all sections and what does not fit; `search`,
-  layouts that fit.
-- Measurements: `calibration`, numbers that a run gives; `published_runs`, published figures against
-  the plan's."""
+  layouts that fit; `estimate_output`, all of it as text and JSON.
+- Measurements: `calibration`, numbers that a run gives; `published_runs`, published figures, and
+  `published_calibration`, the plan's against them."""

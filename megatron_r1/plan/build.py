@@ -16,7 +16,7 @@ from typing import Any
 from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.models.weights.layout import LayoutEntry, Shard, parameter_layout
-from megatron_r1.models.weights.table import Shape
+from megatron_r1.models.weights.splits import Shape
 from megatron_r1.plan.counts import ModelCounts, RankCounts
 from megatron_r1.plan.job import PlannedJob
 

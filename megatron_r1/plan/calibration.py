@@ -24,7 +24,8 @@ from megatron_r1.plan.push import drafts_with_mtp, has_push
 from megatron_r1.plan.recipe_job import planned_job
 from megatron_r1.plan.rollout import mean_pass_tokens
 from megatron_r1.plan.timing import time_section
-from megatron_r1.reporting.formatting import finite_metric, format_count
+from megatron_r1.reporting.formatting import format_count
+from megatron_r1.reporting.record_values import finite_metric
 
 BISECTIONS = 60
 EFFICIENCY_LIMITS = (1e-12, 1.0)

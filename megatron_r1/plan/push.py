@@ -5,10 +5,11 @@ They are summed over the push's own plan (`push/plan`); `push_links` has the lin
 from functools import cache, lru_cache
 from typing import Literal
 
-from megatron_r1.base.transports import ACROSS_HOSTS, RELAY_BUCKET_BYTES, ROUNDS_AHEAD, TRANSPORTS
+from megatron_r1.base.transports import ACROSS_NODES, RELAY_BUCKET_BYTES, ROUNDS_AHEAD, TRANSPORTS
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.hf_config import key_value_heads
-from megatron_r1.plan.job import PlannedJob, check_engine_gpus
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.job_checks import check_engine_gpus
 from megatron_r1.plan.push_links import (
     PushedWeights,
     SetTraffic,
@@ -200,8 +201,8 @@ def _receive_buffer_place(job: PlannedJob) -> Literal["host", "GPU"]:
 def push_link(job: PlannedJob) -> tuple[float, str]:
     """Return (bytes/s into an engine rank, name of the link)."""
     transport = TRANSPORTS[job.config.push.transport]
-    if transport.is_single_host and not _is_one_node(job):
-        transport = TRANSPORTS[ACROSS_HOSTS]
+    if transport.is_single_node and not _is_one_node(job):
+        transport = TRANSPORTS[ACROSS_NODES]
     rate: float = getattr(job.hardware, transport.rate)
     return rate * job.assumptions.push_efficiency, transport.link
 
@@ -215,7 +216,7 @@ def push_section(job: PlannedJob) -> QuantityTable:
     parallel, engines, form = job.parallel, planned_engine_layout(job), _pushed_dtype(job)
     grid = TrainerGrid.from_recipe(parallel, job.world_size)
     # What is for one host has to be set to gloo or nccl for more.
-    max_engines = 1 if job.config.push.on_one_host and _is_one_node(job) else MAX_SET_ENGINES
+    max_engines = 1 if job.config.push.on_one_node and _is_one_node(job) else MAX_SET_ENGINES
     count = _byte_count(form)
     lora, drafts = pushed_lora(job), drafts_with_mtp(job)
     traffic = traffic_of_sets(
@@ -346,6 +347,6 @@ def _receive_buffer_formula(job: PlannedJob) -> str:
     place = f"{_receive_buffer_place(job)}{reuse_text}"
     content = "all its weights" if pushed_lora(job) is None else ADAPTERS_NOTE
     text = f"of an engine rank, on its {place} ({push.transport}); {content}"
-    if push.on_one_host and not _is_one_node(job):
+    if push.on_one_node and not _is_one_node(job):
         text += f"; {push.transport} is for one host, set push.transport to gloo or nccl"
     return text

@@ -8,7 +8,8 @@ from operator import attrgetter, itemgetter
 from typing import Any
 
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.job import PlannedJob, check_planned_layout
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.job_checks import check_planned_layout
 from megatron_r1.plan.push import check_engines_and_push
 
 

@@ -218,7 +218,7 @@ class StepTime:
         if name == "rollout":
             return self.rollout.exchange_fraction
         if name == "push":
-            return float(not TRANSPORTS[self.job.config.push.transport].is_single_host)
+            return float(not TRANSPORTS[self.job.config.push.transport].is_single_node)
         if name in LINK_PARTS:
             return 1.0
         if name in ("logprobs", "training", "optimizer step", "critic"):

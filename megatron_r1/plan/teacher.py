@@ -4,7 +4,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.teacher import TeacherEngineConfig
 from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.recipe_checks import check_ranks
-from megatron_r1.models.hf_config import load_raw_hf_config, read_hf_config
+from megatron_r1.models.hf_config_file import load_raw_hf_config, read_hf_config
 from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.counts import ModelCounts
 from megatron_r1.plan.flops import forward_flops

@@ -1,7 +1,7 @@
 """The ranges of estimated times, with the measurements that narrow them.
 
 A range goes from the estimate divided by `Assumptions.time_spread` to the estimate times it: that
-is how far the plan is off published runs (`published_runs.py`). A part that `--calibrate` has
+is how far the plan is off published runs (`published_calibration`). A part that `--calibrate` has
 measured has no range; if fewer GPUs were measured than are planned, its communication has one."""
 
 from megatron_r1.plan.engine_buffers import EXPERT_MOVES

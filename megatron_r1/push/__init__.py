@@ -3,9 +3,9 @@
 1. `rank_push`: the operations of a push on each trainer rank, called by the controller
    (`megatron_r1.controller.push`); `sender` sends the rank's weights.
 2. `plan`: which region of which tensor goes from which trainer rank to which engine rank.
-3. `link_planner`: from the slot tables of the engine ranks (`receivers`) and the plan to the
-   links of this rank; `parameter_regions` has what each link sends of the rank's parameters, as it
-   is or quantized to FP8.
+3. `link_planner`: from the slot tables of the engine ranks (`receivers`, `published_sharding`) and
+   the plan to the links of this rank; `parameter_regions` has what each link sends of the rank's
+   parameters, as it is or quantized to FP8.
 4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends, and which chunks
    an engine rank has received (`received_chunks`). Over NCCL all links are sent together, in rounds
    (`plan.rounds`): `push_schedule` has each rank's part, and `round_sender` runs that of a trainer

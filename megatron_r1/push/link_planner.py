@@ -1,6 +1,6 @@
 """Plans and creates the links from a trainer rank to sets of engines (`plan.planned_links`).
 
-It leads from the slot tables that engines publish (`PublishedSharding`) to the regions of this
+It leads from the slot tables that engines publish (`published_sharding`) to the regions of this
 rank's parameters that each link sends (`parameter_regions`)."""
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from torch import Tensor
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.hf_config import HFConfig
-from megatron_r1.models.weights.formats.published_layout import (
-    FP8_BLOCK_SIZE,
-    FP8_DTYPE,
-    scale_name,
-)
+from megatron_r1.models.weights.formats.published_layout import FP8_DTYPE
 from megatron_r1.models.weights.layout import Shard
-from megatron_r1.models.weights.table import Piece, Shape, WeightTable
+from megatron_r1.models.weights.splits import Piece
+from megatron_r1.models.weights.table import WeightTable
 from megatron_r1.push.parameter_regions import Encoding, ParameterRegion
 from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.matched_regions import MatchedRegions
@@ -31,21 +28,10 @@ from megatron_r1.push.plan.planned_links import (
     plan_sets,
     sent_bytes,
 )
-from megatron_r1.push.plan.tensors import (
-    CountBytes,
-    Region,
-    first_unaligned_edge,
-    fp8_bytes,
-    plain_bytes,
-    scale_region,
-)
-from megatron_r1.push.protocol import (
-    EngineRankChunks,
-    ReceiverInfo,
-    SlotTable,
-    TensorChunk,
-    dtype_of,
-)
+from megatron_r1.push.plan.regions import Region
+from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
+from megatron_r1.push.protocol import EngineRankChunks, ReceiverInfo, SlotTable
+from megatron_r1.push.published_sharding import PublishedSharding
 from megatron_r1.push.push_schedule import PushSchedule
 from megatron_r1.push.receivers import SetReceivers
 from megatron_r1.push.rendezvous import SET_FAILURE_ERRORS, TrainerRendezvous
@@ -291,69 +277,3 @@ def _byte_count(tables: list[SlotTable]) -> CountBytes:
     if FP8_DTYPE in dtypes:
         return fp8_bytes
     return plain_bytes("float32" if dtypes == {"float32"} else "bfloat16")
-
-
-class PublishedSharding:
-    """The regions of each tensor that the ranks of an engine need, from the slot tables that they
-    published (`plan.predicted_sharding` predicts them).
-
-    Args:
-        tables: the slot tables, one per rank of the engine.
-
-    Raises:
-        ValueError: for a table that has a tensor twice, which no model here needs."""
-
-    def __init__(self, tables: Sequence[SlotTable]):
-        self._tables = tables
-        self.regions: dict[str, dict[Region, list[int]]] = {}
-        """HF name -> region -> the ranks that need it."""
-        self._slots: dict[tuple[int, str], int] = {}
-        for rank, table in enumerate(tables):
-            for index, slot in enumerate(table.slots):
-                if (rank, slot.name) in self._slots:
-                    raise ValueError(f"engine rank {rank} has two slots for {slot.name}")
-                region = Region(slot.top, slot.bottom, slot.left, slot.right)
-                self.regions.setdefault(slot.name, {}).setdefault(region, []).append(rank)
-                self._slots[rank, slot.name] = index
-
-    def chunks(
-        self, rank: int, name: str, shape: Shape, region: Region
-    ) -> list[tuple[TensorChunk, Encoding]]:
-        """Return the chunk of a region in an engine rank's slot; where the slot holds FP8 blocks,
-        also that of their scales.
-
-        Args:
-            rank: the engine rank.
-            name: HF name of the tensor.
-            shape: the whole tensor's.
-            region: rows and columns of the tensor.
-
-        Raises:
-            ValueError: FP8 of another kind, or a part of a block."""
-        slot = self._tables[rank].slots[self._slots[rank, name]]
-        if dtype_of(slot).itemsize > 1:
-            return [(self._chunk_of_region(rank, name, region), "plain")]
-        scales = scale_name(name)
-        if slot.dtype != FP8_DTYPE or (rank, scales) not in self._slots:
-            raise ValueError(
-                f"engine rank {rank} needs {name} as {slot.dtype} without {scales}: weights can be "
-                f"quantized during a push to FP8 in blocks of {FP8_BLOCK_SIZE} x {FP8_BLOCK_SIZE} "
-                "only"
-            )
-        edge = first_unaligned_edge(region, shape)
-        if edge is not None:
-            raise ValueError(
-                f"{name} {shape} is cut at {edge}, within a block of {FP8_BLOCK_SIZE} x "
-                f"{FP8_BLOCK_SIZE}, "
-                "which has one scale; set push.fp8: false, or fewer tensor parallel ranks"
-            )
-        return [
-            (self._chunk_of_region(rank, name, region), "codes"),
-            (self._chunk_of_region(rank, scales, scale_region(region)), "scales"),
-        ]
-
-    def _chunk_of_region(self, rank: int, name: str, region: Region) -> TensorChunk:
-        index = self._slots[rank, name]
-        slot = self._tables[rank].slots[index]
-        rows = region.top - slot.top, region.bottom - slot.top
-        return TensorChunk(index, *rows, region.left - slot.left, region.right - slot.left)

@@ -10,7 +10,7 @@ import torch
 
 
 class Slot(msgspec.Struct, frozen=True, array_like=True):
-    """A region of an HF tensor (`plan.tensors.Region`) with its place in the receive buffer.
+    """A region of an HF tensor (`plan.regions.Region`) with its place in the receive buffer.
 
     Attributes:
         name: the tensor's name in the checkpoint.

@@ -17,11 +17,11 @@ from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.models import platform
 from megatron_r1.models.hf_config import HFConfig
-from megatron_r1.models.platform import LOOPBACK, create_store, ranks_share_host
+from megatron_r1.models.rendezvous_store import LOOPBACK, create_store, ranks_share_host
 from megatron_r1.models.weights.adapters import adapter_pieces
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.loading import local_entries
-from megatron_r1.models.weights.table import Piece
+from megatron_r1.models.weights.splits import Piece
 from megatron_r1.push.control_messages import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.push.plan.adapter_push import pushed_adapter_table
 from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid

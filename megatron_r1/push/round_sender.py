@@ -4,7 +4,7 @@
 Where engine ranks are on trainer ranks' GPUs, it also receives for the one on its own, into memory
 that both have mapped.
 
-A rank whose wait fails (`transports.nccl_rounds`) aborts its communicator and finds out which
+A rank whose wait fails (`transports.nccl_communicator`) aborts its communicator and finds out which
 engine ranks have died; the sets of other communicators go on. The trainer ranks' own communicator
 is made for the first push that needs it, and again after one that failed; all agree on that before
 a push."""
@@ -35,10 +35,9 @@ from megatron_r1.push.rendezvous import (
     TrainerRendezvous,
     wait_for_keys,
 )
+from megatron_r1.push.transports.nccl_communicator import Communicator, NCCLError
 from megatron_r1.push.transports.nccl_rounds import (
     BucketTransfer,
-    Communicator,
-    NCCLError,
     PushRound,
     PushStreams,
     RoundRunner,

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers
 from megatron_r1.models.weights.formats.published_layout import published_tensors
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_r1.config import Config
 from megatron_r1.config.teacher import TeacherEngineConfig
-from megatron_r1.data.prompt_tokenizer import TEMPLATES
+from megatron_r1.data.prompt_templates import TEMPLATES
 from megatron_r1.rehearse import layout
 from megatron_r1.rehearse.settings import RehearsalDevice
 
@@ -43,7 +43,7 @@ def small_rollout_settings(config: Config) -> dict[str, Any]:
         "hosts_address": "127.0.0.1" if rollout.placement == "hosts" else None,
         "hosts_port": 0,
         "max_response_tokens": response_tokens(config, rollout.max_response_tokens),
-        "max_model_len": max_model_len(config),
+        "max_model_len": miniature_model_len(config),
         "max_num_seqs": min(rollout.max_num_seqs, 16),
         "gpu_memory": None,
         "threads": 1,
@@ -52,7 +52,7 @@ def small_rollout_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def max_model_len(config: Config) -> int:
+def miniature_model_len(config: Config) -> int:
     """Return the most tokens of a prompt with its response: in a template of the recipe's own, at
     most one for each byte."""
     templates = config.data.template, config.reward_model.template or ""
@@ -114,7 +114,7 @@ def _vllm_arguments(config: Config, num_copies: int, device: RehearsalDevice) ->
         if config.rollout.vllm.get("kv_cache_dtype") in IMITATED_CACHES:
             arguments["kv_cache_dtype"] = config.rollout.vllm["kv_cache_dtype"]
     if "max_num_batched_tokens" in arguments:
-        tokens = min(arguments["max_num_batched_tokens"], max_model_len(config) // 2)
+        tokens = min(arguments["max_num_batched_tokens"], miniature_model_len(config) // 2)
         arguments["max_num_batched_tokens"] = tokens
     if num_copies:
         arguments["eplb_config"] = {**arguments.get("eplb_config", {}), **BALANCER_OPTIONS}

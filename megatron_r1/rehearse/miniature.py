@@ -12,7 +12,7 @@ from megatron_r1.rehearse import layout, model, synthetic_data
 from megatron_r1.rehearse.engine_sections import (
     CPU_ROLLOUT,
     RESPONSE_TOKENS,
-    max_model_len,
+    miniature_model_len,
     rollout_on_gpus,
     small_rollout_settings,
     small_teacher_settings,
@@ -199,7 +199,7 @@ def _microbatch_tokens(config: Config) -> int:
     rollout = config.rollout
     longest = rollout.max_model_len or rollout.max_response_tokens
     tokens = config.parallel.microbatch_tokens
-    return max(1, min(tokens, tokens * max_model_len(config) // longest))
+    return max(1, min(tokens, tokens * miniature_model_len(config) // longest))
 
 
 def describe_miniature_changes(

@@ -13,13 +13,9 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_r1.config import Config
-from megatron_r1.data.prompt_tokenizer import TEMPLATES
-from megatron_r1.models.hf_config import (
-    HFConfig,
-    has_score_head,
-    published_names,
-    score_model_config,
-)
+from megatron_r1.data.prompt_templates import TEMPLATES
+from megatron_r1.models.hf_config import HFConfig, has_score_head, score_model_config
+from megatron_r1.models.hf_config_names import published_names
 from megatron_r1.models.weights.formats.published_layout import published_tensors
 from megatron_r1.models.weights.table import weight_table
 from megatron_r1.pipeline.pipeline_recipe import ServeConfig

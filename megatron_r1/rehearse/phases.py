@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import subprocess
 import sys
 import time
@@ -13,24 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import RunError
-from megatron_r1.base.processes.exit_diagnosis import last_lines
 from megatron_r1.config import Config
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.push.plan.planned_links import links_per_rank
 from megatron_r1.push.plan.recipe_plan import planned_push
 from megatron_r1.rehearse import launch, layout
+from megatron_r1.rehearse.started_phase import StartedPhase
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.sample.second_pass import OUTPUT_FILES
 from megatron_r1.trainer.checkpoints.checkpoint_folders import complete_checkpoints
 
-POLL_SECONDS = 0.05
-"""Short: three steps of a small model take two seconds, and the kill should follow the first."""
 MAX_UNPLANNED_FRACTION = 0.01
 """Largest share of a push's bytes that its plan may miss. vLLM keeps the routers of GLM-4 in fp32,
 which are planned in the push's dtype: 0.2% of a miniature."""
-ERROR = re.compile(r"megatron-r1: .*(?:\n(?:\[\w+\]:)?  .*)*")
-"""A command's error with the indented lines behind it, such as the end of an engine's log. torchrun
-writes the rank before each line."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +224,7 @@ class PhaseRunner:
     @contextlib.contextmanager
     def _running_phase(
         self, title: str, config: Config | None = None, settings: Sequence[str] = ()
-    ) -> Iterator["_Phase"]:
+    ) -> Iterator[StartedPhase]:
         """Start the command, which is killed with all its processes at the end of the block."""
         self.notify(title)
         log = self.recipe.with_name(f"log-{len(self.results)}.txt")
@@ -241,61 +235,14 @@ class PhaseRunner:
             self.verb, self.recipe, config or self.config, settings, log
         )
         with started as process:
-            phase = _Phase(title, process, log, stacks_path, self.timeout_seconds, start)
+            phase = StartedPhase(title, process, log, stacks_path, self.timeout_seconds, start)
             yield phase
             phase.seconds = time.monotonic() - start
             # Before the kill: the children of killed processes have no parent that waits for them.
             phase.cpu_seconds = launch.cpu_seconds() - cpu_start
 
-    def _add_result(self, title: str, phase: "_Phase", evidence: str) -> None:
+    def _add_result(self, title: str, phase: StartedPhase, evidence: str) -> None:
         self.results.append(PhaseResult(title, evidence, phase.seconds, phase.cpu_seconds))
-
-
-@dataclass
-class _Phase:
-    """A started command. stacks_path: the stacks of a controller that does not answer."""
-
-    title: str
-    process: subprocess.Popen[bytes]
-    log: Path
-    stacks_path: Path
-    timeout_seconds: float
-    started_at: float
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
-
-    def wait(self, condition: Callable[[], object]) -> None:
-        """Wait until `condition()` is true; a command that ends before has failed."""
-        while not condition():
-            if self.process.poll() is not None:
-                self._raise_run_error(f"the command ended with status {self.process.returncode}")
-            self._check_time()
-            time.sleep(POLL_SECONDS)
-
-    def wait_for_end(self) -> None:
-        """Wait until the command ends with status 0."""
-        while self.process.poll() is None:
-            self._check_time()
-            time.sleep(POLL_SECONDS)
-        if self.process.returncode:
-            self._raise_run_error(f"the command ended with status {self.process.returncode}")
-
-    def _check_time(self) -> None:
-        if time.monotonic() - self.started_at > self.timeout_seconds:
-            self._raise_run_error(f"not done after {self.timeout_seconds:g} s")
-        if self.stacks_path.exists() and self.stacks_path.stat().st_size:
-            self._raise_run_error(f"the controller does not answer; its stacks: {self.stacks_path}")
-
-    def _raise_run_error(self, reason: str) -> None:
-        cause = "\n".join(find_errors(self.log)) or f"{self.log} ends:\n{last_lines(self.log)}"
-        raise RunError(f"rehearse: {self.title}: {reason}\n{cause}")
-
-
-def find_errors(log: Path) -> list[str]:
-    """Return the command's own errors in its log, each with its cause. torchrun's report, which
-    comes last, does not have them."""
-    text = log.read_text(errors="replace") if log.exists() else ""
-    return [re.sub(r"\n\[\w+\]:", "\n", error) for error in ERROR.findall(text)]
 
 
 def _join_numbers(values: Sequence[float | None]) -> str:

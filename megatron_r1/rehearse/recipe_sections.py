@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_r1.config import Config
 from megatron_r1.rehearse import layout, model, synthetic_data
-from megatron_r1.rehearse.engine_sections import max_model_len, response_tokens
+from megatron_r1.rehearse.engine_sections import miniature_model_len, response_tokens
 from megatron_r1.sample.filter_settings import FILTER_NAMES
 
 NUM_QUESTIONS = 16
@@ -94,7 +94,7 @@ def reward_model_section(config: Config, folder: Path, data_parallel: int) -> di
         "data": str(folder / "preferences.jsonl"),
         "epochs": None,
         "batch_size": 4 * data_parallel,
-        "max_tokens": max_model_len(config) if config.reward_model.max_tokens else None,
+        "max_tokens": miniature_model_len(config) if config.reward_model.max_tokens else None,
     }
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_r1.reporting.formatting import finite_metric, format_percent
+from megatron_r1.reporting.formatting import format_percent
+from megatron_r1.reporting.record_values import finite_metric
 
 EVALUATION_PREFIX, INTERVAL_PREFIX = "eval/", "interval/"
 

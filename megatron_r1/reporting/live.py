@@ -13,15 +13,14 @@ from rich.live import Live
 from rich.text import Text
 
 from megatron_r1.reporting.formatting import (
-    finite_metric,
     format_clock,
     format_duration,
     format_number,
-    is_correct,
     make_printable,
 )
 from megatron_r1.reporting.live_frame import LiveState, render_frame
 from megatron_r1.reporting.metric_table import KNOWN_METRICS
+from megatron_r1.reporting.record_values import finite_metric, is_correct
 
 REFRESHES_PER_SECOND = 2
 # Samples stay this long on the screen, however fast the steps: long enough to read one.

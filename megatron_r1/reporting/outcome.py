@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from megatron_r1.reporting.evaluations import Evaluation, HeldoutEstimate
-from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
+from megatron_r1.reporting.formatting import format_number, format_percent
+from megatron_r1.reporting.record_values import finite_metric
 
 FEW_QUESTIONS = 100
 """With fewer held-out questions the sentence has their number, and intervals."""

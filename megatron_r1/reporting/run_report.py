@@ -11,7 +11,6 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.reporting.evaluations import Evaluation, HeldoutEstimate, merge_evaluations
 from megatron_r1.reporting.formatting import (
-    finite_metric,
     format_duration,
     format_number,
     format_percent,
@@ -27,6 +26,7 @@ from megatron_r1.reporting.outcome import (
 )
 from megatron_r1.reporting.pages import render_page
 from megatron_r1.reporting.plots import Curve, curve_plot, stacked_plot
+from megatron_r1.reporting.record_values import finite_metric
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.reporting.samples import choose_samples
 

@@ -9,14 +9,8 @@ from typing import Any
 
 from r1_grading.truths import truth_answer
 
-from megatron_r1.reporting.formatting import (
-    finite_metric,
-    format_count,
-    is_correct,
-    make_printable,
-    prompt_question,
-    shorten_middle,
-)
+from megatron_r1.reporting.formatting import format_count, make_printable, shorten_middle
+from megatron_r1.reporting.record_values import finite_metric, is_correct, prompt_question
 
 NUM_QUESTIONS = 3
 MAX_CHARACTERS, MAX_TURN_CHARACTERS = 6000, 2000

@@ -15,14 +15,14 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.sample import RenderConfig
 from megatron_r1.data.chats import Message
 from megatron_r1.data.prompt import Prompt
-from megatron_r1.data.prompt_tokenizer import (
+from megatron_r1.data.prompt_templates import (
     CHAT_TEMPLATE_NAME,
-    PromptTokenizer,
     find_template,
     opens_thought,
     render_template,
     system_text,
 )
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.text_response_grader import TextResponseGrader
 from megatron_r1.sample.cached_calls import ResultCache, UserFunction

@@ -2,9 +2,9 @@
 controller calls over ZeroMQ (`controller.trainer_calls`).
 
 - `rank`, `rank_server`: a rank's process and its loop over the calls.
-- `operations`, `training_sample`, `sample_encoding`: what both sides send; `replica`: the ranks
-  that get one share.
-- `distributed`, `construction`: process groups, model and optimizer.
+- `operations`, `rank_messages`, `training_sample`, `sample_encoding`: what both sides send;
+  `replica`: the ranks that get one share.
+- `distributed`, `construction`, `optimizer`: process groups, model and optimizer.
 - `trainer`, `critic`, `reference_policy`: the operations of a step; `loaded_rollout`: their
   samples.
 - `output_heads`: what reads the model's output; `evaluation_passes`: the passes that train nothing.

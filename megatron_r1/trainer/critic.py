@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.megatron_config import transformer_config
 from megatron_r1.models.routing_replay import replay_recomputations
 from megatron_r1.trainer import construction

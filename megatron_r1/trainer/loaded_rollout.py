@@ -6,7 +6,7 @@ from itertools import islice
 
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
-from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.models import fp8, platform
 from megatron_r1.models.hf_config import HFConfig
@@ -144,7 +144,7 @@ class LoadedRollout:
             rollout = self._with_whole_responses()
             rollout.store_targets(find_function(function)(rollout, settings))
 
-    def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
+    def mask_advantages(self, function: str, settings: EngineMaskSettings) -> dict[str, float]:
         """Mask the tokens that the `EngineMaskFunction` at "module:function" does not find within
         bounds.
 

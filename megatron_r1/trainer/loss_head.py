@@ -27,14 +27,15 @@ from megatron_r1.trainer.batch import PackedBatch
 
 
 class TokenAveraging(NamedTuple):
-    """What a response token weighs in a micro-batch's sum (`losses.token_weights`).
+    """What a response token weighs in a micro-batch's sum (`losses.make_token_averaging`).
 
     Attributes:
-        mask: (T,) bool or fp32, the response tokens or their weights.
-        average: "token", or "sequence" for a mask that is divided by its sum over each sequence.
+        response_weights: (T,) bool or fp32, the response tokens or their weights.
+        average: "token", or "sequence" for weights that are divided by their sum over each
+            sequence.
         denominator: what the sum is divided by."""
 
-    mask: Tensor
+    response_weights: Tensor
     average: Literal["token", "sequence"] = "token"
     denominator: int = 1
 
@@ -88,7 +89,10 @@ class LossHead:
         return logprobs, entropy
 
     def policy_loss(
-        self, settings: PolicySettings, weights: TokenAveraging, ratio_level: RatioLevel = "token"
+        self,
+        settings: PolicySettings,
+        token_averaging: TokenAveraging,
+        ratio_level: RatioLevel = "token",
     ) -> LinearPolicyLoss:
         """Return the policy loss of the response tokens for `batch.advantages`.
 
@@ -98,7 +102,7 @@ class LossHead:
         Args:
             settings: those of a token's loss; with an `importance_cap` the difference between the
                 engine's and the trainer's log-probabilities is corrected.
-            weights: what each token weighs.
+            token_averaging: what each token weighs.
             ratio_level: "sequence" for one ratio per response."""
         batch = self.batch
         tokens = TokenTensors(
@@ -107,12 +111,12 @@ class LossHead:
             ref_logprobs=batch.logprobs.get("ref"),
             rollout_logprobs=None if settings.importance_cap is None else batch.rollout_logprobs,
             advantages=batch.advantages,
-            weights=weights.mask,
+            weights=token_averaging.response_weights,
         )
         averaging = Averaging(
             ratio_level=ratio_level,
-            average=weights.average,
-            denominator=weights.denominator,
+            average=token_averaging.average,
+            denominator=token_averaging.denominator,
             cu_seqlens=batch.cu_seqlens,
             sequence_group=self.context_group,
         )

@@ -9,7 +9,8 @@ micro-batches and data-parallel ranks, so that the result does not depend on how
 packed. It is named by an algorithm, or by the command that trains, as "module:function".
 
 Averaging happens in two places. Within a micro-batch r1_kernels weighs the tokens of the sum as
-`token_weights` says; over the optimizer step the trainer divides by the sum of `loss_denominator`.
+`make_token_averaging` says; over the optimizer step the trainer divides by the sum of
+`loss_denominator`.
 `rl.loss_average` selects both in `controller.algorithms.grpo.loss`."""
 
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def loss_denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
     raise ValueError(f"loss average {average!r}: use token, sequence or constant")
 
 
-def token_weights(
+def make_token_averaging(
     batch: PackedBatch, average: LossAverage, max_response_tokens: int | None = None
 ) -> TokenAveraging:
     """Return the weights of tokens in `LossHead.policy_loss`.

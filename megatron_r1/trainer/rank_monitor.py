@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
-from megatron_r1.trainer.operations import RankStatus, ThreadStack
+from megatron_r1.trainer.rank_messages import RankStatus, ThreadStack
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -21,17 +21,19 @@ from megatron_r1.models import platform
 from megatron_r1.trainer import distributed
 from megatron_r1.trainer.distributed import GridPosition
 from megatron_r1.trainer.operations import (
-    LOAD,
-    STOP,
     CheckpointOperations,
     EvaluationOperations,
     ModelOperations,
     PushOperations,
+    operation_names,
+)
+from megatron_r1.trainer.rank_messages import (
+    LOAD,
+    STOP,
     RankCall,
     RankDescription,
     RankReply,
     monitor_identity,
-    operation_names,
     rank_identity,
 )
 from megatron_r1.trainer.rank_monitor import IDLE_STATE, RankMonitor, describe_collective

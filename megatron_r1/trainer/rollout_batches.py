@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.models.context_parallel import gathered_order, positions_of_rank
 from megatron_r1.trainer.batch import PackedBatch
@@ -28,7 +28,7 @@ from megatron_r1.trainer.token_advantages import (
 )
 
 
-class WholeResponses:
+class WholeMicrobatch:
     """The whole responses of one micro-batch, on every rank that holds a part of them.
 
     T is the number of tokens of the whole micro-batch, in sample order.
@@ -39,8 +39,8 @@ class WholeResponses:
 
     Attributes:
         is_response: (T,) bool, the tokens that are trained on.
-        rewards: (T,), on each token the `Sample.outcome_advantage` of its response: the reward,
-            less the baseline of an algorithm that has one.
+        token_outcome_advantages: (T,), on each token the `Sample.outcome_advantage` of its
+            response: the reward, less the baseline of an algorithm that has one.
         last_response_positions: (T,) int64, the position of the last response token of each token's
             sample, or -1.
         counts_samples: whether this rank is the one of the group that counts whole samples."""
@@ -52,7 +52,7 @@ class WholeResponses:
         self.counts_samples = self._rank == 0
         self._cu_seqlens = batch.cu_seqlens.long() * self._ranks
         self.is_response = self.gather(batch.is_response.to(torch.uint8)).bool()
-        self.rewards = self.gather(batch.outcome_advantages)
+        self.token_outcome_advantages = self.gather(batch.outcome_advantages)
         lengths = self._cu_seqlens.diff()
         self._sample = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         self.last_response_positions = self._last_of_each()
@@ -114,7 +114,11 @@ class WholeResponses:
         if kl_beta:
             log_ratio = self.gather(self.batch.logprobs["old"] - self.batch.logprobs["ref"])
         return kl_penalized_rewards(
-            self.rewards, log_ratio, kl_beta, self.is_response, self.last_response_positions
+            self.token_outcome_advantages,
+            log_ratio,
+            kl_beta,
+            self.is_response,
+            self.last_response_positions,
         )
 
 
@@ -128,7 +132,7 @@ class RolloutBatches:
             rollout once; None: this process has all.
 
     Attributes:
-        responses: the whole responses of each micro-batch."""
+        whole_microbatches: the whole responses of each micro-batch."""
 
     def __init__(
         self,
@@ -137,7 +141,7 @@ class RolloutBatches:
         data_group: ProcessGroup | None = None,
     ):
         self._data_group = data_group
-        self.responses = [WholeResponses(batch, context_group) for batch in batches]
+        self.whole_microbatches = [WholeMicrobatch(batch, context_group) for batch in batches]
 
     def normalize(self, advantages: list[Tensor], epsilon: float) -> list[Tensor]:
         """Return `advantages` with mean 0 and deviation 1 over the rollout's response tokens.
@@ -148,7 +152,7 @@ class RolloutBatches:
 
         Returns:
             (T,) per micro-batch, 0 outside responses."""
-        pairs = list(zip(self.responses, advantages, strict=True))
+        pairs = list(zip(self.whole_microbatches, advantages, strict=True))
         sums = torch.stack(
             [
                 sums_for_standardization(r.local_part(a)[r.local_part(r.is_response)])
@@ -171,23 +175,25 @@ class RolloutBatches:
             engine_mask/responses, the share of samples that have a masked token."""
         tokens, samples = "engine_mask/tokens", "engine_mask/responses"
         reports: list[Metrics] = [{tokens: Mean(0.0, 0), samples: Mean(0.0, 0)}]
-        for responses, is_within_bounds in zip(self.responses, within_bounds, strict=True):
-            batch, is_masked = responses.batch, responses.is_response & ~is_within_bounds
-            local_mask = responses.local_part(is_masked)
+        for microbatch, is_within_bounds in zip(
+            self.whole_microbatches, within_bounds, strict=True
+        ):
+            batch, is_masked = microbatch.batch, microbatch.is_response & ~is_within_bounds
+            local_mask = microbatch.local_part(is_masked)
             batch.advantages = torch.where(local_mask, 0.0, batch.advantages)
             reports.append({tokens: Mean(local_mask.sum(), batch.is_response.sum())})
-            if responses.counts_samples:
-                has_masked = responses.sample_sums(is_masked) > 0
-                has_tokens = responses.sample_sums(torch.ones_like(is_masked)) > 0
+            if microbatch.counts_samples:
+                has_masked = microbatch.sample_sums(is_masked) > 0
+                has_tokens = microbatch.sample_sums(torch.ones_like(is_masked)) > 0
                 reports.append({samples: Mean(has_masked.sum(), has_tokens.sum())})
         return merge_reports(reports)
 
     def store_targets(self, targets: TokenTargets) -> None:
         """Replace the advantages, and the returns if any, in the micro-batches."""
-        for number, responses in enumerate(self.responses):
-            responses.batch.advantages = responses.local_part(targets.advantages[number])
+        for number, microbatch in enumerate(self.whole_microbatches):
+            microbatch.batch.advantages = microbatch.local_part(targets.advantages[number])
             if targets.returns is not None:
-                responses.batch.returns = responses.local_part(targets.returns[number])
+                microbatch.batch.returns = microbatch.local_part(targets.returns[number])
 
 
 class TokenTargets(NamedTuple):
@@ -203,7 +209,7 @@ class TokenTargets(NamedTuple):
 
 TokenAdvantages = Callable[[RolloutBatches, TokenAdvantageSettings], TokenTargets]
 """(rollout, settings) → advantages per token."""
-EngineMaskFunction = Callable[[RolloutBatches, EngineMask], list[Tensor]]
+EngineMaskFunction = Callable[[RolloutBatches, EngineMaskSettings], list[Tensor]]
 """(rollout, settings) → per micro-batch (T,) bool, whether a token keeps its advantage."""
 
 
@@ -217,5 +223,5 @@ def reward_to_go(rollout: RolloutBatches, settings: TokenAdvantageSettings) -> l
             r.is_response,
             r.last_response_positions,
         )
-        for r in rollout.responses
+        for r in rollout.whole_microbatches
     ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_r1 import models
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config
-from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.config.loss_settings import LossSettings, TokenAdvantageSettings
 from megatron_r1.models import platform, weights
 from megatron_r1.models.parallel_checks import check_shared_prompts
@@ -164,7 +164,7 @@ class Trainer:
         "module:function" computes per token; compute_logprobs() comes first."""
         self.rollout.compute_token_advantages(function, settings)
 
-    def mask_advantages(self, function: str, settings: EngineMask) -> dict[str, float]:
+    def mask_advantages(self, function: str, settings: EngineMaskSettings) -> dict[str, float]:
         """Set the advantages of this rank's tokens outside the bounds of the
         `EngineMaskFunction` at "module:function" to 0; compute_logprobs() comes first.
 

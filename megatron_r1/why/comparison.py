@@ -1,9 +1,9 @@
-"""A check's result: two values of one quantity, the tolerance, the affected responses and the
+"""The result of a check: two values of one quantity, the tolerance, the affected responses and the
 remedy."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_r1.reporting.formatting import format_number as number
@@ -28,7 +28,7 @@ JSON_NAMES = {
     "tolerance_source": "source",
     "affected_responses": "concerned",
 }
-"""Field of `ComparedQuantity` → its key in the file of --json, where it differs: users read it."""
+"""Field of `Comparison` → its key in the file of --json, where it differs: users read it."""
 EQUAL, DEPARTS, NOT_CHECKED = "equal", "departs", "not checked"
 ROUNDING_BY_DTYPE = {"float32": 2.0**-14, "bfloat16": 2.0**-4}
 """The largest distance that is rounding, by the dtype that a run computes in: 1,024 and 16 unit
@@ -42,7 +42,7 @@ class CannotRecompute(Exception):
 
 
 @dataclass(frozen=True)
-class ComparedQuantity:
+class Comparison:
     """The result of one check.
 
     Attributes:
@@ -118,111 +118,15 @@ class ComparedQuantity:
         return f" (distance {number(self.distance)}, at most {number(self.tolerance)})"
 
 
-@dataclass(frozen=True)
-class DepartureCurve:
-    """A departure over the position in the response, for the page.
-
-    Attributes:
-        label: what it is.
-        positions: the tokens of the response.
-        values: one per position."""
-
-    label: str
-    positions: Sequence[float]
-    values: Sequence[float]
-
-
-@dataclass
-class Report:
-    """The comparisons of a step, in the order of `FAMILIES`.
-
-    Attributes:
-        step: the step, from 1.
-        comparisons: what was compared.
-        suspicions: what "nothing departs" leaves, as sentences.
-        curves: for the page."""
-
-    step: int
-    comparisons: list[ComparedQuantity] = field(default_factory=list)
-    suspicions: list[str] = field(default_factory=list)
-    curves: list[DepartureCurve] = field(default_factory=list)
-
-    def add(self, comparisons: Sequence[ComparedQuantity]) -> None:
-        """Add comparisons, in the order of `FAMILIES`."""
-        self.comparisons = sorted(
-            [*self.comparisons, *comparisons],
-            key=lambda comparison: FAMILIES.index(comparison.family),
-        )
-
-    def comparison(self, family: str, name: str) -> ComparedQuantity | None:
-        """Return the comparison of a quantity; None where there is none."""
-        for comparison in self.comparisons:
-            if (comparison.family, comparison.name) == (family, name):
-                return comparison
-        return None
-
-    def insert(self, comparison: ComparedQuantity, after: str) -> None:
-        """Insert a comparison behind another of its family, or at the end of its family.
-
-        Args:
-            comparison: what is inserted.
-            after: the other's name."""
-        if (previous_comparison := self.comparison(comparison.family, after)) is None:
-            self.add([comparison])
-        else:
-            self.comparisons.insert(self.comparisons.index(previous_comparison) + 1, comparison)
-
-    def replace(self, old: ComparedQuantity, new: ComparedQuantity) -> None:
-        """Replace a comparison by another."""
-        self.comparisons[self.comparisons.index(old)] = new
-
-    @property
-    def first_departure(self) -> ComparedQuantity | None:
-        """The first quantity that departs."""
-        return next((comparison for comparison in self.comparisons if comparison.differs), None)
-
-    @property
-    def all_clear(self) -> str:
-        """That nothing departs, with the families in which nothing could be checked."""
-        families = dict.fromkeys(comparison.family for comparison in self.comparisons)
-        checked = {
-            comparison.family for comparison in self.comparisons if comparison.status != NOT_CHECKED
-        }
-        if not (left_out := [family for family in families if family not in checked]):
-            return "nothing departs"
-        return (
-            f"nothing departs of what could be checked, {len(checked)} of {len(families)} "
-            f"families: nothing of {', '.join(left_out)} could be"
-        )
-
-    def departs_before(self, family: str) -> bool:
-        """Return whether a quantity of an earlier family departs."""
-        position = FAMILIES.index(family)
-        return any(
-            comparison.differs and FAMILIES.index(comparison.family) < position
-            for comparison in self.comparisons
-        )
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the content of the file that --json names."""
-        first = self.first_departure
-        return {
-            "step": self.step,
-            "first": first and first.as_json(),
-            "comparisons": [comparison.as_json() for comparison in self.comparisons],
-            "suspicions": self.suspicions,
-        }
-
-
-def not_checked(family: str, name: str, reason: str, description: str = "") -> ComparedQuantity:
+def not_checked(family: str, name: str, reason: str, description: str = "") -> Comparison:
     """Return the comparison of a check that could not be made.
 
     Args:
-        family: as in `ComparedQuantity`, like the others.
+        family: as in `Comparison`, like the others.
         name: the quantity.
         reason: why.
         description: what would be compared."""
-    return ComparedQuantity(family, name, NOT_CHECKED, description, reason=reason)
+    return Comparison(family, name, NOT_CHECKED, description, reason=reason)
 
 
 def with_untried(reason: str, untried: Sequence[str]) -> str:
@@ -249,11 +153,11 @@ def fraction_comparison(
     tolerance: float = 0.0,
     tolerance_source: str = "exact",
     num_tokens: int = 0,
-) -> ComparedQuantity:
+) -> Comparison:
     """Return the comparison of a check whose distance is the fraction of responses that fail it.
 
     Args:
-        family: as in `ComparedQuantity`, like the arguments not named here.
+        family: as in `Comparison`, like the arguments not named here.
         name: the quantity.
         description: what was compared.
         affected_responses: the responses that fail.
@@ -266,10 +170,8 @@ def fraction_comparison(
         num_tokens: the tokens concerned."""
     distance = len(affected_responses) / total if total else 0.0
     if distance <= tolerance:
-        return ComparedQuantity(
-            family, name, EQUAL, description, distance, tolerance, tolerance_source
-        )
-    return ComparedQuantity(
+        return Comparison(family, name, EQUAL, description, distance, tolerance, tolerance_source)
+    return Comparison(
         family,
         name,
         DEPARTS,

@@ -1,5 +1,5 @@
-"""Rewards, advantages, mini-batches and learning rates in float64, written from their definitions
-and not from the trainer's code, which they are compared with.
+"""Computes rewards, advantages, mini-batches and learning rates in float64. The formulas are
+written from their definitions and not from the trainer's code, which they are compared with.
 
     training reward = reward - penalty × punishment of the length (arXiv 2503.14476, eq. 13)
     A_i = (r_i - mean(r)) / (std(r) + ε) over a group (arXiv 2402.03300, section 4.1)"""

@@ -1,5 +1,5 @@
-"""why.html: the table of checks, the responses that a departure concerns most, and departures over
-the position in the response."""
+"""Writes why.html: the table of checks, the responses that a departure concerns most, and
+departures over the position in the response."""
 
 import math
 from pathlib import Path
@@ -12,8 +12,9 @@ from megatron_r1.reporting import plots
 from megatron_r1.reporting.formatting import format_number, format_percent, shorten_middle
 from megatron_r1.reporting.pages import render_page
 from megatron_r1.reporting.run_report import Plot
-from megatron_r1.why.comparison import NOT_CHECKED, ComparedQuantity, Report, ResponseIndex
+from megatron_r1.why.comparison import NOT_CHECKED, Comparison, ResponseIndex
 from megatron_r1.why.record.recorded_step import RecordedStep
+from megatron_r1.why.step_report import Report
 
 MAX_SHOWN_RESPONSES = 6
 """The most responses on the page."""
@@ -44,7 +45,7 @@ def write_page(report: Report, step: RecordedStep) -> Path:
     return atomic_write(step.folder.path / "why.html", html)
 
 
-def _comparison_cells(comparison: ComparedQuantity) -> dict[str, str]:
+def _comparison_cells(comparison: Comparison) -> dict[str, str]:
     """Return the cells of a check."""
     is_left_out = comparison.status == NOT_CHECKED
     text = comparison.reason if comparison.differs or is_left_out else comparison.description

@@ -1,11 +1,12 @@
-"""What is left to suspect where nothing departs. None of it is a cause: it is what the run's own
-numbers allow, with the figures that speak for it."""
+"""Finds figures of a run that may explain its course where no check departs. A suspicion is not a
+cause: it is what the run's own numbers allow, with the figures that speak for it."""
 
 import math
 from statistics import fmean
 
 from megatron_r1.controller.rollouts.rollout import all_responses
-from megatron_r1.reporting.formatting import finite_metric, format_number, format_percent
+from megatron_r1.reporting.formatting import format_number, format_percent
+from megatron_r1.reporting.record_values import finite_metric
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 MAX_EQUAL_FRACTION, MAX_CUT_FRACTION = 0.5, 0.25
@@ -18,13 +19,13 @@ SMALL_KL = 1e-4
 
 def find_suspicions(step: RecordedStep) -> list[str]:
     """Return one sentence per figure that may explain the run's course, or one that none does."""
-    candidates = [
+    texts = [
         _equal_groups_suspicion(step),
         _truncation_suspicion(step),
         _entropy_suspicion(step),
         _learning_rate_suspicion(step),
     ]
-    sentences = [suspicion for suspicion in candidates if suspicion]
+    sentences = [suspicion for suspicion in texts if suspicion]
     return sentences or ["no figure of the run stands out: too few steps, or the task is learned"]
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 def write_folder(folder: Path, hf_config: dict, dtype: torch.dtype) -> Path:
     """A Hugging Face folder of `hf_config` with random weights, -0 and infinity among them."""
-    from megatron_r1.models.hf_config import resolve_aliases
+    from megatron_r1.models.hf_config_names import resolve_aliases
     from megatron_r1.models.weights.formats.published_layout import published_tensors
 
     folder.mkdir(parents=True)

@@ -13,7 +13,7 @@ from small_models import MODELS
 from wide_model import WIDE
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.convert import to_hf
+from megatron_r1.commands.convert import reload_check
 
 CHECKED = {**MODELS, "wide": WIDE}
 
@@ -73,4 +73,4 @@ def test_a_result_that_computes_something_else_is_refused(convert, oracle, tmp_p
     tensors["model.layers.1.mlp.up_proj.weight"][5] *= 1.5
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with refused("out", Cause.CONFLICT, out, checkpoint):
-        to_hf.check_reload(checkpoint, out, out, torch.float32, 1)
+        reload_check.check_reload(checkpoint, out, out, torch.float32, 1)

@@ -10,7 +10,7 @@ from small_models import MODELS
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.convert import from_hf
-from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.checkpoints import manifest
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ def test_a_killed_conversion_is_continued_by_the_same_command(convert, tmp_path,
     assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in whole.iterdir())
     assert all((out / n).read_bytes() == (whole / n).read_bytes() for n in files)
     if verb == "from-hf":
-        assert checkpoint_folders.manifest_faults(out, "full") == []
+        assert manifest.manifest_faults(out, "full") == []
     assert convert("verify", source, out)[0] == 0
 
 

@@ -12,7 +12,7 @@ from random_folder import write_folder
 from safetensors.torch import load_file, save_file
 from small_models import MODELS
 
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.transformers_model import build_without_weights
 from megatron_r1.models.weights.adapter_table import A, B
 from megatron_r1.why.comparison import CannotRecompute
@@ -24,11 +24,11 @@ from megatron_r1.why.policy import (
     streamed_model,
     token_logprobs,
 )
-from megatron_r1.why.policy.changed_weights import ChangedWeights, SubstitutedLogprobs
+from megatron_r1.why.policy.changed_weights import ChangedPartLogprobs, ChangedWeights
 from megatron_r1.why.policy.checkpoint_model import read_model
 from megatron_r1.why.policy.model_distance import relative_distance, source_distance
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
-from megatron_r1.why.policy.policy_models import NotInMemory, PolicyModels
+from megatron_r1.why.policy.step_models import NotInMemory, StepModels
 from megatron_r1.why.policy.streamed_model import StreamedModel, StreamMemory, stream_memory
 from megatron_r1.why.policy.tensor_source import AdapterTensors, TensorSource
 from megatron_r1.why.policy.token_logprobs import sampled_logprobs
@@ -234,7 +234,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
         wide.with_source(TensorSource(folder, wide.source._hf_config)).head()
 
 
-class VersionModels(PolicyModels):
+class VersionModels(StepModels):
     """The models of two folders, whole or streamed."""
 
     def __init__(self, before: Path, older: Path, *, is_streamed: bool) -> None:
@@ -270,12 +270,12 @@ class Versions(PolicyLogprobs):
         (MOE, lambda made: made.logprobs_after(1)),
         (
             MOE,
-            lambda made: SubstitutedLogprobs(made).logprobs_with_old_expert(
+            lambda made: ChangedPartLogprobs(made).logprobs_with_old_expert(
                 "model.layers.0.mlp.experts", 2, 1
             ),
         ),
-        (DEEPSEEK, lambda made: SubstitutedLogprobs(made).logprobs_without_router_bias()),
-        (TIED, lambda made: SubstitutedLogprobs(made).logprobs_with_head_apart()),
+        (DEEPSEEK, lambda made: ChangedPartLogprobs(made).logprobs_without_router_bias()),
+        (TIED, lambda made: ChangedPartLogprobs(made).logprobs_with_head_apart()),
         (TIED, lambda made: made.packed_logprobs([[0, 2], [3], [1]], restarts=False)),
         (TIED, lambda made: made.shifted_logprobs()),
     ],
@@ -294,12 +294,12 @@ def test_other_weights_and_rows_give_what_they_give_whole_models(name, make, tmp
 def test_what_needs_a_whole_model_says_so(tmp_path):
     folder = folder_of(MOE, tmp_path / "hf")
     made = Versions(folder, folder, is_streamed=True)
-    substituted, layer = SubstitutedLogprobs(made), "model.layers.0.mlp.experts"
-    assert substituted.num_experts(layer) == MODELS[MOE]["num_experts"]
+    changed_parts, layer = ChangedPartLogprobs(made), "model.layers.0.mlp.experts"
+    assert changed_parts.num_experts(layer) == MODELS[MOE]["num_experts"]
     for needs_whole in (
         lambda: ChangedWeights(made),
-        substituted.bfloat16_logprobs,
-        lambda: substituted.logprobs_with_experts(layer, {0: 1, 1: 0}),
+        changed_parts.bfloat16_logprobs,
+        lambda: changed_parts.logprobs_with_experts(layer, {0: 1, 1: 0}),
     ):
         with pytest.raises(NotInMemory, match="does not fit into memory"):
             needs_whole()

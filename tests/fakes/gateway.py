@@ -9,7 +9,7 @@ from collections import Counter
 
 from fakes.agent_sessions import parse
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
-from megatron_r1.agents.turn_parsing import ParsedTurn
+from megatron_r1.agents.parsed_turn import ParsedTurn
 from megatron_r1.engines.server.responses import Response
 from tests.harness.chat_tokenizer import chat_tokenizer
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from megatron_r1.config import FP8Config
-from megatron_r1.models.fp8 import find_fp8_recipe, fp8_linear
+from megatron_r1.models.fp8 import find_fp8_recipe
 from megatron_r1.models.fp8_checks import check_fp8_device
+from megatron_r1.models.fp8_emulation import fp8_linear
 
 ENGINE_RECIPES = {
     "blockwise": "Float8BlockScaling",

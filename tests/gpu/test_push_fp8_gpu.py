@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_r1.models.weights.table import Piece
+from megatron_r1.models.weights.splits import Piece
 from megatron_r1.push.parameter_regions import EncodedRegions, ParameterRegion
-from megatron_r1.push.plan.tensors import Region
+from megatron_r1.push.plan.regions import Region
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

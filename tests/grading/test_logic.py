@@ -11,7 +11,8 @@ import re
 import pytest
 import reasoning_gym
 from r1_grading import logic
-from r1_grading.logic import is_formula, scorer_refusal_reason
+from r1_grading.formula_bounds import is_formula, scorer_refusal_reason
+from r1_grading.task_guards import GUARDS
 from reasoning_gym.factory import DATASETS
 
 TASKS = sorted(set(DATASETS) - set(logic.UNGUARDED))
@@ -84,7 +85,7 @@ def test_wrong_answers_are_worth_nothing(task):
 
 
 def test_the_tasks_own_answers_are_right_and_survive_json():
-    for task in (*logic.GUARDS, "arc_agi", "rearc", "countdown", "n_queens", "number_sorting"):
+    for task in (*GUARDS, "arc_agi", "rearc", "countdown", "n_queens", "number_sorting"):
         for entry in json.loads(json.dumps(entries(task))):
             if entry["answer"] is not None:
                 assert reward(task, entry, entry["answer"]) == 1.0, (task, entry["answer"])
@@ -189,7 +190,7 @@ def test_a_scorer_that_raises_on_an_answer_gives_nothing_and_on_an_entry_raises(
         reward("prime_factorization", {**entry, "answer": "two"}, "2 x 7")
 
 
-@pytest.mark.parametrize("task", sorted(logic.GUARDS))
+@pytest.mark.parametrize("task", sorted(GUARDS))
 def test_a_hostile_answer_is_graded_0_and_does_not_raise(task):
     """Raising would leave the response out of the group's mean instead of counting it as wrong."""
     hostile = (

@@ -5,7 +5,7 @@ import pytest
 import torch
 from r1_kernels import linear_head, linear_policy_loss
 from r1_kernels.arguments import trusted_values
-from r1_kernels.token_logprobs import make_head
+from r1_kernels.linear_token_logprobs import make_head
 from refusals import raised
 
 

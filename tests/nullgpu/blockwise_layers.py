@@ -11,7 +11,8 @@ import transformer_engine_on_host
 from host_compute import compute_everywhere
 
 from megatron_r1.config import FP8Config
-from megatron_r1.models.fp8 import find_fp8_recipe, fp8_linear
+from megatron_r1.models.fp8 import find_fp8_recipe
+from megatron_r1.models.fp8_emulation import fp8_linear
 
 SIZES = (256, 384)
 TOKENS = (130, 0, 37)

@@ -35,9 +35,9 @@ def subscript_empty_extra_state() -> None:
 
 def store_remainders() -> None:
     """Keep master weights as the remainders of the bf16 parameters."""
-    from megatron_r1.trainer import construction
+    from megatron_r1.trainer import optimizer
 
-    construction._PRECISION_AWARE["store_param_remainders"] = True
+    optimizer._PRECISION_AWARE["store_param_remainders"] = True
 
 
 def save_the_reference_from_the_gpu() -> None:

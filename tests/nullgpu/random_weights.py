@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_r1.models.hf_config import resolve_aliases
+from megatron_r1.models.hf_config_names import resolve_aliases
 from megatron_r1.models.weights import hf_tensors
 
 

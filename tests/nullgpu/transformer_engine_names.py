@@ -17,7 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_r1.config import Config
 from megatron_r1.models import platform
-from megatron_r1.models.hf_config import resolve_aliases, score_model_config
+from megatron_r1.models.hf_config import score_model_config
+from megatron_r1.models.hf_config_names import resolve_aliases
 
 
 def with_score_models() -> dict[str, dict]:

@@ -26,7 +26,8 @@ from megatron_r1.engines.plugin import layer_reload, register
 from megatron_r1.engines.plugin.layer_reload import SavedKernelState
 from megatron_r1.engines.plugin.loader_copies import record_copies
 from megatron_r1.engines.plugin.memory_layout import lay_out
-from megatron_r1.models.hf_config import implied_settings, resolve_aliases
+from megatron_r1.models.hf_config_file import implied_settings
+from megatron_r1.models.hf_config_names import resolve_aliases
 from megatron_r1.models.weights.formats import published_layout as fp8
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.layouts import Coordinate

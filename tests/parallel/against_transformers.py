@@ -36,7 +36,7 @@ from megatron_r1 import models  # noqa: E402
 from megatron_r1.config import Config, ParallelConfig  # noqa: E402
 from megatron_r1.models import weights  # noqa: E402
 from megatron_r1.models.context_parallel import gathered_order, positions_of_rank  # noqa: E402
-from megatron_r1.models.hf_config import resolve_aliases  # noqa: E402
+from megatron_r1.models.hf_config_names import resolve_aliases  # noqa: E402
 from megatron_r1.trainer import distributed  # noqa: E402
 
 # fp32 and another order of sums; logits have a standard deviation of 1. transformers itself is up

@@ -99,7 +99,7 @@ def advantages_of(trainer, grid_position, name: str, rl, names):
         guess = (0.3 * batch.targets + 0.11 * batch.position_ids[0]).sin()
         batch.values = torch.where(batch.is_response, guess, 0.0)
     trainer.compute_token_advantages(
-        algorithms.find_algorithm(name).token_advantages, rl.token_settings
+        algorithms.find_algorithm(name).token_advantages, rl.token_advantage_settings
     )
     metrics = {}
     if function := MASK_FUNCTIONS.get(rl.engine_mask):

@@ -15,10 +15,10 @@ from grids import parallel_settings
 
 from megatron_r1.config import Config
 from megatron_r1.models import platform
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.trainer import distributed, replica
-from megatron_r1.trainer.operations import LOAD, RankCall
+from megatron_r1.trainer.rank_messages import LOAD, RankCall
 from megatron_r1.trainer.sample_encoding import encode_samples
 from megatron_r1.trainer.training_sample import Sample
 

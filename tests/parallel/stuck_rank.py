@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1.trainer import rank_monitor, rank_server
-from megatron_r1.trainer.operations import monitor_identity
+from megatron_r1.trainer.rank_messages import monitor_identity
 
 
 def add_up(values: torch.Tensor) -> None:

@@ -9,12 +9,12 @@ import pytest
 from ranks import run_ranks
 from trainer_steps import config
 
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import rank_memory
-from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.checkpoints import checkpoint_folders, manifest
 
 HERE = Path(__file__).parent
 # fp32 sums in another order, through two updates with a large learning rate.
@@ -123,8 +123,8 @@ def test_what_two_ranks_wrote_continues_on_one_and_on_four(straight, oracle, wor
 def test_every_file_of_every_rank_is_in_the_manifest_and_a_name_is_taken_once(straight):
     out, expected = straight
     folder = out / "step_00000002"
-    assert checkpoint_folders.manifest_faults(folder, "full") == []
-    names = set(checkpoint_folders.read_manifest(folder))
+    assert manifest.manifest_faults(folder, "full") == []
+    names = set(manifest.read_manifest(folder))
     assert names == {path.name for path in folder.iterdir()} - {"manifest.json"}
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "run_state.json"} <= names
     for rank in expected:
@@ -160,7 +160,7 @@ def test_a_rank_killed_while_it_writes_leaves_the_last_good_one(straight, oracle
 def test_ranks_find_every_flipped_byte_and_a_reference_that_was_not_saved(straight, oracle):
     out, _ = straight
     folder = shutil.copytree(out / "step_00000002", out / "flipped")
-    names = [name for name in checkpoint_folders.read_manifest(folder) if name.endswith(".distcp")]
+    names = [name for name in manifest.read_manifest(folder) if name.endswith(".distcp")]
     for name in names:
         content = bytearray((folder / name).read_bytes())
         content[-1] ^= 1

@@ -7,7 +7,7 @@ import compared_runs
 import pytest
 from ranks import run_ranks
 
-from megatron_r1.commands.compare.verb import compare_runs
+from megatron_r1.commands.compare.runs import compare_runs
 
 pytestmark = pytest.mark.more
 HERE = Path(__file__).parent

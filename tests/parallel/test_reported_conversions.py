@@ -9,7 +9,7 @@ from oracle import mtp_layer, mtp_logits
 from ranks import run_ranks
 from safetensors.torch import load_file
 
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers
 
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from megatron_r1.models.platform import _create_listener
+from megatron_r1.models.rendezvous_store import _create_listener
 
 HERE = Path(__file__).parent
 EVERYWHERE = ("::", "0.0.0.0")

@@ -21,9 +21,9 @@ from megatron_r1.commands.check_model.results import ModelCheckResult
 from megatron_r1.config import ParallelConfig, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.rollout import RolloutSampling
+from megatron_r1.data.end_tokens import describe_end_tokens, end_tokens
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.engines.server.stop_strings import truncate_at_stop
 from megatron_r1.evaluation.sampling_settings import SamplingSettings

@@ -70,7 +70,7 @@ def terms_of(name, groups, settings, temperature=1.0, hidden=None, split=False):
     if algorithm.token_advantages is not None:
         rollout = RolloutBatches(batches)
         rollout.store_targets(
-            find_function(algorithm.token_advantages)(rollout, config.rl.token_settings)
+            find_function(algorithm.token_advantages)(rollout, config.rl.token_advantage_settings)
         )
     loss = find_function(algorithm.loss)
     terms = []

@@ -8,7 +8,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import algorithms
 from megatron_r1.config.algorithms import AlgorithmRules
 from megatron_r1.config.overrides import parse_overrides
-from megatron_r1.config.recipe import load_recipe
+from megatron_r1.config.recipe_files import load_recipe
 from megatron_r1.config.yaml_text import dump_yaml, format_value, parse_value
 
 RULES = AlgorithmRules(options={"rate": 0.5, "count": 3, "switch": False, "word": "a"})

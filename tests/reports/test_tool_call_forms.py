@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_r1.agents import turn_parsing
 from megatron_r1.agents.dropped_text import find_dropped_text
+from megatron_r1.agents.parsed_turn import ParsedTurn
 from megatron_r1.agents.parser_worker import ParseJob, ParserOptions, TurnParser, tool_call
 from tests.harness.chat_tokenizer import chat_tokenizer
 
@@ -124,7 +124,7 @@ def test_b28_b29_random_texts_of_each_of_vllms_parsers(name, tokenizer, monkeypa
         try:
             return parser.parse(ParseJob(text, own.encode(text), [1], TOOLS))
         except Exception as error:
-            return turn_parsing.ParsedTurn(None, text, failure=repr(error))
+            return ParsedTurn(None, text, failure=repr(error))
 
     call = written(form, "wqa there")
     reply = parse(call)
@@ -134,7 +134,7 @@ def test_b28_b29_random_texts_of_each_of_vllms_parsers(name, tokenizer, monkeypa
     for _ in range(NUM_TEXTS):
         text = random_text(form, draw)
         reply = parse(text)
-        why = reply.failure if isinstance(reply, turn_parsing.ParsedTurn) else reply.reason
+        why = reply.failure if isinstance(reply, ParsedTurn) else reply.reason
         if why:
             assert (reply.content, reply.tool_calls) == (text, []), text
             continue

@@ -7,13 +7,9 @@ import random
 import pytest
 
 from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.turn_parsing import (
-    PARSE_ERROR,
-    HermesParser,
-    ParsedTurn,
-    TurnReader,
-    parse_hermes,
-)
+from megatron_r1.agents.hermes_parser import HermesParser, parse_hermes
+from megatron_r1.agents.parsed_turn import PARSE_ERROR, ParsedTurn
+from megatron_r1.agents.turn_parsing import TurnReader
 from tests.harness.chat_tokenizer import chat_tokenizer
 
 

@@ -10,11 +10,8 @@ from r1_grading import RewardPool
 
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.commands.score.verifier_audit import audit_verifier
-from megatron_r1.evaluation.verifier_errors import (
-    AnswerContent,
-    AuditedResponse,
-    PooledSecondReader,
-)
+from megatron_r1.evaluation.second_verdicts import PooledSecondReader
+from megatron_r1.evaluation.verifier_errors import AnswerContent, AuditedResponse
 from tests.grading.code_answers import fenced, needs_sandbox
 from tests.reports.test_answers import OUTPUTS
 

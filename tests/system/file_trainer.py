@@ -18,7 +18,7 @@ from megatron_r1.models.weights.adapter_table import (
     adapter_table,
 )
 from megatron_r1.models.weights.layout import stage_shards
-from megatron_r1.models.weights.table import Piece
+from megatron_r1.models.weights.splits import Piece
 from megatron_r1.push.checksum import copy_with_checksum
 from megatron_r1.push.control_messages import AdapterSettings, OpenedPush, PushUpdateInfo
 from megatron_r1.push.plan import EngineLayout, TrainerGrid

@@ -51,7 +51,7 @@ def write(folder: Path, hf_config: dict) -> None:
     import transformers
     from safetensors.torch import load_file, save_file
 
-    from megatron_r1.models.hf_config import resolve_aliases
+    from megatron_r1.models.hf_config_names import resolve_aliases
     from megatron_r1.models.weights.formats import published_layout
     from megatron_r1.models.weights.formats.published_layout import published_tensors
     from megatron_r1.models.weights.table import weight_table

@@ -23,7 +23,7 @@ from tiny_models import DEEPSEEK, GPT_OSS, QWEN, write_model
 
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.models.hf_config import resolve_aliases
+from megatron_r1.models.hf_config_names import resolve_aliases
 from megatron_r1.models.weights.adapter_table import (
     PEFT_PREFIX,
     adapter_config,

@@ -10,8 +10,8 @@ import pytest
 from command_line import command, environment, run
 from lookup_base import ROOT, lines
 
+from megatron_r1.why.all_checks import examine_step
 from megatron_r1.why.comparison import EQUAL
-from megatron_r1.why.examination import examine_step
 from megatron_r1.why.record.step_reader import open_run, read_step
 
 

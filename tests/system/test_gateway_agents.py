@@ -15,7 +15,7 @@ from fakes.gateway import check_tree
 from tiny_models import QWEN, write_model
 
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
-from megatron_r1.agents.turn_parsing import ParserPool
+from megatron_r1.agents.parser_pool import ParserPool
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from tests.harness.chat_tokenizer import chat_tokenizer

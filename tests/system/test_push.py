@@ -31,12 +31,12 @@ from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.supervision.hang_diagnosis import inspect_trainer
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.models.hf_config import resolve_aliases
+from megatron_r1.models.hf_config_names import resolve_aliases
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push import link_planner
-from megatron_r1.push.link_planner import PublishedSharding
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
+from megatron_r1.push.published_sharding import PublishedSharding
 
 MODELS = {
     **{"deepseek": DEEPSEEK, "qwen": QWEN, "qwen3-moe": QWEN3_MOE, "glm": GLM},

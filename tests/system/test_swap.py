@@ -28,7 +28,8 @@ from megatron_r1.base.processes import children
 from megatron_r1.engines.plugin import layer_reload
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy, record_copies
 from megatron_r1.engines.plugin.memory_layout import lay_out
-from megatron_r1.models.hf_config import implied_settings, resolve_aliases
+from megatron_r1.models.hf_config_file import implied_settings
+from megatron_r1.models.hf_config_names import resolve_aliases
 from megatron_r1.models.weights import hf_tensors
 
 NUM_EXPERTS, HIDDEN, INTERMEDIATE = 2, 256, 128

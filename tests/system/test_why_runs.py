@@ -19,13 +19,14 @@ from command_line import run
 from megatron_r1.base.files.framed_records import FramedFile, append_frame
 from megatron_r1.controller.rollouts.sample_log import GroupRecord, decode, encode
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
-from megatron_r1.trainer.checkpoints.checkpoint_folders import write_manifest
-from megatron_r1.why.comparison import EQUAL, Report
-from megatron_r1.why.examination import examine_step
+from megatron_r1.trainer.checkpoints.manifest import write_manifest
+from megatron_r1.why.all_checks import examine_step
+from megatron_r1.why.comparison import EQUAL
 from megatron_r1.why.policy import policy_logprobs
 from megatron_r1.why.policy.checkpoint_model import STATE_PREFIX
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import open_run, read_step
+from megatron_r1.why.step_report import Report
 from megatron_r1.why.update.recomputation import Recomputation
 
 pytestmark = pytest.mark.more

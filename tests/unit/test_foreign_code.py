@@ -15,7 +15,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server.model_config import config_arguments
 from megatron_r1.engines.server.settings import EngineSettings
-from megatron_r1.models.hf_config import load_raw_hf_config, read_hf_config
+from megatron_r1.models.hf_config_file import load_raw_hf_config, read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers
 
 MODEL = Path(__file__).parents[2] / "examples/laptop/model"

@@ -21,7 +21,7 @@ import aiohttp
 import psutil
 
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
-from megatron_r1.agents.turn_parsing import ParserPool
+from megatron_r1.agents.parser_pool import ParserPool
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.server.responses import Response
 from tools.bench import host

@@ -29,16 +29,18 @@ from r1_grading import RewardPool
 from megatron_r1.commands.score.verifier_audit import SAMPLE_SIZE, audit_verifier
 from megatron_r1.data.table_files import read_rows
 from megatron_r1.evaluation.fraction_intervals import FractionEstimate
-from megatron_r1.evaluation.verifier_errors import (
+from megatron_r1.evaluation.second_verdicts import (
     MATH_VERIFY,
     READER,
     REPEATS,
-    AnswerContent,
-    AuditedResponse,
-    SecondReaderVerdict,
     classify_runs,
     mathematics_verdicts,
     read_mathematics,
+)
+from megatron_r1.evaluation.verifier_errors import (
+    AnswerContent,
+    AuditedResponse,
+    SecondReaderVerdict,
 )
 
 ROOT = Path(__file__).resolve().parents[2]

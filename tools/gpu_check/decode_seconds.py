@@ -18,7 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from megatron_r1.models.hf_config import HFConfig, published_names, read_hf_config
+from megatron_r1.models.hf_config import HFConfig
+from megatron_r1.models.hf_config_file import read_hf_config
+from megatron_r1.models.hf_config_names import published_names
 from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.counts import ModelCounts
 from megatron_r1.plan.hardware import HARDWARE, Hardware

@@ -18,7 +18,7 @@ from megatron_r1.base.processes.exit_diagnosis import last_lines
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
 from megatron_r1.rehearse import launch, miniature
-from megatron_r1.rehearse.phases import find_errors
+from megatron_r1.rehearse.started_phase import find_errors
 from megatron_r1.reporting.run_folder import RunFolder
 from tools.gpu_check import verdict
 from tools.gpu_check.miniatures import (

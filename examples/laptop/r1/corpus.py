@@ -22,7 +22,7 @@ from examples.laptop.r1.lessons import (
 from megatron_r1.base.files.json_lines import write_lines
 from megatron_r1.data.few_shot import SEPARATOR
 from megatron_r1.data.prompt import is_heldout
-from megatron_r1.data.prompt_tokenizer import render_template
+from megatron_r1.data.prompt_templates import render_template
 
 TEMPLATE = "User: {question}\nAssistant: "
 HELDOUT = 0.1

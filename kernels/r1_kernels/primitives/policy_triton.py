@@ -8,7 +8,7 @@ the loss); segment_sums reads 4 bytes per token and writes 4 per sequence. There
 kernel: the derivative is known in the forward pass, and autograd multiplies it by one number
 (`r1_kernels.policy_loss`).
 
-No collective falls in either kernel. `r1_kernels.policy_loss` sums over ranks what segment_sums
+No collective falls in either kernel. `r1_kernels.averaging` sums over ranks what segment_sums
 returns, where the tokens of a sequence are spread over a group.
 
 Each program sums its own part of the loss, in one order, and the caller adds the parts: atomics

@@ -10,13 +10,11 @@ without a tokenizer is checked on token ids."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.base.processes.host_memory import free_bytes
+from megatron_r1.commands.check_model.comparisons import compare_with_megatron, compare_with_vllm
 from megatron_r1.commands.check_model.results import (
     ModelCheckResult,
     NotCompared,
@@ -33,93 +32,13 @@ from megatron_r1.commands.check_model.results import (
     ReferenceResult,
 )
 from megatron_r1.config import Config, ParallelConfig
-from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.data.tokenizer import describe_end_tokens, end_tokens
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
-from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
-from megatron_r1.engines.server.errors import EngineError, with_log_excerpt
-from megatron_r1.engines.server.model_config import max_positions
-from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
-from megatron_r1.engines.server.settings import engine_settings
-from megatron_r1.engines.server.vllm_arguments import check_arguments
+from megatron_r1.data.end_tokens import describe_end_tokens, end_tokens
 from megatron_r1.evaluation.model_folder import require_weights
-from megatron_r1.models.hf_config import describe_config_changes, load_raw_hf_config, read_hf_config
+from megatron_r1.models.hf_config_file import describe_config_changes, read_hf_config
 from megatron_r1.models.memory import engine_bytes, parameter_bytes
 from megatron_r1.models.parallel_checks import check_divisions
 from megatron_r1.models.support_checks import check_supported
 from megatron_r1.models.weights.layout import num_parameters, recipe_stages
-from megatron_r1.trainer.operations import EvaluationOperations
-from megatron_r1.trainer.training_sample import Sample
-
-ENGINE_NAME = "engine-0"
-MAX_LENGTH = 256
-"""The most tokens of a sequence and its one new token; the sequences of the reference are
-shorter."""
-
-
-async def compare_with_megatron(config: Config, reference: ReferenceResult, scratch: Path) -> float:
-    """Return the largest difference of the trainer's log-probabilities, in the layout of
-    `config.parallel`.
-
-    Args:
-        config: the recipe of the check.
-        reference: what transformers has computed.
-        scratch: a folder for the run's files.
-
-    Raises:
-        UserError: an impossible layout.
-        TrainerError: a rank fails."""
-    samples = [
-        Sample.pack(ids[:1], ids[1:], logprobs)
-        for ids, logprobs in zip(reference.sequences, reference.logprobs, strict=True)
-    ]
-    trainer = TrainerClient(config, scratch)
-    trainer.launch()
-    try:
-        await trainer.connect()
-        return (await trainer.call(EvaluationOperations.probe, samples=samples))["probe/max"]
-    finally:
-        await trainer.close()
-
-
-async def compare_with_vllm(
-    folder: Path, config: Config, reference: ReferenceResult, scratch: Path
-) -> float | NotCompared:
-    """Compare an engine's log-probabilities, started on the weights in `folder`, with the
-    reference's.
-
-    Args:
-        folder: the Hugging Face folder.
-        config: the recipe, whose section `rollout` the engine gets.
-        reference: the sequences, and transformers' log-probabilities of them.
-        scratch: a folder for the engine's log and sockets.
-
-    Returns:
-        The largest absolute difference in nats, or why none was measured."""
-    if find_spec("vllm") is None:
-        return NotCompared("vllm is not installed in this environment", is_failure=False)
-    try:
-        check_engines(config, load_raw_hf_config(folder))
-        check_local_engines(config.rollout)
-        check_cpu_kernels(config.rollout, load_raw_hf_config(folder))
-        check_arguments(config.rollout, "rollout")
-    except UserError as error:
-        return NotCompared(str(error))
-    length = min(MAX_LENGTH, max_positions(folder))
-    settings = engine_settings(config.rollout) | {"max_model_len": length, "max_num_seqs": 16}
-    async with contextlib.AsyncExitStack() as stack:
-        fleet = await stack.enter_async_context(RolloutFleet(1, scratch, **settings))
-        try:
-            await fleet.start(folder)
-            client = fleet.engines[0].client
-            replies = [await client.compute_logprobs(ids, 1) for ids in reference.sequences]
-        except EngineError as error:
-            return NotCompared(with_log_excerpt(error, scratch, ENGINE_NAME))
-    pairs = zip(replies, reference.logprobs, strict=True)
-    return max(
-        abs(a - b) for computed, expected in pairs for a, b in zip(computed, expected, strict=True)
-    )
-
 
 ARGUMENTS = ("HF_FOLDER",)
 SETTINGS = ("parallel", "rollout", "model.dtype", "model.mtp")

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_r1.commands.compare.difference import RunDifference
 from megatron_r1.commands.compare.records import is_rounding
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
-from megatron_r1.trainer.checkpoints.checkpoint_folders import (
+from megatron_r1.trainer.checkpoints.manifest import (
     MANIFEST,
     ManifestError,
     manifest_faults,

@@ -1,5 +1,5 @@
 """The parts of `megatron-r1 convert` (docs/convert.md).
 
 `verb` has the command line, and `to_hf`, `from_hf` and `verify` are its verbs; `logits` is a
-process of its own. `sources` reads either kind of model, and `work_folder` keeps what a conversion
-has finished."""
+process of its own. `reload_check` compares what `to_hf` has written, `sources` reads either kind of
+model, and `work_folder` keeps what a conversion has finished."""

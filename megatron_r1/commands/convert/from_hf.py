@@ -22,7 +22,7 @@ from megatron_r1.commands.convert.sources import (
     require_outside,
 )
 from megatron_r1.commands.convert.work_folder import WorkFolder
-from megatron_r1.models.weights import table
+from megatron_r1.models.weights import splits
 from megatron_r1.models.weights.formats import published_layout
 from megatron_r1.models.weights.formats.dcp_writer import (
     Chunk,
@@ -39,7 +39,7 @@ from megatron_r1.models.weights.formats.megatron_weights import (
 )
 from megatron_r1.models.weights.formats.tensor_files import plan_file, write_at
 from megatron_r1.reporting.formatting import format_count
-from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.checkpoints import manifest
 
 CHUNK_BYTES = 32 << 20
 """Largest chunk. A worker holds a few of them; Megatron loads chunks of any size."""
@@ -60,7 +60,7 @@ class PlannedChunk:
 
     chunk: Chunk
     shape: tuple[int, ...]
-    runs: tuple[table.Piece, ...]
+    runs: tuple[splits.Piece, ...]
     num_bytes: int
 
 
@@ -89,7 +89,7 @@ class WrittenFile:
     """A finished file: its chunks and its manifest entry."""
 
     chunks: list[WrittenChunk]
-    entry: checkpoint_folders.FileEntry
+    entry: manifest.FileEntry
 
 
 WRITTEN_FILE_ADAPTER = TypeAdapter(WrittenFile)
@@ -153,7 +153,7 @@ def split_rows(slot: StoredParameter, itemsize: int) -> Iterator[PlannedChunk]:
         count = min(step, slot.shape[0] - first)
         shape = (count, *slot.shape[1:])
         chunk = Chunk(slot.key, (*slot.index, first, *zeros), (*ones, *shape))
-        runs = tuple(table.pieces_of_rows(slot.runs, first, count))
+        runs = tuple(splits.pieces_of_rows(slot.runs, first, count))
         yield PlannedChunk(chunk, shape, runs, count * row)
 
 
@@ -182,7 +182,7 @@ def _write_file(job: ImportJob, part: tuple[int, list[PlannedChunk]]) -> Written
     unnamed = path.with_name(f".{path.name}.tmp")
     chunks = write_chunks(unnamed, _read_chunk_values(job, pieces))
     chunks = [WrittenChunk(w.chunk, path.name, w.offset, w.length) for w in chunks]
-    output = WrittenFile(chunks, checkpoint_folders.file_entry(unnamed))
+    output = WrittenFile(chunks, manifest.file_entry(unnamed))
     atomic_write(contents, WRITTEN_FILE_ADAPTER.dump_json(output).decode())
     unnamed.rename(path)
     return output
@@ -221,7 +221,7 @@ def _finish_checkpoint(
     def complete(folder: Path) -> None:
         for number in range(len(outputs)):
             _contents_path(folder, number).unlink(missing_ok=True)
-        checkpoint_folders.write_manifest(folder, hashed)
+        manifest.write_manifest(folder, hashed)
 
     work.finish(complete)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from megatron_r1.models.hf_config import HFConfig, has_score_head, read_hf_config
+from megatron_r1.models.hf_config import HFConfig, has_score_head
+from megatron_r1.models.hf_config_file import read_hf_config
 
 
 def _fixed_tokens(vocabulary: int) -> torch.Tensor:

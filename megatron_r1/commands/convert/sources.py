@@ -11,14 +11,15 @@ from pathlib import Path
 import yaml
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.models.hf_config import HFConfig, read_hf_config
+from megatron_r1.models.hf_config import HFConfig
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.support_checks import check_supported
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.table import SCORE
-from megatron_r1.trainer.checkpoints import checkpoint_folders
-from megatron_r1.trainer.checkpoints.checkpoint_folders import Verify
+from megatron_r1.trainer.checkpoints import checkpoint_folders, manifest
+from megatron_r1.trainer.checkpoints.manifest import Verify
 
 Weights = HFWeights | MegatronWeights
 HF_FILES = "huggingface"
@@ -98,9 +99,9 @@ def check_manifest(checkpoint: FoundCheckpoint, verify: Verify, args: Namespace)
 
     Raises:
         UserError: with the damaged files and the remedy."""
-    if checkpoint.run is None and not (checkpoint.folder / checkpoint_folders.MANIFEST).is_file():
+    if checkpoint.run is None and not (checkpoint.folder / manifest.MANIFEST).is_file():
         return
-    faults = checkpoint_folders.manifest_faults(checkpoint.folder, verify)
+    faults = manifest.manifest_faults(checkpoint.folder, verify)
     if not faults:
         return
     damaged = f"{checkpoint.folder} is damaged: {'; '.join(faults[:5])}"
@@ -118,11 +119,7 @@ def check_manifest(checkpoint: FoundCheckpoint, verify: Verify, args: Namespace)
         if checkpoint_folders.checkpoint_step(folder) < damaged_step
     )
     undamaged_folder = next(
-        (
-            folder
-            for folder in older_folders
-            if not checkpoint_folders.manifest_faults(folder, verify)
-        ),
+        (folder for folder in older_folders if not manifest.manifest_faults(folder, verify)),
         None,
     )
     if undamaged_folder is None:

@@ -26,11 +26,11 @@ from megatron_r1.commands.trained_template import template_of_model
 from megatron_r1.config import infer_verb
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, guess_columns
+from megatron_r1.data.end_tokens import describe_end_tokens
 from megatron_r1.data.prompt import Prompt, is_heldout, normalize_question
 from megatron_r1.data.prompt_reader import parse_question
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.rows import read_canonical_rows
-from megatron_r1.data.tokenizer import describe_end_tokens
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.model_config import max_positions
 

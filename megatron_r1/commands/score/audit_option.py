@@ -22,13 +22,8 @@ from megatron_r1.commands.score.verifier_audit import (
 from megatron_r1.config import Config, RLConfig
 from megatron_r1.controller import algorithms
 from megatron_r1.evaluation.fraction_intervals import FractionEstimate
-from megatron_r1.evaluation.verifier_errors import (
-    AUDITED_REWARDS,
-    MATH_VERIFY,
-    AuditedResponse,
-    ErrorRates,
-    PooledSecondReader,
-)
+from megatron_r1.evaluation.second_verdicts import MATH_VERIFY, PooledSecondReader
+from megatron_r1.evaluation.verifier_errors import AUDITED_REWARDS, AuditedResponse, ErrorRates
 
 VERIFIERS = ("math", MATH_VERIFY)
 MAX_SHOWN = 20

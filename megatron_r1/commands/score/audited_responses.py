@@ -14,7 +14,7 @@ from megatron_r1.config import Config
 from megatron_r1.controller.loop import training_reward
 from megatron_r1.data.table_files import describe_json_error
 from megatron_r1.evaluation.verifier_errors import AUDITED_REWARDS, AnswerContent, AuditedResponse
-from megatron_r1.reporting.formatting import finite_metric
+from megatron_r1.reporting.record_values import finite_metric
 from megatron_r1.why.record.step_reader import examinable_steps, open_run, read_steps
 
 OPTION = "--audit"

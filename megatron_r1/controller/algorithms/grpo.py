@@ -102,7 +102,7 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
             log-probabilities is not corrected."""
     from r1_kernels import PolicySettings
 
-    from megatron_r1.trainer.losses import LossSum, loss_denominator, token_weights
+    from megatron_r1.trainer.losses import LossSum, loss_denominator, make_token_averaging
     from megatron_r1.trainer.metrics import Maximum, Mean
 
     settings = LossSettings.of(settings)
@@ -117,8 +117,10 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
         objective=settings.objective,
         entropy_coef=settings.entropy_coef,
     )
-    weights = token_weights(batch, settings.loss_average, settings.max_response_tokens)
-    terms = head.policy_loss(policy_settings, weights, settings.ratio_level)
+    token_averaging = make_token_averaging(
+        batch, settings.loss_average, settings.max_response_tokens
+    )
+    terms = head.policy_loss(policy_settings, token_averaging, settings.ratio_level)
     count = loss_denominator(batch, settings.loss_average)
     num_tokens = batch.is_response.sum()
     metrics: dict[str, Mean | Maximum] = {

@@ -36,9 +36,9 @@ def token_advantages(rollout: RolloutBatches, settings: TokenAdvantageSettings) 
 
     settings = TokenAdvantageSettings.of(settings)
     advantages = []
-    for responses in rollout.responses:
-        logprobs = responses.batch.logprobs
-        gaps = responses.gather(logprobs["teacher"] - logprobs["old"])
-        mask, last = responses.is_response, responses.last_response_positions
+    for microbatch in rollout.whole_microbatches:
+        logprobs = microbatch.batch.logprobs
+        gaps = microbatch.gather(logprobs["teacher"] - logprobs["old"])
+        mask, last = microbatch.is_response, microbatch.last_response_positions
         advantages.append(discounted_sums(gaps, settings.discount, mask, last))
     return TokenTargets(advantages)

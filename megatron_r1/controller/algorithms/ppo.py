@@ -34,16 +34,16 @@ def token_advantages(rollout: RolloutBatches, settings: TokenAdvantageSettings) 
 
     settings = TokenAdvantageSettings.of(settings)
     advantages, returns = [], []
-    for responses in rollout.responses:
-        values = responses.batch.values
+    for microbatch in rollout.whole_microbatches:
+        values = microbatch.batch.values
         assert values is not None, "the critic's values come first"
         microbatch_advantages, targets = gae(
-            responses.token_rewards(settings.kl_beta),
-            responses.gather(values),
+            microbatch.token_rewards(settings.kl_beta),
+            microbatch.gather(values),
             settings.discount,
             settings.gae_lambda,
-            responses.is_response,
-            responses.last_response_positions,
+            microbatch.is_response,
+            microbatch.last_response_positions,
         )
         advantages.append(microbatch_advantages)
         returns.append(targets)

@@ -47,7 +47,7 @@ def wrap_loss(loss: str, settings: LossSettings) -> tuple[str, LossSettings]:
 
 
 def call_inner_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
-    """Return the terms of the first loss of `settings.inner`.
+    """Return the result of the first loss of `settings.inner`.
 
     Args:
         batch: the packed samples.
@@ -57,5 +57,5 @@ def call_inner_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) 
 
     name, *inner_losses = settings.inner
     settings = replace(settings, inner=tuple(inner_losses))
-    terms: LossSum = find_function(name)(batch, head, settings)
-    return terms
+    loss_sum: LossSum = find_function(name)(batch, head, settings)
+    return loss_sum

@@ -44,35 +44,35 @@ from megatron_r1.controller.corrections import call_inner_loss
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_r1.config.engine_mask import EngineMask
+    from megatron_r1.config.engine_mask import EngineMaskSettings
     from megatron_r1.trainer.batch import PackedBatch
     from megatron_r1.trainer.loss_head import LossHead
     from megatron_r1.trainer.losses import LossSum
     from megatron_r1.trainer.rollout_batches import RolloutBatches
 
 
-def token_mask(rollout: RolloutBatches, settings: EngineMask) -> list[Tensor]:
+def token_mask(rollout: RolloutBatches, settings: EngineMaskSettings) -> list[Tensor]:
     """Return (T,) bool per micro-batch: whether a token keeps its advantage.
 
     Args:
         rollout: the rollout, with the log-probabilities of π_old.
         settings: the bounds of k."""
     masks = []
-    for responses in rollout.responses:
-        ratios = responses.rollout_log_ratios.exp()
+    for microbatch in rollout.whole_microbatches:
+        ratios = microbatch.rollout_log_ratios.exp()
         masks.append((ratios >= settings.low) & (ratios <= settings.high))
     return masks
 
 
-def sequence_mask(rollout: RolloutBatches, settings: EngineMask) -> list[Tensor]:
+def sequence_mask(rollout: RolloutBatches, settings: EngineMaskSettings) -> list[Tensor]:
     """Return (T,) bool per micro-batch: whether the response of a token keeps its advantage.
 
     Args:
         rollout: the rollout, with the log-probabilities of π_old.
         settings: the bounds of the geometric mean."""
     masks = []
-    for responses in rollout.responses:
-        means = responses.sample_means(responses.rollout_log_ratios).exp()
+    for microbatch in rollout.whole_microbatches:
+        means = microbatch.sample_means(microbatch.rollout_log_ratios).exp()
         masks.append((means >= settings.low) & (means <= settings.high))
     return masks
 
@@ -99,6 +99,6 @@ def divergence_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) 
         )
         is_masked = is_outside & (advantages != 0) & batch.is_response
     corrected_batch = replace(batch, advantages=torch.where(is_masked, 0.0, advantages))
-    terms = call_inner_loss(corrected_batch, replace(head, batch=corrected_batch), settings)
+    loss_sum = call_inner_loss(corrected_batch, replace(head, batch=corrected_batch), settings)
     masked_fraction = Mean(is_masked.sum(), batch.is_response.sum())
-    return terms._replace(metrics={**terms.metrics, "engine_mask/tokens": masked_fraction})
+    return loss_sum._replace(metrics={**loss_sum.metrics, "engine_mask/tokens": masked_fraction})

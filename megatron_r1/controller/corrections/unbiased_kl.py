@@ -43,7 +43,7 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
 
     settings = LossSettings.of(settings)
     settings_without_kl = replace(settings, kl_beta=0.0, kl_estimator="k3")
-    terms = call_inner_loss(batch, head, settings_without_kl)
+    loss_sum = call_inner_loss(batch, head, settings_without_kl)
     rows = batch.response_positions
     logprobs = head.logprobs()[0][rows].double()
     old_logprobs = batch.logprobs["old"][rows].double()
@@ -52,21 +52,23 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
     g = (ref_logprobs - logprobs).clamp(max=MAX_LOG_RATIO)
     kl = ratio * (g.expm1() - g)
     weights = _weights_in_sum(batch, head, settings)[rows]
-    total_loss = terms.loss + (settings.kl_beta * (weights * kl).sum()).to(terms.loss.dtype)
+    total_loss = loss_sum.loss + (settings.kl_beta * (weights * kl).sum()).to(loss_sum.loss.dtype)
     metrics = {
-        "loss": Mean(total_loss.detach(), terms.denominator),
+        "loss": Mean(total_loss.detach(), loss_sum.denominator),
         "kl": Mean(kl.detach().sum(), batch.is_response.sum()),
     }
-    return terms._replace(loss=total_loss, metrics={**terms.metrics, **metrics})
+    return loss_sum._replace(loss=total_loss, metrics={**loss_sum.metrics, **metrics})
 
 
 def _weights_in_sum(batch: PackedBatch, head: LossHead, settings: LossSettings) -> Tensor:
     """Return (T,) fp64, what a response token weighs in the sum."""
-    from megatron_r1.trainer.losses import token_weights
-    from megatron_r1.trainer.rollout_batches import WholeResponses
+    from megatron_r1.trainer.losses import make_token_averaging
+    from megatron_r1.trainer.rollout_batches import WholeMicrobatch
 
-    weights = token_weights(batch, settings.loss_average, settings.max_response_tokens)
-    if weights.average == "token":
-        return weights.mask.double() / weights.denominator
-    responses = WholeResponses(batch, head.context_group)
-    return responses.local_part(1 / responses.response_lengths.clamp(min=1))
+    token_averaging = make_token_averaging(
+        batch, settings.loss_average, settings.max_response_tokens
+    )
+    if token_averaging.average == "token":
+        return token_averaging.response_weights.double() / token_averaging.denominator
+    microbatch = WholeMicrobatch(batch, head.context_group)
+    return microbatch.local_part(1 / microbatch.response_lengths.clamp(min=1))

@@ -25,7 +25,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.reporting.formatting import format_seconds
-from megatron_r1.trainer.operations import RankStatus
+from megatron_r1.trainer.rank_messages import RankStatus
 
 ANSWER_SECONDS = 5.0
 """Time in which a rank or an engine has to answer; that it does not is a part of the report."""

@@ -20,7 +20,7 @@ class Supervisor:
     """Watches the roles of one run, and stops or restarts what hangs or has died."""
 
     def __init__(
-        self, config: Config, recorder: RunRecorder, trainer: TrainerClient, *, spans_hosts: bool
+        self, config: Config, recorder: RunRecorder, trainer: TrainerClient, *, spans_nodes: bool
     ) -> None:
         """Prepare to watch; `watching` begins.
 
@@ -28,10 +28,10 @@ class Supervisor:
             config: the recipe.
             recorder: the run's record.
             trainer: the trainer's ranks, by their client.
-            spans_hosts: the health endpoint listens on every address instead of 127.0.0.1."""
+            spans_nodes: the health endpoint listens on every address instead of 127.0.0.1."""
         self._run = WatchedRun(config, recorder, trainer)
         self._watchdog = Watchdog(self._run)
-        self._host = "0.0.0.0" if spans_hosts else "127.0.0.1"
+        self._host = "0.0.0.0" if spans_nodes else "127.0.0.1"
 
     def watch_rollouts(self, collector: RolloutCollector) -> None:
         """Also supervise engines, reward workers and their groups from now on."""

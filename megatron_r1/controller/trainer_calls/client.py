@@ -28,16 +28,12 @@ from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.compute_cost import sample_cost
 from megatron_r1.trainer.operations import (
-    LOAD,
-    STOP,
     EvaluationOperations,
     ModelOperations,
-    RankCall,
-    RankDescription,
-    RankReply,
     decode_result,
     needs_parameters,
 )
+from megatron_r1.trainer.rank_messages import LOAD, STOP, RankCall, RankDescription, RankReply
 from megatron_r1.trainer.sample_encoding import ReplicaSamples, encode_samples
 from megatron_r1.trainer.training_sample import Buffer, Sample
 

@@ -11,7 +11,7 @@ import zmq
 import zmq.asyncio
 
 from megatron_r1.base.processes.authentication import protect_server
-from megatron_r1.trainer.operations import (
+from megatron_r1.trainer.rank_messages import (
     MONITOR,
     RankReply,
     RankStatus,

@@ -9,7 +9,7 @@
 - Replies: `reply_writer` writes bytes, `output_batching` sends tokens in chunks, `sampling_masks`
   adds the tokens that the sampler kept.
 - Patches of vLLM: `patches` for all models, `deepseek_patches` and `drafter_patches` for some,
-  `cpu_patches` and `cpu_parallel` for its CPU build.
+  `cpu_patches`, `cpu_parallel` and `cpu_routed_experts` for its CPU build.
 
 It imports torch, vllm (with their dependencies), `megatron_r1.base.processes` and `transports`, and
 the receiving half of `megatron_r1.push`, nothing else of megatron_r1."""

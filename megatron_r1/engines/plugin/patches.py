@@ -1,6 +1,6 @@
 """Patches of vLLM 0.32 on every platform and for every model; `deepseek_patches` and
-`drafter_patches` have those of single models, `cpu_patches` and `cpu_parallel` those of its CPU
-build. Paths are below vllm/.
+`drafter_patches` have those of single models, `cpu_patches`, `cpu_parallel` and
+`cpu_routed_experts` those of its CPU build. Paths are below vllm/.
 
 `keep_expert_maps_on_cpu` keeps on the CPU where an engine rank's experts are. vLLM's loaders look
 each expert up in a tensor on the GPU (model_executor/layers/fused_moe/expert_map_manager.py:

@@ -48,11 +48,11 @@ def _patch_vllm() -> None:
     pushed_adapter.patch_adapter_loading()
     sampling_masks.accept_requests_without_top_k()
     if current_platform.is_cpu():
-        from megatron_r1.engines.plugin import cpu_parallel, cpu_patches
+        from megatron_r1.engines.plugin import cpu_parallel, cpu_patches, cpu_routed_experts
 
         cpu_patches.patch_cpu_engine()
         cpu_parallel.patch_cpu_parallelism()
-        cpu_patches.return_routed_experts()
+        cpu_routed_experts.return_routed_experts()
         sampling_masks.return_masks_on_cpu()
         sampling_masks.fix_top_k_without_drafts()
     else:

@@ -8,13 +8,8 @@ import os
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import RolloutConfig
 from megatron_r1.engines.server import gpu
-from megatron_r1.models.hf_config import (
-    ARCHITECTURES,
-    HFConfig,
-    model_family,
-    resolve_aliases,
-    sparse_layers,
-)
+from megatron_r1.models.hf_config import ARCHITECTURES, HFConfig, model_family, sparse_layers
+from megatron_r1.models.hf_config_names import resolve_aliases
 
 HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """v1/attention/backends/cpu_attn.py:70 (`get_supported_head_sizes`), and 48, which is computed too:

@@ -11,12 +11,8 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.models.hf_config import (
-    HFConfig,
-    implied_settings,
-    language_settings,
-    load_raw_hf_config,
-)
+from megatron_r1.models.hf_config import HFConfig, language_settings
+from megatron_r1.models.hf_config_file import implied_settings, load_raw_hf_config
 
 
 def read_engine_hf_config(model: Path) -> HFConfig:

@@ -15,9 +15,9 @@ from megatron_r1.models.hf_config import (
     language_settings,
     padded_vocabulary,
     require_values,
-    resolve_aliases,
     sparse_layers,
 )
+from megatron_r1.models.hf_config_names import resolve_aliases
 
 
 def check_engines(config: Config, hf_config: HFConfig) -> None:

@@ -89,7 +89,7 @@ class EngineSettings:
         weight_transfer_backend: a name registered by `engines.plugin`.
         return_routing: add the experts of every token to each response (a model with experts only).
             On a GPU vLLM has this in its second model runner and with prefix caching; on a CPU
-            `engines.plugin.cpu_patches` adds it, without.
+            `engines.plugin.cpu_routed_experts` adds it, without.
         return_sampling_mask: add the tokens that the sampler kept to responses with a top_k. On a
             GPU vLLM has this in its second model runner; on a CPU `engines.plugin.sampling_masks`
             adds it.

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.data.prompt import Prompt, make_prompt
-from megatron_r1.data.prompt_tokenizer import PLACEHOLDER
+from megatron_r1.data.prompt_templates import PLACEHOLDER
 from megatron_r1.data.table_files import LocatedRow
 
 __all__ = ["Benchmark", "Options", "Question", "Rows", "code_limits", "pick_columns", "to_prompts"]

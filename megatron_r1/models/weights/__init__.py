@@ -1,8 +1,8 @@
-"""The table of which Hugging Face tensors form each Megatron parameter (`table`), read by import
-(`loading`), export (`export`), conversion, the push to the engines and the memory planner.
-`parameter_layout` has every parameter of a rank from `config.json`, without torch; `adapter_table`,
-`adapter_module` and `adapters` are the same of low-rank adapters, and `formats` has the formats on
-disk.
+"""The table of which Hugging Face tensors form each Megatron parameter (`table`) and how they are
+split over ranks (`splits`), read by import (`loading`), export (`export`), conversion, the push to
+the engines and the memory planner. `parameter_layout` has every parameter of a rank from
+`config.json`, without torch; `adapter_table`, `adapter_module` and `adapters` are the same of
+low-rank adapters, and `formats` has the formats on disk.
 
 `hf_tensors`, `num_parameters` and `parameter_layout` need a configuration only; what works on
 Megatron model chunks is imported at first use."""
@@ -20,7 +20,7 @@ from megatron_r1.models.weights.layout import (
     parameter_layout,
     stage_shards,
 )
-from megatron_r1.models.weights.table import Piece
+from megatron_r1.models.weights.splits import Piece
 
 _MODULE_BY_NAME = {
     "initialize_weights": "loading",

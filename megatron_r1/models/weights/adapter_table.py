@@ -11,17 +11,15 @@ from megatron_r1.config import Config
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.hf_config import HFConfig, model_family
 from megatron_r1.models.weights.layout import Shape, recipe_stages
-from megatron_r1.models.weights.table import (
+from megatron_r1.models.weights.splits import (
     Piece,
     Source,
     Split,
-    WeightRule,
-    WeightTable,
     replicated,
     replicated_stack,
     row_parallel,
-    weight_table,
 )
+from megatron_r1.models.weights.table import WeightRule, WeightTable, weight_table
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 """Endings of the factors' names, PEFT's, in place of a weight's `.weight`."""

@@ -35,7 +35,7 @@ from megatron_r1.models.weights.export import write_folder, write_pieces
 from megatron_r1.models.weights.formats.tensor_files import plan_file
 from megatron_r1.models.weights.layout import LayoutEntry, layout_from_table
 from megatron_r1.models.weights.loading import chunk_shard, local_pieces
-from megatron_r1.models.weights.table import Piece, Shape
+from megatron_r1.models.weights.splits import Piece, Shape
 
 _BITS_DTYPES = {2: torch.int16, 4: torch.int32}
 

@@ -20,7 +20,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync, make_folder
 from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.weights.formats import hf_writer
-from megatron_r1.models.weights.formats.published_layout import StackedPart, stacked_part
+from megatron_r1.models.weights.formats.stacked_experts import StackedPart, stacked_part
 from megatron_r1.models.weights.formats.tensor_files import (
     FilePlan,
     PlannedTensor,
@@ -29,7 +29,8 @@ from megatron_r1.models.weights.formats.tensor_files import (
     write_region,
 )
 from megatron_r1.models.weights.loading import has_mtp, local_pieces, merge_adapter
-from megatron_r1.models.weights.table import Piece, weight_table
+from megatron_r1.models.weights.splits import Piece
+from megatron_r1.models.weights.table import weight_table
 
 BLOCK_BYTES = 256 << 20
 """The most bytes of a parameter that are copied to the host at once."""

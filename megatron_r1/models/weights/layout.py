@@ -10,15 +10,8 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.pipeline_stages import pipeline_stages
-from megatron_r1.models.weights.table import (
-    Piece,
-    Shape,
-    WeightRule,
-    WeightTable,
-    replicated,
-    replicated_stack,
-    weight_table,
-)
+from megatron_r1.models.weights.splits import Piece, Shape, replicated, replicated_stack
+from megatron_r1.models.weights.table import WeightRule, WeightTable, weight_table
 
 AxisRank = tuple[int, int]
 """(rank, number of ranks) along one parallel axis."""

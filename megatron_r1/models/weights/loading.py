@@ -19,7 +19,8 @@ from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.layout import LayoutEntry, Shard, hf_tensors, parameter_layout
-from megatron_r1.models.weights.table import SCORE, Piece, Shape
+from megatron_r1.models.weights.splits import Piece, Shape
+from megatron_r1.models.weights.table import SCORE
 
 
 def local_pieces(

@@ -8,16 +8,12 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights import table
 from megatron_r1.models.weights.layout import Shard, stage_shards
-from megatron_r1.models.weights.table import (
-    Piece,
-    WeightRule,
-    WeightTable,
-    replicated,
-    replicated_stack,
-)
+from megatron_r1.models.weights.splits import Piece, replicated, replicated_stack
+from megatron_r1.models.weights.table import WeightRule, WeightTable
 from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
-from megatron_r1.push.plan.tensors import HFTensor, Region, checkpoint_tensors
+from megatron_r1.push.plan.regions import Region
+from megatron_r1.push.plan.tensors import HFTensor, checkpoint_tensors
 
 
 class EngineSharding(Protocol):

@@ -18,7 +18,8 @@ from typing import NamedTuple
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.formats.published_layout import FP8_BLOCK_SIZE, is_quantized
 from megatron_r1.push.plan.matched_regions import MatchedRegions
-from megatron_r1.push.plan.tensors import CountBytes, HFTensor, Region
+from megatron_r1.push.plan.regions import Region
+from megatron_r1.push.plan.tensors import CountBytes, HFTensor
 
 MAX_SET_ENGINES = 16
 """Most engines of a set. A larger one saves bytes out of the trainer, which has some to spare, and
@@ -132,7 +133,7 @@ def max_group_fraction(transport: str) -> float:
     """Return `MAX_GROUP_FRACTION` over a transport."""
     return (
         SHARED_MEMORY_MAX_GROUP_FRACTION
-        if TRANSPORTS[transport].is_single_host
+        if TRANSPORTS[transport].is_single_node
         else MAX_GROUP_FRACTION
     )
 

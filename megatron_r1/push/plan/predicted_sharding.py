@@ -17,23 +17,18 @@ from typing import NoReturn
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import HFConfig, model_family, padded_vocabulary
-from megatron_r1.models.weights.table import (
+from megatron_r1.models.weights.splits import (
     QueryGroups,
     Shape,
     column_parallel,
     replicated,
     row_parallel,
     vocab_parallel,
-    weight_table,
 )
+from megatron_r1.models.weights.table import weight_table
 from megatron_r1.push.plan.layouts import Coordinate, EngineLayout
-from megatron_r1.push.plan.tensors import (
-    HFTensor,
-    Region,
-    checkpoint_tensors,
-    expert_tensors,
-    is_tied,
-)
+from megatron_r1.push.plan.regions import Region
+from megatron_r1.push.plan.tensors import HFTensor, checkpoint_tensors, expert_tensors, is_tied
 
 DRAFTER_REPLICATED = ".eh_proj.weight"
 """The end of a tensor's name: vLLM's drafter has this plain linear layer on every rank, where

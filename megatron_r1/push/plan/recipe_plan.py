@@ -11,7 +11,8 @@ from megatron_r1.config.push import PushConfig
 from megatron_r1.models.hf_config import HFConfig, model_family
 from megatron_r1.models.weights.formats.published_layout import FP8_BLOCK_SIZE, is_quantized
 from megatron_r1.models.weights.layout import recipe_stages
-from megatron_r1.models.weights.table import replicated, weight_table
+from megatron_r1.models.weights.splits import replicated
+from megatron_r1.models.weights.table import weight_table
 from megatron_r1.push.plan.adapter_push import (
     PredictedAdapterSharding,
     check_adapter_push,
@@ -27,12 +28,11 @@ from megatron_r1.push.plan.planned_links import (
     plan_sets,
 )
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
+from megatron_r1.push.plan.regions import Region, first_unaligned_edge
 from megatron_r1.push.plan.tensors import (
     CountBytes,
     HFTensor,
-    Region,
     checkpoint_tensors,
-    first_unaligned_edge,
     fp8_bytes,
     plain_bytes,
 )
@@ -40,7 +40,7 @@ from megatron_r1.push.plan.tensors import (
 
 def max_engines(push: PushConfig) -> int:
     """Return how many engines form a set at most."""
-    return 1 if push.on_one_host else MAX_SET_ENGINES
+    return 1 if push.on_one_node else MAX_SET_ENGINES
 
 
 def engine_rank_bytes(config: Config, hf_config: HFConfig) -> int:

@@ -15,11 +15,9 @@ import torch
 
 from megatron_r1.push.protocol import PublishedTransfer, RankRounds, RelaySource
 from megatron_r1.push.transports.base import Sender, gpu_uuid
+from megatron_r1.push.transports.nccl_communicator import LONGEST_PAUSE, Communicator, NCCLError
 from megatron_r1.push.transports.nccl_rounds import (
-    LONGEST_PAUSE,
     BucketTransfer,
-    Communicator,
-    NCCLError,
     PushRound,
     PushStreams,
     RoundRunner,

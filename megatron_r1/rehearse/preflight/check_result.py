@@ -31,8 +31,8 @@ class CheckResult:
     hosts: tuple[str, ...] = ()
 
 
-def hosts_of(facts: Iterable[RankFacts]) -> tuple[str, ...]:
-    """Return the hosts of these ranks, each once."""
+def rank_nodes(facts: Iterable[RankFacts]) -> tuple[str, ...]:
+    """Return the names of these ranks' nodes, each once."""
     return tuple(dict.fromkeys(rank_facts.host for rank_facts in facts))
 
 

@@ -9,8 +9,8 @@ from megatron_r1.plan.hardware import GIB
 from megatron_r1.rehearse.preflight.check_result import (
     MAX_LISTED,
     CheckResult,
-    hosts_of,
     join_values,
+    rank_nodes,
 )
 from megatron_r1.rehearse.preflight.facts import NodeFacts, RankFacts
 
@@ -98,7 +98,7 @@ def memory_results(
             expected=f"at most {RESERVED_BYTES / GIB:.0f} GiB",
             level="block" if full else "ok",
             problem=problem,
-            hosts=hosts_of(rank_facts for rank_facts, _ in full),
+            hosts=rank_nodes(rank_facts for rank_facts, _ in full),
         )
     low_hosts = [
         (rank_facts, node.memory)
@@ -115,7 +115,7 @@ def memory_results(
             f"{rank_facts.host}{_describe_holders(memory.holders)}"
             for rank_facts, memory in low_hosts[:MAX_LISTED]
         ),
-        hosts=hosts_of(rank_facts for rank_facts, _ in low_hosts),
+        hosts=rank_nodes(rank_facts for rank_facts, _ in low_hosts),
     )
 
 
@@ -146,7 +146,7 @@ def folder_results(config: Config, facts: Sequence[RankFacts]) -> Iterable[Check
         ],
     }.items():
         if wrong:
-            summary = f"{path} {problem} on {join_values(hosts_of(wrong))}"
+            summary = f"{path} {problem} on {join_values(rank_nodes(wrong))}"
             reason = f": {wrong[0].folder.error}" if wrong[0].folder.error else ""
             yield CheckResult(
                 check="run folder",
@@ -154,7 +154,7 @@ def folder_results(config: Config, facts: Sequence[RankFacts]) -> Iterable[Check
                 expected="one, writable",
                 level="block",
                 problem=summary + reason,
-                hosts=hosts_of(wrong),
+                hosts=rank_nodes(wrong),
             )
             return
     slowest = min(leaders, key=lambda rank_facts: rank_facts.folder.write)
@@ -191,10 +191,10 @@ def controller_results(
         problem="; ".join(
             [
                 *faults,
-                *([f"not from {join_values(hosts_of(cut_off))}: {reason}"] if cut_off else []),
+                *([f"not from {join_values(rank_nodes(cut_off))}: {reason}"] if cut_off else []),
             ]
         ),
-        hosts=hosts_of(cut_off),
+        hosts=rank_nodes(cut_off),
     )
     offsets = {rank_facts.host: node.clock_offset for rank_facts, node in nodes}
     late_ranks = [
@@ -209,7 +209,7 @@ def controller_results(
             f"{rank_facts.host}: {offsets[rank_facts.host]:+.1f} s"
             for rank_facts in late_ranks[:MAX_LISTED]
         ),
-        hosts=hosts_of(late_ranks),
+        hosts=rank_nodes(late_ranks),
     )
     waiting = [rank_facts for rank_facts, node in nodes if node.lookup_seconds > LOOKUP_SECONDS]
     yield CheckResult(
@@ -217,12 +217,12 @@ def controller_results(
         measured=f"looked up in at most {max(node.lookup_seconds for _, node in nodes):.3f} s",
         expected=f"{LOOKUP_SECONDS:g} s",
         level="note" if waiting else "ok",
-        problem=f"slow on {join_values(hosts_of(waiting))}: torch looks up the address of every "
+        problem=f"slow on {join_values(rank_nodes(waiting))}: torch looks up the address of every "
         "connection to its store; let the resolver answer for the nodes' addresses, or write each "
         "into /etc/hosts as `::ffff:ADDRESS NAME` (an entry without ::ffff: is not found)"
         if waiting
         else "",
-        hosts=hosts_of(waiting),
+        hosts=rank_nodes(waiting),
     )
 
 
@@ -240,10 +240,10 @@ def sandbox_result(config: Config, nodes: Sequence[tuple[RankFacts, NodeFacts]])
         measured=f"works on {len(nodes) - len(missing)} of {len(nodes)} nodes",
         expected="all" if is_needed else "all, where questions are code",
         level=level if missing else "ok",
-        problem=f"not on {join_values(hosts_of(e for e, _ in missing))}: {missing[0][1]}"
+        problem=f"not on {join_values(rank_nodes(e for e, _ in missing))}: {missing[0][1]}"
         if missing
         else "",
-        hosts=hosts_of(rank_facts for rank_facts, _ in missing),
+        hosts=rank_nodes(rank_facts for rank_facts, _ in missing),
     )
 
 

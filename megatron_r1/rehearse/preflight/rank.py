@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
 from megatron_r1.models import platform
-from megatron_r1.models.platform import trainer_store
+from megatron_r1.models.rendezvous_store import trainer_store
 from megatron_r1.rehearse.preflight import links, node_probes
 from megatron_r1.rehearse.preflight.facts import (
     LinkRate,

@@ -9,8 +9,8 @@ from megatron_r1.plan.hardware import HARDWARE, Assumptions, Hardware, link_rate
 from megatron_r1.rehearse.preflight.check_result import (
     MAX_LISTED,
     CheckResult,
-    hosts_of,
     join_values,
+    rank_nodes,
 )
 from megatron_r1.rehearse.preflight.facts import RankFacts
 from megatron_r1.rehearse.preflight.links import AXIS_COLLECTIVES
@@ -34,7 +34,7 @@ def product_result(facts: Sequence[RankFacts], settings: PreflightConfig) -> Che
         expected=f"{settings.slowest:.0%} of the median",
         level="block" if slow else "ok",
         problem=f"slow: {join_values(ranks)}" if slow else "",
-        hosts=hosts_of(slow),
+        hosts=rank_nodes(slow),
     )
 
 
@@ -88,7 +88,7 @@ def pair_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
     if not rates:
         return
     median = median_high(rates.values())
-    hosts = _slow_hosts(facts, rates, settings.slowest * median)
+    hosts = _slow_nodes(facts, rates, settings.slowest * median)
     yield CheckResult(
         check="links between nodes",
         measured=f"median {median / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
@@ -109,7 +109,7 @@ def gloo_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
     if not rates:
         return
     hardware, median = hardware_of(settings, facts), median_high(rates.values())
-    hosts = _slow_hosts(facts, rates, settings.slowest * median)
+    hosts = _slow_nodes(facts, rates, settings.slowest * median)
     fraction = median / hardware.host_network
     problems = []
     if hosts:
@@ -131,11 +131,11 @@ def gloo_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
     )
 
 
-def _slow_hosts(
+def _slow_nodes(
     facts: Sequence[RankFacts], rates: dict[int, float], limit: float
 ) -> tuple[str, ...]:
-    """Return the hosts of the nodes whose rate is below a limit, bytes per second."""
-    return hosts_of(
+    """Return the names of the nodes whose rate is below a limit, bytes per second."""
+    return rank_nodes(
         rank_facts for rank_facts in facts if rates.get(rank_facts.node_index, limit) < limit
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 
-from megatron_r1.reporting.formatting import finite_metric
+from megatron_r1.reporting.record_values import finite_metric
 from megatron_r1.reporting.trackers.tracker import STEP_METRIC, Tracker
 
 CLOSE_SECONDS = 60.0

@@ -9,7 +9,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from megatron_r1.reporting.formatting import finite_metric
+from megatron_r1.reporting.record_values import finite_metric
 
 
 class TensorBoardLog:

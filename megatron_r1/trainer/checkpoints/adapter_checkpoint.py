@@ -17,7 +17,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.build import process_groups
 from megatron_r1.models.weights.adapters import adapter_factors
 from megatron_r1.models.weights.layout import LayoutEntry
-from megatron_r1.models.weights.table import Shape
+from megatron_r1.models.weights.splits import Shape
 
 BASE_FINGERPRINT_KEY = "base_fingerprint"
 """The fingerprint of the model without adapters: entry of a checkpoint, attribute of a chunk."""

@@ -36,9 +36,9 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models import platform
 from megatron_r1.models.build import process_groups
 from megatron_r1.models.weights.adapters import has_adapters
-from megatron_r1.trainer.checkpoints import adapter_checkpoint, checkpoint_folders
+from megatron_r1.trainer.checkpoints import adapter_checkpoint, manifest
 from megatron_r1.trainer.checkpoints.adapter_checkpoint import BASE_FINGERPRINT_KEY, check_base
-from megatron_r1.trainer.checkpoints.checkpoint_folders import ManifestError, Verify
+from megatron_r1.trainer.checkpoints.manifest import ManifestError, Verify
 from megatron_r1.trainer.checkpoints.staging import StagingBuffers, gather_in_host_memory
 from megatron_r1.trainer.reference_policy import ReferencePolicy
 
@@ -321,11 +321,9 @@ def find_faults_on_all_ranks(folder: Path, verify: Verify) -> list[str]:
     faults: list[str] = []
     if verify != "none":
         try:
-            entries = checkpoint_folders.read_manifest(folder)
-            share = checkpoint_folders.files_to_verify(
-                entries, dist.get_rank(), dist.get_world_size()
-            )
-            faults = checkpoint_folders.manifest_faults(folder, verify, share)
+            entries = manifest.read_manifest(folder)
+            share = manifest.files_to_verify(entries, dist.get_rank(), dist.get_world_size())
+            faults = manifest.manifest_faults(folder, verify, share)
         except ManifestError as error:
             faults = [str(error)]
     from_all_ranks: list[Any] = [None] * dist.get_world_size()

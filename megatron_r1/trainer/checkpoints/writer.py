@@ -31,8 +31,9 @@ from megatron_r1.base.files import fsync
 from megatron_r1.base.processes import exit_diagnosis
 from megatron_r1.models.platform import broadcast_from_rank_zero
 from megatron_r1.models.weights.export import run_on_rank_zero
-from megatron_r1.trainer.checkpoints import checkpoint_folders
-from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, FileEntry, partial_path
+from megatron_r1.trainer.checkpoints import manifest
+from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, partial_path
+from megatron_r1.trainer.checkpoints.manifest import FileEntry
 from megatron_r1.trainer.checkpoints.staging import (
     BACKEND,
     FILES_PER_RANK,
@@ -241,7 +242,7 @@ def _finish_save(
             for path in partial_folder.iterdir():
                 if path.name not in entries:  # those are synced already
                     fsync(path)
-            checkpoint_folders.write_manifest(partial_folder, entries)
+            manifest.write_manifest(partial_folder, entries)
             partial_folder.rename(folder)
             fsync(folder.parent)
             return None

@@ -1,4 +1,4 @@
-"""The tensors and counters of the checkpoints around a step, against each other."""
+"""Compares the tensors and counters of the checkpoints around a step with each other."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from pathlib import Path
 
 from megatron_r1.models.weights.adapter_table import A
 from megatron_r1.reporting.formatting import format_number
-from megatron_r1.trainer.checkpoints.checkpoint_folders import (
-    MANIFEST,
-    SHOWN_FAULTS,
-    manifest_faults,
-)
-from megatron_r1.why.comparison import DEPARTS, EQUAL, ComparedQuantity, not_checked
+from megatron_r1.trainer.checkpoints.checkpoint_folders import SHOWN_FAULTS
+from megatron_r1.trainer.checkpoints.manifest import MANIFEST, manifest_faults
+from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 FAMILY, CHECKPOINT = "optimizer", "checkpoint"
@@ -22,11 +19,11 @@ MAX_STEP_FACTOR = 10.0
 β1 and β2, by Cauchy and Schwarz, and more where moments are lost."""
 
 
-def compare_states(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_states(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of the checkpoints' tensors and counters."""
     from megatron_r1.why.policy import checkpoint_tensors
 
-    comparisons: list[ComparedQuantity] = []
+    comparisons: list[Comparison] = []
     checkpoints = {
         moment: path
         for moment, path in (("before", step.checkpoint_before), ("after", step.checkpoint_after))
@@ -58,13 +55,13 @@ def compare_states(step: RecordedStep) -> list[ComparedQuantity]:
     return comparisons
 
 
-def _compare_checksums(step: RecordedStep, moment: str, path: Path) -> ComparedQuantity:
+def _compare_checksums(step: RecordedStep, moment: str, path: Path) -> Comparison:
     """Check that a checkpoint's files have the sizes and checksums they were written with."""
     name = f"files of the checkpoint {moment}"
     if path.parent != step.folder.checkpoints and not (path / MANIFEST).is_file():
         return not_checked(CHECKPOINT, name, f"{path} has no {MANIFEST}: it was made elsewhere")
     faults = manifest_faults(path)
-    return ComparedQuantity(
+    return Comparison(
         CHECKPOINT,
         name,
         DEPARTS if faults else EQUAL,
@@ -77,11 +74,11 @@ def _compare_checksums(step: RecordedStep, moment: str, path: Path) -> ComparedQ
     )
 
 
-def _find_non_finite(moment: str, path: Path) -> ComparedQuantity:
+def _find_non_finite(moment: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
     bad_names = checkpoint_tensors.non_finite_tensor_names(path)
-    return ComparedQuantity(
+    return Comparison(
         FAMILY_BY_CHECKPOINT[moment],
         f"numbers of the checkpoint {moment}",
         DEPARTS if bad_names else EQUAL,
@@ -95,7 +92,7 @@ def _find_non_finite(moment: str, path: Path) -> ComparedQuantity:
     )
 
 
-def _compare_counters(step: RecordedStep, moment: str, path: Path) -> ComparedQuantity:
+def _compare_counters(step: RecordedStep, moment: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_model
 
     name = f"Adam's counter {moment}"
@@ -105,14 +102,12 @@ def _compare_counters(step: RecordedStep, moment: str, path: Path) -> ComparedQu
         return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has none")
     subject = f"{counter:,} of {path.name} with {num_updates:,} updates"
     if counter == num_updates:
-        return ComparedQuantity(
-            FAMILY_BY_CHECKPOINT[moment], name, EQUAL, subject, 0.0, 0.0, "exact"
-        )
+        return Comparison(FAMILY_BY_CHECKPOINT[moment], name, EQUAL, subject, 0.0, 0.0, "exact")
     reason, remedy = _missing_updates(step) or (
         "Adam's state was lost on the way",
         "the checkpoint that the run went on from: it was loaded without its optimizer",
     )
-    return ComparedQuantity(
+    return Comparison(
         FAMILY_BY_CHECKPOINT[moment],
         name,
         DEPARTS,
@@ -155,7 +150,7 @@ def _missing_updates(step: RecordedStep) -> tuple[str, str] | None:
     return None
 
 
-def _compare_moments(step: RecordedStep, moment: str, path: Path) -> ComparedQuantity:
+def _compare_moments(step: RecordedStep, moment: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
     name = f"Adam's moments {moment}"
@@ -168,7 +163,7 @@ def _compare_moments(step: RecordedStep, moment: str, path: Path) -> ComparedQua
     if not num_parameters:
         return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has no moments")
     fraction = len(empty_names) / num_parameters
-    return ComparedQuantity(
+    return Comparison(
         FAMILY_BY_CHECKPOINT[moment],
         name,
         DEPARTS if fraction > 0.5 else EQUAL,
@@ -185,7 +180,7 @@ def _compare_moments(step: RecordedStep, moment: str, path: Path) -> ComparedQua
     )
 
 
-def _compare_masters(step: RecordedStep, moment: str, path: Path) -> ComparedQuantity:
+def _compare_masters(step: RecordedStep, moment: str, path: Path) -> Comparison:
     from megatron_r1.why.policy import checkpoint_tensors
 
     name = f"master weights {moment}"
@@ -193,7 +188,7 @@ def _compare_masters(step: RecordedStep, moment: str, path: Path) -> ComparedQua
     tolerance = 0.0 if step.run_config.model.dtype == "float32" else 2.0**-8
     if not worst_name:
         return not_checked(FAMILY_BY_CHECKPOINT[moment], name, f"{path.name} has none")
-    return ComparedQuantity(
+    return Comparison(
         FAMILY_BY_CHECKPOINT[moment],
         name,
         EQUAL if distance <= tolerance else DEPARTS,
@@ -206,7 +201,7 @@ def _compare_masters(step: RecordedStep, moment: str, path: Path) -> ComparedQua
     )
 
 
-def _compare_tied_head(step: RecordedStep) -> ComparedQuantity:
+def _compare_tied_head(step: RecordedStep) -> Comparison:
     """Check that a tied head is the embedding in the checkpoints."""
     from megatron_r1.why.policy import checkpoint_tensors
 
@@ -217,7 +212,7 @@ def _compare_tied_head(step: RecordedStep) -> ComparedQuantity:
     if path is None or not (path / ".metadata").is_file():
         return not_checked(CHECKPOINT, name, "there is no checkpoint")
     distance = checkpoint_tensors.head_from_embedding(path)
-    return ComparedQuantity(
+    return Comparison(
         CHECKPOINT,
         name,
         EQUAL if not distance else DEPARTS,
@@ -232,7 +227,7 @@ def _compare_tied_head(step: RecordedStep) -> ComparedQuantity:
 
 def _compare_size_of_change(
     step: RecordedStep, parameter: str, largest_change: float, norm: float
-) -> ComparedQuantity:
+) -> Comparison:
     """Check that the weights moved, and not further than Adam can.
 
     Args:
@@ -244,7 +239,7 @@ def _compare_size_of_change(
     limit = MAX_STEP_FACTOR * sum(rates)
     rate = max(rates)
     is_still = largest_change == 0 and rate > 0 and bool(step.metrics_row.get("grad_norm"))
-    return ComparedQuantity(
+    return Comparison(
         FAMILY,
         "size of the change",
         DEPARTS if is_still or largest_change > limit else EQUAL,

@@ -10,7 +10,7 @@ from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
     CannotRecompute,
-    ComparedQuantity,
+    Comparison,
     not_checked,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -33,7 +33,7 @@ GRADIENT_REMEDY = (
 """Where all terms have one coefficient, which is then not of the terms."""
 
 
-def compare_terms(step: RecordedStep, recomputation: Recomputation) -> ComparedQuantity:
+def compare_terms(step: RecordedStep, recomputation: Recomputation) -> Comparison:
     """Return the comparison of the terms' gradients with the run's.
 
     Args:
@@ -63,7 +63,7 @@ def compare_terms(step: RecordedStep, recomputation: Recomputation) -> ComparedQ
             _coefficient_distance(coefficient) / _coefficient_tolerance(coefficient, dtype)
         ),
     )
-    return ComparedQuantity(
+    return Comparison(
         FAMILY,
         NAME,
         DEPARTS if departing_coefficients else EQUAL,

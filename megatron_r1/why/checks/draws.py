@@ -1,4 +1,4 @@
-"""Whether the responses of a group were drawn one by one, judged by the probabilities that their
+"""Tests whether the responses of a group were drawn one by one, by the probabilities that their
 engine gave them."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.reporting.formatting import format_count
 from megatron_r1.why.comparison import (
-    ComparedQuantity,
+    Comparison,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -21,7 +21,7 @@ FALSE_ALARM = 1e-9
 """The probability of a departure in a step whose responses are independent draws."""
 
 
-def compare_draws(step: RecordedStep, family: str) -> ComparedQuantity:
+def compare_draws(step: RecordedStep, family: str) -> Comparison:
     """Return whether responses of a group are the same tokens beyond chance.
 
     Each of two tests has half of `FALSE_ALARM`: long responses that are there twice, and whole

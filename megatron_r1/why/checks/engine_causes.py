@@ -1,6 +1,6 @@
-"""What explains a difference of the engines' log-probabilities from transformers'. Tried are older
-weights, adapters of another scale, routers without their bias, another temperature, a shift by a
-token, a cut, rounding."""
+"""Tries candidate causes of a difference of the engines' log-probabilities from transformers':
+older weights, adapters of another scale, routers without their bias, another temperature, a shift
+by a token, a cut, rounding."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ MAX_SIZE_FACTOR = 4.0
 """Two mean differences within this factor have the same size."""
 
 
-class ExplainedDeparture(NamedTuple):
+class DepartureCause(NamedTuple):
     """A departure's cause, with the numbers that speak for it, and what to change."""
 
     reason: str
     remedy: str
 
 
-def stale_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
+def stale_weights(gaps: EngineGaps) -> DepartureCause | None:
     """Try the weights of earlier versions, engine by engine."""
     if (stale := gaps.stale_version(gaps.policies.logprobs_after)) is None:
         return None
     return older_weights(gaps, *stale)
 
 
-def older_weights(gaps: EngineGaps, version: int, engine: ExplainedEngine) -> ExplainedDeparture:
+def older_weights(gaps: EngineGaps, version: int, engine: ExplainedEngine) -> DepartureCause:
     """Return that an engine has the weights of an earlier version, as the trainer may too.
 
     Args:
@@ -54,19 +54,19 @@ def older_weights(gaps: EngineGaps, version: int, engine: ExplainedEngine) -> Ex
         version: the policy version that the engine computed with.
         engine: the engine and its gap."""
     if _trainer_agrees(gaps):
-        return ExplainedDeparture(
+        return DepartureCause(
             f"engines and trainer computed with the weights of version {version}, not "
             f"{gaps.newest_version}: {engine.gap_sizes}",
             "the checkpoint that the run went on from: other weights were loaded than those of "
             f"step {gaps.newest_version} (docs/checkpoints.md)",
         )
     if version == 0 and gaps.step.run_config.model.lora is not None:
-        return ExplainedDeparture(
+        return DepartureCause(
             f"{engine.name} computed without adapters, with the weights of model.path alone: "
             f"{engine.gap_sizes}",
             "the merge of model.lora in the push (docs/lora.md)",
         )
-    return ExplainedDeparture(
+    return DepartureCause(
         f"{engine.name} computed with the weights of version {version}, not {gaps.newest_version}: "
         f"{engine.gap_sizes}",
         f"the push to {engine.name}: logs/{engine.name}*.log, push/* in metrics.jsonl, "
@@ -82,16 +82,16 @@ def _trainer_agrees(gaps: EngineGaps) -> bool:
     return is_near and min(means, default=0.0) > gaps.tolerance
 
 
-def other_adapter_scale(gaps: EngineGaps) -> ExplainedDeparture | None:
+def other_adapter_scale(gaps: EngineGaps) -> DepartureCause | None:
     """Try other scales of the adapters."""
     if (lora := gaps.step.run_config.model.lora) is None:
         return None
     for scale, noun in adapter_scales(lora).items():
-        logprobs = gaps.substituted.logprobs_with_adapter_scale(scale)
+        logprobs = gaps.changed_parts.logprobs_with_adapter_scale(scale)
         engine = None if logprobs is None else gaps.explained_engine(logprobs)
         # Weights of an earlier version are near smaller adapters, but not as near as rounding.
         if engine is not None and engine.mean_gap <= gaps.tolerance < engine.unexplained_gap:
-            return ExplainedDeparture(
+            return DepartureCause(
                 f"{engine.name} computed with adapters times {scale:g} ({noun}), not "
                 f"{lora.scale:g}: {engine.gap_sizes}",
                 "the merge of model.lora in the push (docs/lora.md)",
@@ -112,19 +112,19 @@ def adapter_scales(lora: LoraConfig) -> dict[float, str]:
     return {scale: noun for scale, noun in scales.items() if scale != lora.scale}
 
 
-def missing_router_bias(gaps: EngineGaps) -> ExplainedDeparture | None:
+def missing_router_bias(gaps: EngineGaps) -> DepartureCause | None:
     """Try routers without the bias that balances their experts."""
-    logprobs = gaps.substituted.logprobs_without_router_bias()
+    logprobs = gaps.changed_parts.logprobs_without_router_bias()
     if logprobs is None or (engine := gaps.explained_engine(logprobs)) is None:
         return None
-    return ExplainedDeparture(
+    return DepartureCause(
         f"{engine.name} routes without the routers' correction bias: {engine.gap_sizes}",
         "the push of e_score_correction_bias to the engine (docs/push.md), or "
         "model.expert_bias_update_rate",
     )
 
 
-def other_temperature(gaps: EngineGaps) -> ExplainedDeparture | None:
+def other_temperature(gaps: EngineGaps) -> DepartureCause | None:
     """Try other temperatures."""
     temperature = gaps.policies.temperature
     coarse, _ = _best_scale(gaps, TEMPERATURE_FACTORS)
@@ -133,7 +133,7 @@ def other_temperature(gaps: EngineGaps) -> ExplainedDeparture | None:
     scale, mean = _best_scale(gaps, np.linspace(neighbors[0], neighbors[-1], 41).tolist())
     if not mean <= MAX_UNEXPLAINED_BY_TEMPERATURE * gaps.distance or abs(scale - 1) < 0.01:
         return None
-    return ExplainedDeparture(
+    return DepartureCause(
         f"temperature {scale * temperature:.3g} explains them, the settings say "
         f"{temperature:g}: mean |Δ| {format_number(mean)} against {format_number(gaps.distance)}",
         "rollout.temperature, or what the engine makes of it (rollout.vllm)",
@@ -150,7 +150,7 @@ def _best_scale(gaps: EngineGaps, scales: Sequence[float]) -> tuple[float, float
     return scales[best], means[best]
 
 
-def shifted_by_a_token(gaps: EngineGaps) -> ExplainedDeparture | None:
+def shifted_by_a_token(gaps: EngineGaps) -> DepartureCause | None:
     """Try the log-probabilities of the token before, and of the one after."""
     for shift, side in ((1, "after"), (-1, "before")):
         shifted_gaps = gaps.gaps_from(
@@ -160,7 +160,7 @@ def shifted_by_a_token(gaps: EngineGaps) -> ExplainedDeparture | None:
             gap[-1 if shift > 0 else 0 : None if shift > 0 else 1] = np.nan
         mean = mean_gap(shifted_gaps)
         if mean <= MAX_UNEXPLAINED_FRACTION * gaps.distance:
-            return ExplainedDeparture(
+            return DepartureCause(
                 f"they are shifted by a token, each is that of the token {side}: mean |Δ| "
                 f"{format_number(mean)} against {format_number(gaps.distance)}",
                 "the reply of the engine: its log-probabilities begin at another token than "
@@ -169,7 +169,7 @@ def shifted_by_a_token(gaps: EngineGaps) -> ExplainedDeparture | None:
     return None
 
 
-def renormalized_cut(gaps: EngineGaps) -> ExplainedDeparture | None:
+def renormalized_cut(gaps: EngineGaps) -> DepartureCause | None:
     """Look for log-probabilities over a part of the vocabulary: none is below the whole's."""
     if gaps.step.config.rollout.uses_sampling_mask:  # both are over the kept tokens already
         return None
@@ -182,7 +182,7 @@ def renormalized_cut(gaps: EngineGaps) -> ExplainedDeparture | None:
         return None
     likelier_fraction = float((large_differences > 0).mean())
     kept_share = math.exp(-float(large_differences.max()))
-    return ExplainedDeparture(
+    return DepartureCause(
         f"{format_percent(likelier_fraction)} of the tokens that differ are more likely to "
         f"the engine, by up to 1/{kept_share:.3g}: it sampled from a part of the vocabulary "
         "and renormalized (top-p, top-k or min-p), the trainer does not",
@@ -191,7 +191,7 @@ def renormalized_cut(gaps: EngineGaps) -> ExplainedDeparture | None:
     )
 
 
-def rounding_of_bfloat16(gaps: EngineGaps) -> ExplainedDeparture | None:
+def rounding_of_bfloat16(gaps: EngineGaps) -> DepartureCause | None:
     """Compare the size of the differences with what bfloat16 makes of transformers."""
     if gaps.step.config.rollout.dtype != "float32" or gaps.distance <= gaps.tolerance:
         return None
@@ -199,13 +199,13 @@ def rounding_of_bfloat16(gaps: EngineGaps) -> ExplainedDeparture | None:
         [
             rounded - logprobs
             for rounded, logprobs in zip(
-                gaps.substituted.bfloat16_logprobs(), gaps.policies.old_logprobs, strict=True
+                gaps.changed_parts.bfloat16_logprobs(), gaps.policies.old_logprobs, strict=True
             )
         ]
     )
     if not size / MAX_SIZE_FACTOR <= gaps.distance <= size * MAX_SIZE_FACTOR:
         return None
-    return ExplainedDeparture(
+    return DepartureCause(
         f"mean |Δ| is {format_number(gaps.distance)}, and {format_number(size)} between "
         "transformers in bfloat16 and in float32: the engine computes in 16 bits",
         "rollout.dtype: float32 has no effect on the engine (rollout.vllm)",

@@ -1,4 +1,4 @@
-"""Differences of the engines' log-probabilities from transformers', token by token."""
+"""Computes the differences of the engines' log-probabilities from transformers', token by token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_r1.why.comparison import ROUNDING_BY_DTYPE
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
-    from megatron_r1.why.policy.changed_weights import SubstitutedLogprobs
+    from megatron_r1.why.policy.changed_weights import ChangedPartLogprobs
     from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 
 MAX_UNEXPLAINED_FRACTION = 0.5
@@ -90,11 +90,11 @@ class EngineGaps:
         return sorted({0, *range(first, self.newest_version)} - {self.newest_version}, reverse=True)
 
     @cached_property
-    def substituted(self) -> SubstitutedLogprobs:
-        """Log-probabilities under the newest weights with a part of them substituted."""
-        from megatron_r1.why.policy.changed_weights import SubstitutedLogprobs
+    def changed_parts(self) -> ChangedPartLogprobs:
+        """Log-probabilities under the newest weights with a part of them changed."""
+        from megatron_r1.why.policy.changed_weights import ChangedPartLogprobs
 
-        return SubstitutedLogprobs(self.policies)
+        return ChangedPartLogprobs(self.policies)
 
     @cached_property
     def distance(self) -> float:
@@ -195,13 +195,13 @@ class EngineGaps:
         Args:
             logprobs_of_version: returns (sampled tokens,) of each sequence by the version of some
                 weights; None where these are not kept."""
-        explanations = [
+        causes = [
             (engine.mean_gap, version, engine)
             for version in self.earlier_versions
             if (logprobs := logprobs_of_version(version)) is not None
             and (engine := self.explained_engine(logprobs)) is not None
         ]
-        return min(explanations)[1:] if explanations else None
+        return min(causes)[1:] if causes else None
 
     def _engine_gaps(self, name: str, gaps: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [gap for gap, engine in zip(gaps, self.engines, strict=True) if engine == name]

@@ -1,5 +1,5 @@
-"""The engines' log-probabilities against those of transformers under the weights of the version
-that each token was sampled with."""
+"""Compares the engines' log-probabilities with those of transformers under the weights of the
+version that each token was sampled with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_r1.reporting.formatting import format_number
 from megatron_r1.why.checks.engine_causes import (
-    ExplainedDeparture,
+    DepartureCause,
     missing_router_bias,
     other_adapter_scale,
     other_temperature,
@@ -26,8 +26,7 @@ from megatron_r1.why.checks.weight_causes import departing_expert, departing_ten
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
-    ComparedQuantity,
-    DepartureCurve,
+    Comparison,
     ResponseIndex,
     not_checked,
     with_untried,
@@ -35,6 +34,7 @@ from megatron_r1.why.comparison import (
 from megatron_r1.why.formulas import kl_of_difference
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.rerun.rerun_verdicts import ENGINE_REMEDY, rerun_hint
+from megatron_r1.why.step_report import DepartureCurve
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
@@ -45,7 +45,7 @@ FP8_TOLERANCE_SOURCE = (
     "rounding of the engine's bfloat16, on a GPU also of 8-bit activations; on a CPU at most "
     "0.0034 was measured in five steps of three dense runs, and 0.0048 in a step with experts"
 )
-SEARCHED_CAUSES: tuple[Callable[[EngineGaps], ExplainedDeparture | None], ...] = (
+SEARCHED_CAUSES: tuple[Callable[[EngineGaps], DepartureCause | None], ...] = (
     other_fp8_weights,
     other_adapter_scale,
     stale_weights,
@@ -62,7 +62,7 @@ SENSITIVE_CAUSES = (other_fp8_weights,)
 """Those that find differences as small as rounding."""
 
 
-def compare_logprobs(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
+def compare_logprobs(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
     """Return the comparison of the engines' log-probabilities."""
     gaps = EngineGaps(step, recomputation.engine_policy)
     differences = np.concatenate(gaps.gaps) if gaps.gaps else np.empty(0)
@@ -78,10 +78,10 @@ def compare_logprobs(step: RecordedStep, recomputation: Recomputation) -> list[C
         )
         + f"; KL {format_number(kl_of_difference(-differences))}"
     )
-    cause = _find_explanation(gaps)
+    cause = _find_engine_cause(gaps)
     if cause is None and gaps.distance <= gaps.tolerance and not gaps.departing_engine():
         return [
-            ComparedQuantity(
+            Comparison(
                 FAMILY, NAME, EQUAL, subject, gaps.distance, gaps.tolerance, _tolerance_source(step)
             )
         ]
@@ -101,10 +101,10 @@ def _tolerance_source(step: RecordedStep) -> str:
 
 
 def _departing_comparison(
-    gaps: EngineGaps, subject: str, cause: ExplainedDeparture | None
-) -> ComparedQuantity:
+    gaps: EngineGaps, subject: str, cause: DepartureCause | None
+) -> Comparison:
     """Return the comparison that departs, with its cause where that is known."""
-    cause = cause or ExplainedDeparture(
+    cause = cause or DepartureCause(
         f"mean |Δ| is {format_number(gaps.distance)}: the engine computes another function of "
         "these weights than transformers",
         ENGINE_REMEDY + rerun_hint(gaps.step, "engine"),
@@ -115,7 +115,7 @@ def _departing_comparison(
             departures[sequence.response] = max(size, departures.get(sequence.response, 0.0))
     # NaN is not above the tolerance.
     num_tokens = int(sum((np.abs(gap) > gaps.tolerance).sum() for gap in gaps.gaps))
-    return ComparedQuantity(
+    return Comparison(
         FAMILY,
         NAME,
         DEPARTS,
@@ -132,10 +132,10 @@ def _departing_comparison(
     )
 
 
-def _find_explanation(gaps: EngineGaps) -> ExplainedDeparture | None:
+def _find_engine_cause(gaps: EngineGaps) -> DepartureCause | None:
     """Return what explains the distance; None where nothing does."""
     is_small = gaps.distance <= gaps.tolerance / 16 and not gaps.departing_engine()
-    from megatron_r1.why.policy.policy_models import NotInMemory
+    from megatron_r1.why.policy.step_models import NotInMemory
 
     for find_cause in SENSITIVE_CAUSES if is_small else SEARCHED_CAUSES:
         try:

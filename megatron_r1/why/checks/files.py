@@ -1,5 +1,5 @@
-"""The model's files and the settings, against the tokens and texts that were logged, and the tokens
-that end responses."""
+"""Compares the model's files and the settings with the tokens and texts that were logged, and with
+the tokens that end responses."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from megatron_r1.data.tokenizer import describe_end_tokens
+from megatron_r1.data.end_tokens import describe_end_tokens
 from megatron_r1.why.checks.prompt_tokens import (
     FAMILY,
     MAX_SHOWN_CHARACTERS,
@@ -16,7 +16,7 @@ from megatron_r1.why.checks.prompt_tokens import (
     special_tokens,
 )
 from megatron_r1.why.comparison import (
-    ComparedQuantity,
+    Comparison,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -32,7 +32,7 @@ TAG_WORDS = re.compile("think|answer|tool")
 """Of special tokens that stand inside a response by right."""
 
 
-def compare_files(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_files(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of a step's files."""
     return [
         *compare_prompts(step),
@@ -42,7 +42,7 @@ def compare_files(step: RecordedStep) -> list[ComparedQuantity]:
     ]
 
 
-def _compare_vocabulary(step: RecordedStep) -> ComparedQuantity:
+def _compare_vocabulary(step: RecordedStep) -> Comparison:
     rows, num_tokens = step.hf_config["vocab_size"], len(step.tokenizer.hf_tokenizer)
     departing_responses, largest_id = [], -1
     for sequence in step.sequences:
@@ -65,7 +65,7 @@ def _compare_vocabulary(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def _compare_texts(step: RecordedStep) -> ComparedQuantity:
+def _compare_texts(step: RecordedStep) -> Comparison:
     """Check that the graded text is that of the tokens."""
     responses = single_turn_tokens(step)
     name = "text that was graded"
@@ -95,12 +95,12 @@ def _compare_texts(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def compare_ends(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_ends(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of the ends of a step's responses."""
     return [_find_tokens_after_end(step), _find_unknown_ends(step), _find_missing_ends(step)]
 
 
-def _find_tokens_after_end(step: RecordedStep) -> ComparedQuantity:
+def _find_tokens_after_end(step: RecordedStep) -> Comparison:
     """Check that no response goes on after a token that ends it."""
     responses, ends = single_turn_tokens(step), step.tokenizer.stop_token_ids
     if not responses:
@@ -135,7 +135,7 @@ def _find_tokens_after_end(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def _find_unknown_ends(step: RecordedStep) -> ComparedQuantity:
+def _find_unknown_ends(step: RecordedStep) -> Comparison:
     """Check for ends that no setting names, and for special tokens that responses go on after."""
     responses, ends = single_turn_tokens(step), step.tokenizer.stop_token_ids
     name, remedy = "other end tokens", "rollout.stop_token_ids: add the token"
@@ -175,7 +175,7 @@ def _find_unknown_ends(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def _find_missing_ends(step: RecordedStep) -> ComparedQuantity:
+def _find_missing_ends(step: RecordedStep) -> Comparison:
     """Check that what ended by itself ends with an end token or a string of rollout.stop."""
     responses, ends = single_turn_tokens(step), step.tokenizer.stop_token_ids
     name, limit = "end token of finished responses", step.config.rollout.max_response_tokens

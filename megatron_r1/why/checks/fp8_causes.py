@@ -1,11 +1,11 @@
-"""What an engine with `push.fp8` has in place of the newest weights. Tried are their 8-bit values
+"""Tries what an engine with `push.fp8` may have in place of the newest weights: their 8-bit values
 with the block scales of an earlier push, weights of an earlier version, and weights that are not
 quantized.
 
 The engine's bfloat16 moves log-probabilities as much as such weights do, but otherwise. Each
-hypothesis has an effect e on every token's log-probability, on which the engine's differences d are
+candidate has an effect e on every token's log-probability, on which the engine's differences d are
 regressed: c = (d · e) / (e · e), with the standard error |d - c e| / (|e| √tokens). It is near 1
-for the right hypothesis, and near 0 for an engine with the newest weights. Of those near 1 the one
+for the right candidate, and near 0 for an engine with the newest weights. Of those near 1 the one
 that leaves the smallest mean |d - e| is named, where that is a good deal smaller than |d|: what
 is the same in all tokens, as rounding of weights, is not in the standard error."""
 
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from megatron_r1.why.checks.engine_causes import ExplainedDeparture, older_weights
+from megatron_r1.why.checks.engine_causes import DepartureCause, older_weights
 from megatron_r1.why.checks.engine_gaps import EngineGaps, ExplainedEngine, mean_gap
 from megatron_r1.why.checks.weight_causes import (
-    MAX_SUSPECTS,
+    MAX_CANDIDATE_EXPERTS,
     MAX_TRIED,
     experts_by_gap,
     layer_parts,
@@ -49,7 +49,7 @@ SCALE_REMEDY = (
 Kind = Literal["scales", "weights", "plain"]
 
 
-class Hypothesis(NamedTuple):
+class FP8Candidate(NamedTuple):
     """What an engine may have in place of the newest weights.
 
     Attributes:
@@ -104,13 +104,13 @@ def fit_effect(effect: np.ndarray, differences: np.ndarray) -> Fit:
     return Fit(coefficient, residual_norm / math.sqrt(square * len(effect)), residual, size)
 
 
-def other_fp8_weights(gaps: EngineGaps) -> ExplainedDeparture | None:
+def other_fp8_weights(gaps: EngineGaps) -> DepartureCause | None:
     """Try what engines with `push.fp8` may have in place of the newest weights."""
     from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
 
     if not isinstance(gaps.policies, FP8EngineLogprobs):
         return None
-    return FP8Search(gaps, gaps.policies).explanation()
+    return FP8Search(gaps, gaps.policies).best_cause()
 
 
 class FP8Search:
@@ -124,50 +124,48 @@ class FP8Search:
         self._gaps, self._policies = gaps, policies
         self._tried_sequences: list[int] = []
 
-    def explanation(self) -> ExplainedDeparture | None:
-        """Return the best hypothesis that holds; None where none does."""
-        logprobs_by_hypothesis = dict(self._hypotheses_of_all_weights())
+    def best_cause(self) -> DepartureCause | None:
+        """Return the best candidate that holds; None where none does."""
+        logprobs_by_candidate = dict(self._candidates_of_all_weights())
         engines = [
             (max(fit.evidence for fit in fits.values()), engine)
             for engine in self._gaps.means_by_name()
-            if (fits := self._fits_to_engine(engine, logprobs_by_hypothesis))
+            if (fits := self._fits_to_engine(engine, logprobs_by_candidate))
         ]
         if not engines:
             return None
         evidence, engine = max(engines)
-        fits = self._fits_to_engine(engine, logprobs_by_hypothesis)
+        fits = self._fits_to_engine(engine, logprobs_by_candidate)
         if evidence > MIN_STANDARD_ERRORS_FOR_PARTS:
             fits |= self._fits_of_parts()
-        holding_fits = {hypothesis: fit for hypothesis, fit in fits.items() if fit.holds}
+        holding_fits = {candidate: fit for candidate, fit in fits.items() if fit.holds}
         if not holding_fits:
             return None
-        best_hypothesis = min(
-            holding_fits, key=lambda hypothesis: holding_fits[hypothesis].residual
-        )
-        return self._explain_departure(engine, best_hypothesis, holding_fits[best_hypothesis])
+        best_candidate = min(holding_fits, key=lambda candidate: holding_fits[candidate].residual)
+        return self._departure_cause(engine, best_candidate, holding_fits[best_candidate])
 
-    def _hypotheses_of_all_weights(self) -> Iterator[tuple[Hypothesis, list[np.ndarray]]]:
-        """Yield hypotheses of all weights, with their log-probabilities by sequence."""
+    def _candidates_of_all_weights(self) -> Iterator[tuple[FP8Candidate, list[np.ndarray]]]:
+        """Yield candidates of all weights, with their log-probabilities by sequence."""
         policies, newest_version = self._policies, self._gaps.newest_version
-        yield Hypothesis("plain", newest_version), policies.trainer.old_logprobs
+        yield FP8Candidate("plain", newest_version), policies.trainer.old_logprobs
         versions = self._gaps.earlier_versions
         for version in versions[:1] if policies.models.is_streamed else versions:
             if (model := policies.models.model_with_scales_of_step(version)) is not None:
-                yield Hypothesis("scales", version), policies.logprobs_under(model)
+                yield FP8Candidate("scales", version), policies.logprobs_under(model)
             if (logprobs := policies.logprobs_after(version)) is not None:
-                yield Hypothesis("weights", version), logprobs
+                yield FP8Candidate("weights", version), logprobs
 
     def _fits_to_engine(
-        self, engine: str, logprobs_by_hypothesis: Mapping[Hypothesis, Sequence[np.ndarray]]
-    ) -> dict[Hypothesis, Fit]:
-        """Return how well each hypothesis fits an engine, whose sequences are then the tried ones;
+        self, engine: str, logprobs_by_candidate: Mapping[FP8Candidate, Sequence[np.ndarray]]
+    ) -> dict[FP8Candidate, Fit]:
+        """Return how well each candidate fits an engine, whose sequences are then the tried ones;
         nothing without any."""
         self._tried_sequences = self._gaps.largest_gaps(engine, TRIED_TOKENS)
         if not self._tried_sequences:
             return {}
         return {
-            hypothesis: self._fit_of_logprobs([logprobs[index] for index in self._tried_sequences])
-            for hypothesis, logprobs in logprobs_by_hypothesis.items()
+            candidate: self._fit_of_logprobs([logprobs[index] for index in self._tried_sequences])
+            for candidate, logprobs in logprobs_by_candidate.items()
         }
 
     def _fit_of_logprobs(self, logprobs: Sequence[np.ndarray]) -> Fit:
@@ -180,10 +178,10 @@ class FP8Search:
     def _tried_differences(self) -> np.ndarray:
         return np.concatenate([self._gaps.gaps[index] for index in self._tried_sequences])
 
-    def _fits_of_parts(self) -> dict[Hypothesis, Fit]:
-        """Return how well hypotheses of a part of the weights fit the tried sequences."""
+    def _fits_of_parts(self) -> dict[FP8Candidate, Fit]:
+        """Return how well candidates of a part of the weights fit the tried sequences."""
         from megatron_r1.why.policy.changed_weights import ChangedWeights
-        from megatron_r1.why.policy.policy_models import NotInMemory
+        from megatron_r1.why.policy.step_models import NotInMemory
 
         try:
             weights = ChangedWeights(self._policies)
@@ -203,7 +201,7 @@ class FP8Search:
                 parts = self._weight_parts(values or {}, weights.tensors)
                 for noun, part_values in islice(parts, MAX_TRIED):
                     logprobs = weights.logprobs(part_values, sequences)
-                    fits[Hypothesis(kind, version, noun)] = self._fit_of_logprobs(logprobs)
+                    fits[FP8Candidate(kind, version, noun)] = self._fit_of_logprobs(logprobs)
         return fits
 
     def _weight_parts(
@@ -214,7 +212,7 @@ class FP8Search:
         Args:
             values: tensors that differ from the newest.
             newest_tensors: the newest, all of them."""
-        for gap in experts_by_gap(self._gaps)[:MAX_SUSPECTS] if values else ():
+        for gap in experts_by_gap(self._gaps)[:MAX_CANDIDATE_EXPERTS] if values else ():
             expert_values = {}
             for name in values:
                 if name.startswith(f"{gap.layer}."):
@@ -232,10 +230,8 @@ class FP8Search:
             if len(names) < len(values):
                 yield noun, {name: values[name] for name in names}
 
-    def _explain_departure(
-        self, engine: str, hypothesis: Hypothesis, fit: Fit
-    ) -> ExplainedDeparture:
-        kind, version, noun = hypothesis
+    def _departure_cause(self, engine: str, candidate: FP8Candidate, fit: Fit) -> DepartureCause:
+        kind, version, noun = candidate
         newest_version, name = self._gaps.newest_version, engine or "engine"
         explained_engine = ExplainedEngine(fit.residual, fit.size, name)
         fit_text = (
@@ -244,7 +240,7 @@ class FP8Search:
         )
         remedy = SCALE_REMEDY.format(engine=name)
         if kind == "plain":
-            return ExplainedDeparture(
+            return DepartureCause(
                 f"{name} computes with weights that are not quantized: {fit_text}",
                 "push.fp8: true has no effect on the engine: its quantization_config "
                 "(rollout.vllm)",
@@ -252,13 +248,13 @@ class FP8Search:
         if kind == "scales":
             fault = FAULT if version == newest_version - 1 else f"FP8 scales of version {version}"
             place = f" in {noun}" if noun else ""
-            return ExplainedDeparture(
+            return DepartureCause(
                 f"{fault}{place}: {name} computes with the 8-bit values of version "
                 f"{newest_version} and the block scales of version {version}; {fit_text}",
                 remedy,
             )
         if noun:
-            return ExplainedDeparture(
+            return DepartureCause(
                 f"{noun} in {name} is of version {version}, not {newest_version}; {fit_text}",
                 remedy,
             )

@@ -1,4 +1,4 @@
-"""The change of the weights and of Adam's moments, against that of the recomputed updates."""
+"""Compares the change of the weights and of Adam's moments with that of the recomputed updates."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from megatron_r1.reporting.formatting import format_percent
 from megatron_r1.why.checks.departing_terms import compare_terms
-from megatron_r1.why.checks.loss import (
+from megatron_r1.why.checks.update_tolerances import (
     TOLERANCE_SOURCES,
     moments_depart,
     moments_limit,
     update_limit,
 )
-from megatron_r1.why.comparison import DEPARTS, EQUAL, ComparedQuantity, not_checked
+from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ MAX_TENSOR_DISTANCE = 0.5
 """The largest relative distance of the change of one tensor: all its gradients may be small."""
 
 
-def compare_update(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
+def compare_update(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
     """Return the comparisons of the gradient of each term, of the change of the weights, and of
     Adam's moments, with those that were recomputed.
 
@@ -43,7 +43,7 @@ def compare_update(step: RecordedStep, recomputation: Recomputation) -> list[Com
     ]
 
 
-def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> ComparedQuantity:
+def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     name = "change of the weights"
     if base.update_distance is None:
         return not_checked(FAMILY, name, f"there is no checkpoint of step {step.step}")
@@ -54,7 +54,7 @@ def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> ComparedQuan
     departing_parameters = [
         key for key, value in base.by_parameter if value > max(tolerance, MAX_TENSOR_DISTANCE)
     ]
-    return ComparedQuantity(
+    return Comparison(
         FAMILY,
         name,
         EQUAL if base.update_distance <= tolerance and not departing_parameters else DEPARTS,
@@ -69,11 +69,11 @@ def _compare_change(step: RecordedStep, base: RecomputedUpdates) -> ComparedQuan
     )
 
 
-def _compare_recomputed_moments(step: RecordedStep, base: RecomputedUpdates) -> ComparedQuantity:
+def _compare_recomputed_moments(step: RecordedStep, base: RecomputedUpdates) -> Comparison:
     name = "change of Adam's moments"
     if base.moment_distance is None:
         return not_checked(FAMILY, name, f"no checkpoint of step {step.step} has them")
-    return ComparedQuantity(
+    return Comparison(
         FAMILY,
         name,
         DEPARTS if moments_depart(step, base) else EQUAL,

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_r1.reporting.formatting import finite_metric, format_number
+from megatron_r1.reporting.formatting import format_number
+from megatron_r1.reporting.record_values import finite_metric
 from megatron_r1.why.checks.engine_causes import adapter_scales
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
     ROUNDING_BY_DTYPE,
-    ComparedQuantity,
+    Comparison,
     not_checked,
     with_untried,
 )
@@ -28,15 +29,17 @@ if TYPE_CHECKING:
 
 POLICIES_STAGE = "log-probabilities"
 TRAINER = "old policy of the trainer"
-Candidate = tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]
+TrainerCandidate = tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]
+"""A candidate cause: what it is, in words, the remedy, and the function that returns the
+log-probabilities that the trainer would have."""
 
 
-def compare_policies(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
+def compare_policies(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
     """Return the comparisons of the trainer's log-probabilities and of its reference."""
     return [_compare_trainer(step, recomputation), _compare_reference(step, recomputation)]
 
 
-def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> ComparedQuantity:
+def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Comparison:
     """Compare logprob_diff/mean, engine's against trainer's, with engine's against transformers."""
     logged_gap = finite_metric(step.metrics_row, "logprob_diff/mean")
     if "logprob_diff/mean" not in step.metrics_row:
@@ -59,7 +62,7 @@ def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Compar
     mean_gap = float(np.concatenate(gaps).mean())
     tolerance = ROUNDING_BY_DTYPE[step.run_config.model.dtype]
     if logged_gap is None:
-        return ComparedQuantity(
+        return Comparison(
             POLICIES_STAGE,
             TRAINER,
             DEPARTS,
@@ -75,14 +78,14 @@ def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Compar
     departs = distance > tolerance
     untried_causes: list[str] = []
     reason, remedy = (
-        _find_explanation(step, recomputation, untried_causes) if departs else None
+        _find_trainer_cause(step, recomputation, untried_causes) if departs else None
     ) or (
         f"the trainer is {format_number(logged_gap)} from the engine, transformers "
         f"{format_number(mean_gap)}: the trainer computes old log-probabilities of other weights, "
         "or at another temperature",
         TRAINER_REMEDY + rerun_hint(step, "trainer"),
     )
-    return ComparedQuantity(
+    return Comparison(
         POLICIES_STAGE,
         TRAINER,
         DEPARTS if departs else EQUAL,
@@ -96,14 +99,14 @@ def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Compar
     )
 
 
-def _find_explanation(
+def _find_trainer_cause(
     step: RecordedStep, recomputation: Recomputation, untried_causes: list[str]
 ) -> tuple[str, str] | None:
     """Return what gives the trainer's logged distances from the engine, and the remedy; add to
     `untried_causes` what could not be tried."""
-    from megatron_r1.why.policy.policy_models import NotInMemory
+    from megatron_r1.why.policy.step_models import NotInMemory
 
-    for noun, remedy, make in _candidate_explanations(step, recomputation):
+    for noun, remedy, make in _trainer_candidates(step, recomputation):
         try:
             logprobs = make()
         except NotInMemory:
@@ -130,13 +133,13 @@ def _find_explanation(
     return _parted_head(step)
 
 
-def _candidate_explanations(step: RecordedStep, recomputation: Recomputation) -> list[Candidate]:
-    """Return the possible explanations of the trainer's log-probabilities: a description, the
-    remedy, and the function that computes that alternative."""
-    from megatron_r1.why.policy.changed_weights import SubstitutedLogprobs
+def _trainer_candidates(step: RecordedStep, recomputation: Recomputation) -> list[TrainerCandidate]:
+    """Return the candidate causes of the trainer's departure, in the order in which they are
+    tried."""
+    from megatron_r1.why.policy.changed_weights import ChangedPartLogprobs
 
     newest_version, lora = step.step - 1, step.run_config.model.lora
-    substituted = SubstitutedLogprobs(recomputation.policies)
+    changed_parts = ChangedPartLogprobs(recomputation.policies)
     return [
         (
             "at temperature 1",
@@ -161,7 +164,7 @@ def _candidate_explanations(step: RecordedStep, recomputation: Recomputation) ->
                 f"with adapters times {scale:g} ({noun})",
                 "model.lora: the trainer adds the product of adapters with a scale other than "
                 "alpha / rank",
-                partial(substituted.logprobs_with_adapter_scale, scale),
+                partial(changed_parts.logprobs_with_adapter_scale, scale),
             )
             for scale, noun in (adapter_scales(lora).items() if lora else ())
         ),
@@ -174,7 +177,7 @@ def _candidate_explanations(step: RecordedStep, recomputation: Recomputation) ->
             "with the tied head as the run began with it",
             "parallel.pipeline: first and last stage hold copies of the embedding, the tied head's "
             "is not trained with it",
-            substituted.logprobs_with_head_apart,
+            changed_parts.logprobs_with_head_apart,
         ),
         *(
             (
@@ -266,7 +269,7 @@ def last_refresh(step: RecordedStep) -> int:
     return refresh_step
 
 
-def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> ComparedQuantity:
+def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comparison:
     """Compare the checkpoint's reference with the weights that the settings make it."""
     name = "reference policy"
     if not step.config.rl.kl_beta:
@@ -289,7 +292,7 @@ def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comp
     reference = checkpoint_before, checkpoint_model.REFERENCE_PREFIX
     distance = recomputation.models.distance(reference, (expected_path, ""))
     if distance <= tolerance:
-        return ComparedQuantity(
+        return Comparison(
             POLICIES_STAGE,
             name,
             EQUAL,
@@ -310,7 +313,7 @@ def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comp
             )
             reason += f": {text}, it is the weights after step {other_step}"
             break
-    return ComparedQuantity(
+    return Comparison(
         POLICIES_STAGE,
         name,
         DEPARTS,

@@ -1,4 +1,4 @@
-"""The tokens of a step's prompts, against those of its template and tokenizer."""
+"""Compares the tokens of a step's prompts with those of its template and tokenizer."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,7 +6,7 @@ from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.why.comparison import (
-    ComparedQuantity,
+    Comparison,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -18,12 +18,12 @@ MAX_SHOWN_CHARACTERS = 40
 """The most characters of a text that a comparison shows."""
 
 
-def compare_prompts(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_prompts(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of a step's prompts."""
     return [_compare_starts(step), _compare_system_message(step), _compare_prompt_tokens(step)]
 
 
-def _compare_starts(step: RecordedStep) -> ComparedQuantity:
+def _compare_starts(step: RecordedStep) -> Comparison:
     """Check for a special token that begins a prompt twice."""
     special = special_tokens(step.tokenizer)
     departing_responses = [
@@ -47,7 +47,7 @@ def _compare_starts(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def _compare_system_message(step: RecordedStep) -> ComparedQuantity:
+def _compare_system_message(step: RecordedStep) -> Comparison:
     """Check that the text of a system's message is in the prompt."""
     name = "system message"
     departing_responses: list[ResponseIndex] = []
@@ -77,7 +77,7 @@ def _compare_system_message(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def _compare_prompt_tokens(step: RecordedStep) -> ComparedQuantity:
+def _compare_prompt_tokens(step: RecordedStep) -> Comparison:
     name = "tokens of the prompt"
     if _has_own_prompts(step.run_config):
         return not_checked(FAMILY, name, "agents.environment or harness makes the prompts")

@@ -1,16 +1,17 @@
-"""What was pushed: the probes after the push, and the exported model."""
+"""Checks what was pushed: the probes after the push, and the exported model."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from megatron_r1.reporting.formatting import finite_metric, format_number
+from megatron_r1.reporting.formatting import format_number
+from megatron_r1.reporting.record_values import finite_metric
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
     ROUNDING_BY_DTYPE,
-    ComparedQuantity,
+    Comparison,
     not_checked,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -23,18 +24,18 @@ MERGE_ROUNDING = 2.0**-20
 """Relative: sums of weights and products of adapters in float32, in another order."""
 
 
-def compare_push(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
+def compare_push(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
     """Return the comparisons of the weights that left the trainer: to engines, and to hf/."""
     return [_compare_probe(step), _compare_export(step, recomputation)]
 
 
-def _compare_probe(step: RecordedStep) -> ComparedQuantity:
+def _compare_probe(step: RecordedStep) -> Comparison:
     name = "probes of the push"
     value = finite_metric(step.metrics_row, "push/probe_diff")
     if "push/probe_diff" not in step.metrics_row:
         return not_checked(FAMILY, name, "metrics.jsonl has no push/probe_diff")
     tolerance = 4 * ROUNDING_BY_DTYPE[step.run_config.rollout.dtype]
-    return ComparedQuantity(
+    return Comparison(
         FAMILY,
         name,
         EQUAL if value is not None and value <= tolerance else DEPARTS,
@@ -49,7 +50,7 @@ def _compare_probe(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def _compare_export(step: RecordedStep, recomputation: Recomputation) -> ComparedQuantity:
+def _compare_export(step: RecordedStep, recomputation: Recomputation) -> Comparison:
     """Compare hf/ with the checkpoint of the last step."""
     name = "exported model"
     if not (step.folder.hf_folder / "config.json").is_file():
@@ -63,7 +64,7 @@ def _compare_export(step: RecordedStep, recomputation: Recomputation) -> Compare
     if has_adapters and not is_fp32:
         return not_checked(FAMILY, name, "adapters are less than rounding of model.dtype")
     tolerance = MERGE_ROUNDING if has_adapters else 0.0 if is_fp32 else 2.0**-8
-    return ComparedQuantity(
+    return Comparison(
         FAMILY,
         name,
         EQUAL if distance <= tolerance else DEPARTS,

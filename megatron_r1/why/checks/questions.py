@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE
-from megatron_r1.why.comparison import DEPARTS, ComparedQuantity, fraction_comparison, not_checked
+from megatron_r1.why.comparison import DEPARTS, Comparison, fraction_comparison, not_checked
 from megatron_r1.why.formulas import question_order
 from megatron_r1.why.record.recorded_step import RecordedStep
 
@@ -13,12 +13,12 @@ FAMILY = "files"
 NAME = "questions of the step"
 
 
-def compare_questions(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_questions(step: RecordedStep) -> list[Comparison]:
     """Return the comparison of a step's questions, after that of a damaged sample log."""
     if step.num_damaged_bytes:
         num_groups = len(step.groups) + len(step.filtered_groups)
         return [
-            ComparedQuantity(
+            Comparison(
                 FAMILY,
                 "sample log",
                 DEPARTS,

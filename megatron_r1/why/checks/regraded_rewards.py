@@ -1,4 +1,4 @@
-"""Rewards of a step's responses against those that this version's graders give again."""
+"""Compares rewards of a step's responses with those that this version's graders give again."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from r1_grading.terms import ACCURACY, RewardTerms
 
 from megatron_r1.controller.rollouts.rollout import GradedResponse
 from megatron_r1.why.comparison import (
-    ComparedQuantity,
+    Comparison,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -39,7 +39,7 @@ def grade_again(step: RecordedStep) -> dict[ResponseIndex, dict[str, Grade]]:
     return asyncio.run(_grade_responses(step))
 
 
-def compare_reward_order(step: RecordedStep, new_grades: Grades) -> ComparedQuantity:
+def compare_reward_order(step: RecordedStep, new_grades: Grades) -> Comparison:
     """Check that no response has the accuracy of another one of its group.
 
     Args:
@@ -85,7 +85,7 @@ def compare_reward_order(step: RecordedStep, new_grades: Grades) -> ComparedQuan
     )
 
 
-def compare_regraded_rewards(step: RecordedStep, new_grades: Grades) -> ComparedQuantity:
+def compare_regraded_rewards(step: RecordedStep, new_grades: Grades) -> Comparison:
     """Check each term with the graders of this version and the run's settings.
 
     Args:

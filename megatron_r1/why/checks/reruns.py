@@ -1,5 +1,5 @@
-"""The reruns of `--rerun`: log-probabilities again, by a fresh engine and by one trainer rank. Each
-refines a comparison: it says which side a departure is on."""
+"""Makes the reruns of `--rerun`: log-probabilities again, by a fresh engine and by one trainer
+rank. Each refines a comparison: it says which side a departure is on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import numpy as np
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.reporting.formatting import finite_metric
+from megatron_r1.reporting.record_values import finite_metric
 from megatron_r1.why.checks import engine_logprobs, policies
 from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
 from megatron_r1.why.checks.sampling import FAMILY
@@ -25,8 +25,7 @@ from megatron_r1.why.comparison import (
     NOT_CHECKED,
     ROUNDING_BY_DTYPE,
     CannotRecompute,
-    ComparedQuantity,
-    Report,
+    Comparison,
     not_checked,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -38,6 +37,7 @@ from megatron_r1.why.rerun.rerun_verdicts import (
     engine_verdict,
     trainer_verdict,
 )
+from megatron_r1.why.step_report import Report
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
@@ -59,14 +59,12 @@ class Rerun(NamedTuple):
     name: str
     refines: str
     start: str
-    check: Callable[
-        [RecordedStep, Recomputation, ComparedQuantity], tuple[ComparedQuantity, RerunVerdict]
-    ]
+    check: Callable[[RecordedStep, Recomputation, Comparison], tuple[Comparison, RerunVerdict]]
 
 
 def rerun_comparison(
     rerun: Rerun, subject: str, distances: Distances, tolerance: float, verdict: RerunVerdict
-) -> ComparedQuantity:
+) -> Comparison:
     """Return the comparison of a rerun with transformers.
 
     Args:
@@ -76,7 +74,7 @@ def rerun_comparison(
         tolerance: the largest distance that is rounding.
         verdict: what the distances say."""
     text = f"{subject}; {verdict.conclusion}"
-    return ComparedQuantity(
+    return Comparison(
         rerun.family,
         rerun.name,
         DEPARTS if verdict.departs else EQUAL,
@@ -113,13 +111,13 @@ def run_in_scratch_folder(work: Callable[[Path], Coroutine[Any, Any, T]]) -> T:
 
 
 def _compare_fresh_engine(
-    step: RecordedStep, recomputation: Recomputation, refined_comparison: ComparedQuantity
-) -> tuple[ComparedQuantity, RerunVerdict]:
+    step: RecordedStep, recomputation: Recomputation, refined_comparison: Comparison
+) -> tuple[Comparison, RerunVerdict]:
     """Compare a fresh engine's log-probabilities with the logged ones and transformers'.
 
     A rerun computes tokens as parts of a prompt, which vLLM does at temperature 1 over the whole
     vocabulary. Where the run sampled otherwise, it is compared with transformers alone."""
-    from megatron_r1.why.policy.policy_models import write_policy
+    from megatron_r1.why.policy.step_models import write_policy
     from megatron_r1.why.rerun import fresh_engine
 
     fresh_engine.check_engine(
@@ -163,7 +161,7 @@ def _engine_distances(
     gaps: EngineGaps,
     fresh_logprobs: Sequence[np.ndarray],
     transformers_logprobs: Sequence[np.ndarray],
-    refined_comparison: ComparedQuantity,
+    refined_comparison: Comparison,
     has_plain_sampling: bool,
 ) -> Distances:
     """Return the distances over the tokens of the newest version, of the responses that depart
@@ -220,8 +218,8 @@ ENGINE = Rerun(
 
 
 def _compare_single_rank(
-    step: RecordedStep, recomputation: Recomputation, refined_comparison: ComparedQuantity
-) -> tuple[ComparedQuantity, RerunVerdict]:
+    step: RecordedStep, recomputation: Recomputation, refined_comparison: Comparison
+) -> tuple[Comparison, RerunVerdict]:
     """Compare the distance of one rank from the engine with that of the run's trainer, and the rank
     with transformers."""
     from megatron_r1.why.rerun import single_rank
@@ -303,7 +301,7 @@ def refine_by_reruns(
             report.replace(refined_comparison, _add_rerun_verdict(refined_comparison, verdict))
 
 
-def _add_rerun_verdict(comparison: ComparedQuantity, verdict: RerunVerdict) -> ComparedQuantity:
+def _add_rerun_verdict(comparison: Comparison, verdict: RerunVerdict) -> Comparison:
     """Return a departure with what its rerun says; without a cause of its own the remedy is the
     rerun's."""
     before, hint, _ = comparison.remedy.partition(HINT)

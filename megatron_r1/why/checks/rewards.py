@@ -1,4 +1,5 @@
-"""The rewards that a step logged, against their terms and the metrics that are made of them."""
+"""Compares the rewards that a step logged with their terms and the metrics that are made of
+them."""
 
 import math
 from statistics import fmean
@@ -7,7 +8,8 @@ import numpy as np
 from r1_grading.terms import ACCURACY
 
 from megatron_r1.controller.rollouts.rollout import all_responses
-from megatron_r1.reporting.formatting import finite_metric, format_number
+from megatron_r1.reporting.formatting import format_number
+from megatron_r1.reporting.record_values import finite_metric
 from megatron_r1.why.checks.regraded_rewards import (
     FAMILY,
     REWARD_TOLERANCE,
@@ -19,7 +21,7 @@ from megatron_r1.why.checks.second_reader import compare_accuracies
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
-    ComparedQuantity,
+    Comparison,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -28,7 +30,7 @@ from megatron_r1.why.formulas import are_equal
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 
-def compare_recorded_rewards(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_recorded_rewards(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of a step's rewards."""
     new_grades = grade_again(step)
     return [
@@ -40,7 +42,7 @@ def compare_recorded_rewards(step: RecordedStep) -> list[ComparedQuantity]:
     ]
 
 
-def _compare_sums(step: RecordedStep) -> ComparedQuantity:
+def _compare_sums(step: RecordedStep) -> Comparison:
     """Check that rewards are the weighted sums of their terms."""
     departing_responses: list[ResponseIndex] = []
     worst, reason = 0.0, ""
@@ -84,7 +86,7 @@ def _plain_sum(step: RecordedStep, index: ResponseIndex) -> float:
     return sum(value for term, value in terms.items() if step.reward_weights.get(term))
 
 
-def _compare_metrics(step: RecordedStep) -> list[ComparedQuantity]:
+def _compare_metrics(step: RecordedStep) -> list[Comparison]:
     """Compare means over the logged responses with metrics.jsonl."""
     groups = step.groups + step.filtered_groups
     responses = all_responses(groups)
@@ -119,7 +121,7 @@ def _compare_metrics(step: RecordedStep) -> list[ComparedQuantity]:
     worst = max(gaps, key=lambda name: gaps[name])
     is_equal = gaps[worst] <= REWARD_TOLERANCE * max(1.0, abs(means[worst]))
     return [
-        ComparedQuantity(
+        Comparison(
             FAMILY,
             "metrics of the rollout",
             EQUAL if is_equal else DEPARTS,

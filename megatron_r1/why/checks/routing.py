@@ -1,18 +1,19 @@
-"""The experts that engines chose, which the trainer replays, against those of the routers of the
-trainer and of transformers."""
+"""Compares the experts that engines chose, which the trainer replays, with those of the routers of
+the trainer and of transformers."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from megatron_r1.reporting.formatting import finite_metric, format_percent
+from megatron_r1.reporting.formatting import format_percent
+from megatron_r1.reporting.record_values import finite_metric
 from megatron_r1.why.checks.sampling import FAMILY
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
     CannotRecompute,
-    ComparedQuantity,
+    Comparison,
     not_checked,
 )
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -29,7 +30,7 @@ SHIFTS = {"before": 1, "after": -1}
 (`rows_with_shifted_experts`)."""
 
 
-def compare_routing(step: RecordedStep, recomputation: Recomputation) -> list[ComparedQuantity]:
+def compare_routing(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
     """Check that engines choose the experts that the trainer's routers would: replay hides where
     they do not. Nothing is compared where experts are not replayed."""
     if not step.config.rl.routing_replay:
@@ -45,7 +46,7 @@ def compare_routing(step: RecordedStep, recomputation: Recomputation) -> list[Co
         reason = "routing/agreement is not a number in metrics.jsonl"
         remedy = "what makes NaN in the trainer's routers: model.dtype, fp8, its checkpoint"
         return [
-            ComparedQuantity(
+            Comparison(
                 FAMILY,
                 NAME,
                 DEPARTS,
@@ -58,10 +59,12 @@ def compare_routing(step: RecordedStep, recomputation: Recomputation) -> list[Co
         ]
     distance = 1 - agreement
     reason, remedy = (
-        _find_explanation(recomputation, distance, tolerance) if distance > tolerance else ("", "")
+        _find_routing_cause(recomputation, distance, tolerance)
+        if distance > tolerance
+        else ("", "")
     )
     return [
-        ComparedQuantity(
+        Comparison(
             FAMILY,
             NAME,
             EQUAL if distance <= tolerance else DEPARTS,
@@ -75,7 +78,7 @@ def compare_routing(step: RecordedStep, recomputation: Recomputation) -> list[Co
     ]
 
 
-def _find_explanation(
+def _find_routing_cause(
     recomputation: Recomputation, distance: float, tolerance: float
 ) -> tuple[str, str]:
     """Return why the trainer's routers would choose otherwise, and the remedy."""

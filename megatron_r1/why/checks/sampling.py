@@ -1,5 +1,5 @@
-"""How the step was sampled: the settings, limits, weight versions and kept tokens that the engines
-logged, against what the run's settings say."""
+"""Compares how the step was sampled (settings, limits, weight versions and kept tokens that engines
+logged) with what the run's settings say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_r1.why.checks.draws import compare_draws
 from megatron_r1.why.comparison import (
-    ComparedQuantity,
+    Comparison,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -19,7 +19,7 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 FAMILY = "sampling"
 
 
-def compare_sampling(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_sampling(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of what was logged of the sampling."""
     comparisons = [_compare_kept_tokens(step)] if step.config.rollout.uses_sampling_mask else []
     return [
@@ -31,7 +31,7 @@ def compare_sampling(step: RecordedStep) -> list[ComparedQuantity]:
     ]
 
 
-def _compare_settings(step: RecordedStep) -> ComparedQuantity:
+def _compare_settings(step: RecordedStep) -> Comparison:
     """Check what the engines were asked for."""
     name = "settings of the engines"
     rollout = step.config.rollout
@@ -84,7 +84,7 @@ def _compare_settings(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def _compare_limits(step: RecordedStep) -> ComparedQuantity:
+def _compare_limits(step: RecordedStep) -> Comparison:
     """Check that responses that were cut off have as many tokens as the limit."""
     rollout = step.config.rollout
     limit = rollout.max_response_tokens
@@ -120,7 +120,7 @@ def _compare_limits(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def _compare_versions(step: RecordedStep) -> ComparedQuantity:
+def _compare_versions(step: RecordedStep) -> Comparison:
     """Check that the policy that sampled is not older than rl.staleness allows."""
     newest_version = step.step - 1
     oldest_version = newest_version - step.config.rl.staleness
@@ -154,7 +154,7 @@ def _compare_versions(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def _compare_kept_tokens(step: RecordedStep) -> ComparedQuantity:
+def _compare_kept_tokens(step: RecordedStep) -> Comparison:
     """Check that every token is among those that its engine kept of the vocabulary."""
     departing_responses: dict[ResponseIndex, None] = {}
     num_tokens = 0

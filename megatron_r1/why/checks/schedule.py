@@ -1,10 +1,10 @@
-"""The learning rate and the number of updates of a step, against its settings."""
+"""Compares the learning rate and the number of updates of a step with its settings."""
 
 import math
 
-from megatron_r1.reporting.formatting import finite_metric
+from megatron_r1.reporting.record_values import finite_metric
 from megatron_r1.why.checks.loss import COMPARED_METRICS
-from megatron_r1.why.comparison import DEPARTS, EQUAL, ComparedQuantity, not_checked
+from megatron_r1.why.comparison import DEPARTS, EQUAL, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 SCHEDULE = "schedule"
@@ -12,12 +12,12 @@ LEARNING_RATE_TOLERANCE = 1e-6
 """The largest relative distance of learning rates, which are a few products of float64."""
 
 
-def compare_schedule(step: RecordedStep) -> list[ComparedQuantity]:
+def compare_schedule(step: RecordedStep) -> list[Comparison]:
     """Return the comparisons of the schedule, from metrics.jsonl alone."""
     return [_compare_rate(step), _compare_count(step), _compare_taken_updates(step)]
 
 
-def _compare_rate(step: RecordedStep) -> ComparedQuantity:
+def _compare_rate(step: RecordedStep) -> Comparison:
     name, logged_rate = "learning rate", finite_metric(step.metrics_row, "learning_rate")
     if "learning_rate" not in step.metrics_row:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no learning_rate")
@@ -31,7 +31,7 @@ def _compare_rate(step: RecordedStep) -> ComparedQuantity:
     reason = f"learning_rate is {logged_rate:g} in metrics.jsonl, the schedule says {mean_rate:g}"
     if settings.warmup_updates and logged_rate < mean_rate:
         reason += ": as if still in warm-up"
-    return ComparedQuantity(
+    return Comparison(
         SCHEDULE,
         name,
         EQUAL if distance <= LEARNING_RATE_TOLERANCE else DEPARTS,
@@ -45,14 +45,14 @@ def _compare_rate(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def _compare_count(step: RecordedStep) -> ComparedQuantity:
+def _compare_count(step: RecordedStep) -> Comparison:
     name, logged_count = "number of updates", step.metrics_row.get("optimizer_step")
     if "optimizer_step" not in step.metrics_row:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no optimizer_step")
     if not isinstance(logged_count, int):
         return _not_a_number(name, "optimizer_step")
     num_updates = step.updates_after(step.step)
-    return ComparedQuantity(
+    return Comparison(
         SCHEDULE,
         name,
         EQUAL if num_updates == logged_count else DEPARTS,
@@ -66,7 +66,7 @@ def _compare_count(step: RecordedStep) -> ComparedQuantity:
     )
 
 
-def _compare_taken_updates(step: RecordedStep) -> ComparedQuantity:
+def _compare_taken_updates(step: RecordedStep) -> Comparison:
     name, taken_fraction = "updates taken", finite_metric(step.metrics_row, "step_taken")
     if "step_taken" not in step.metrics_row:
         return not_checked(SCHEDULE, name, "metrics.jsonl has no step_taken")
@@ -78,7 +78,7 @@ def _compare_taken_updates(step: RecordedStep) -> ComparedQuantity:
         key for key in (*COMPARED_METRICS, "grad_norm") if _is_no_number(step, key)
     ]:
         parts.append(f"not a number in metrics.jsonl: {', '.join(dict.fromkeys(missing_keys))}")
-    return ComparedQuantity(
+    return Comparison(
         SCHEDULE,
         name,
         EQUAL if taken_fraction == 1 and norm is not None else DEPARTS,
@@ -95,13 +95,13 @@ def _is_no_number(step: RecordedStep, key: str) -> bool:
     return key in step.metrics_row and finite_metric(step.metrics_row, key) is None
 
 
-def _not_a_number(name: str, key: str) -> ComparedQuantity:
+def _not_a_number(name: str, key: str) -> Comparison:
     """Return the comparison of a metric that is null.
 
     Args:
         name: the quantity.
         key: the metric."""
-    return ComparedQuantity(
+    return Comparison(
         SCHEDULE,
         name,
         DEPARTS,

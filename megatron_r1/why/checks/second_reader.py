@@ -1,5 +1,5 @@
-"""Accuracies of a step's responses against the verdicts of two other readers of mathematics:
-values at random points, and where these are not sure, math-verify."""
+"""Compares the accuracies of a step's responses with the verdicts of two other readers of
+mathematics: values at random points, and where these are not sure, math-verify."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from r1_grading.terms import ACCURACY
 
 from megatron_r1.why.checks.regraded_rewards import FAMILY, MAX_READ
 from megatron_r1.why.comparison import (
-    ComparedQuantity,
+    Comparison,
     ResponseIndex,
     fraction_comparison,
     not_checked,
@@ -36,7 +36,7 @@ SECOND_READER_KINDS = ("math", "logic")
 those that they take for right."""
 
 
-def compare_accuracies(step: RecordedStep) -> ComparedQuantity:
+def compare_accuracies(step: RecordedStep) -> Comparison:
     """Compare accuracies with those of the second readers, of answers that responses state
     plainly."""
     name = "verdict of second readers"

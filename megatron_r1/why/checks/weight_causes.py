@@ -1,5 +1,5 @@
-"""Weights of an engine that are not the checkpoint's: tensors of an earlier version, or exchanged,
-and experts that are stale, exchanged, or another function."""
+"""Tries whether an engine has weights that are not the checkpoint's: tensors of an earlier version,
+or exchanged ones, and experts that are stale, exchanged, or another function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_r1.why.checks.engine_causes import ExplainedDeparture
+from megatron_r1.why.checks.engine_causes import DepartureCause
 from megatron_r1.why.checks.engine_gaps import EngineGaps, ExplainedEngine, mean_gap
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ EXCHANGEABLE_MODULES = (("gate_proj", "up_proj"), ("k_proj", "v_proj"))
 TENSOR_REMEDY = "the push of that tensor (docs/push.md): its name and place in the engine's model"
 MAX_PAIRS = 64
 """Pairs of experts that are tried as exchanged ones."""
-MAX_SUSPECTS = 4
+MAX_CANDIDATE_EXPERTS = 4
 """Experts that are tried as the one, or two, that differ."""
 EXPERT_REMEDY = (
     "the push of that expert (docs/push.md), rollout.expert_parallel, rollout.redundant_experts"
 )
 
 
-def departing_tensor(gaps: EngineGaps) -> ExplainedDeparture | None:
+def departing_tensor(gaps: EngineGaps) -> DepartureCause | None:
     """Try tensors of earlier versions, and simple exchanges."""
     means = {name: mean for name, mean in gaps.means_by_name().items() if mean > gaps.tolerance}
     if not means:
@@ -74,7 +74,7 @@ class TensorSearch:
             [gaps.policies.old_logprobs[index] for index in tried_sequences]
         )
 
-    def stale_tensors(self) -> ExplainedDeparture | None:
+    def stale_tensors(self) -> DepartureCause | None:
         """Try the tensors of the version before, and of the first."""
         newest_version = self._gaps.newest_version
         for version in sorted({max(0, newest_version - 1), 0} - {newest_version}, reverse=True):
@@ -88,20 +88,20 @@ class TensorSearch:
             engine = self._explained_engine({name: old_tensors[name] for name in groups[nouns[0]]})
             if engine is not None:
                 alternatives = "".join(f", or {noun}" for noun in nouns[1:MAX_NAMED])
-                return ExplainedDeparture(
+                return DepartureCause(
                     f"{nouns[0]}{alternatives} in {engine.name} is of version {version}, "
                     f"not {newest_version}: {engine.gap_sizes}",
                     TENSOR_REMEDY,
                 )
         return None
 
-    def exchanged_tensors(self) -> ExplainedDeparture | None:
+    def exchanged_tensors(self) -> DepartureCause | None:
         """Try exchanges of tensors."""
         for noun, sources in islice(tensor_exchanges(self._weights.tensors), MAX_TRIED):
             if self._mean_residual(self._effect_on_logprobs(sources)) > self._gaps.tolerance:
                 continue
             if (engine := self._explained_engine(sources)) is not None:
-                return ExplainedDeparture(
+                return DepartureCause(
                     f"{noun} are exchanged in {engine.name}: {engine.gap_sizes}", TENSOR_REMEDY
                 )
         return None
@@ -285,21 +285,21 @@ class ExpertGap(NamedTuple):
     other_gap: float
 
 
-def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
+def departing_expert(gaps: EngineGaps) -> DepartureCause | None:
     """Look for experts whose tokens differ more than others."""
     ranked = experts_by_gap(gaps)
-    suspects = ranked[:MAX_SUSPECTS]
-    for suspect in suspects:
-        if (explanation := _stale_expert(gaps, suspect.layer, suspect.expert)) is not None:
-            return explanation
-    if suspects and gaps.policies.models.is_streamed:  # each would read the whole checkpoint
+    candidates = ranked[:MAX_CANDIDATE_EXPERTS]
+    for candidate in candidates:
+        if (cause := _stale_expert(gaps, candidate.layer, candidate.expert)) is not None:
+            return cause
+    if candidates and gaps.policies.models.is_streamed:  # each would read the whole checkpoint
         gaps.untried_causes.append("exchanged experts")
-        suspects = []
-    for layer, expert, other_expert in _exchangeable_expert_pairs(gaps, suspects):
+        candidates = []
+    for layer, expert, other_expert in _exchangeable_expert_pairs(gaps, candidates):
         sources = {expert: other_expert, other_expert: expert}
-        engine = gaps.explained_engine(gaps.substituted.logprobs_with_experts(layer, sources))
+        engine = gaps.explained_engine(gaps.changed_parts.logprobs_with_experts(layer, sources))
         if engine is not None:
-            return ExplainedDeparture(
+            return DepartureCause(
                 f"experts {min(sources)} and {max(sources)} of {_layer_name(layer)} are exchanged "
                 f"in {engine.name}: {engine.gap_sizes}",
                 EXPERT_REMEDY,
@@ -309,7 +309,7 @@ def departing_expert(gaps: EngineGaps) -> ExplainedDeparture | None:
     worst = ranked[0]
     if worst.routed_gap < 4 * worst.other_gap:
         return None
-    return ExplainedDeparture(
+    return DepartureCause(
         f"tokens of expert {worst.expert} of {_layer_name(worst.layer)} differ by "
         f"{format_number(worst.routed_gap)}, others by {format_number(worst.other_gap)}: the "
         "engine has another expert there",
@@ -333,13 +333,13 @@ def experts_by_gap(gaps: EngineGaps) -> list[ExpertGap]:
     return sorted(ranked, key=lambda gap: -gap.routed_gap / max(gap.other_gap, 1e-12))
 
 
-def _stale_expert(gaps: EngineGaps, layer: str, expert: int) -> ExplainedDeparture | None:
+def _stale_expert(gaps: EngineGaps, layer: str, expert: int) -> DepartureCause | None:
     """Try the expert's weights of earlier versions."""
-    stale = gaps.stale_version(partial(gaps.substituted.logprobs_with_old_expert, layer, expert))
+    stale = gaps.stale_version(partial(gaps.changed_parts.logprobs_with_old_expert, layer, expert))
     if stale is None:
         return None
     version, engine = stale
-    return ExplainedDeparture(
+    return DepartureCause(
         f"expert {expert} of {_layer_name(layer)} has the weights of version {version} in "
         f"{engine.name}, not {gaps.newest_version}: {engine.gap_sizes}",
         EXPERT_REMEDY,
@@ -347,21 +347,21 @@ def _stale_expert(gaps: EngineGaps, layer: str, expert: int) -> ExplainedDepartu
 
 
 def _exchangeable_expert_pairs(
-    gaps: EngineGaps, suspects: Sequence[ExpertGap]
+    gaps: EngineGaps, candidates: Sequence[ExpertGap]
 ) -> list[tuple[str, int, int]]:
-    """Return pairs of experts of a layer that may be exchanged: the suspects with each other, and
+    """Return pairs of experts of a layer that may be exchanged: the candidates with each other, and
     with experts that few tokens may have been routed to."""
     pairs = [
-        (suspect.layer, suspect.expert, other_suspect.expert)
-        for index, suspect in enumerate(suspects)
-        for other_suspect in suspects[index + 1 :]
-        if suspect.layer == other_suspect.layer
+        (candidate.layer, candidate.expert, other_candidate.expert)
+        for index, candidate in enumerate(candidates)
+        for other_candidate in candidates[index + 1 :]
+        if candidate.layer == other_candidate.layer
     ]
-    for suspect in suspects:
+    for candidate in candidates:
         pairs += [
-            (suspect.layer, suspect.expert, other_expert)
-            for other_expert in range(gaps.substituted.num_experts(suspect.layer))
-            if other_expert != suspect.expert
+            (candidate.layer, candidate.expert, other_expert)
+            for other_expert in range(gaps.changed_parts.num_experts(candidate.layer))
+            if other_expert != candidate.expert
         ]
     pairs_by_experts: dict[tuple[str, frozenset[int]], tuple[str, int, int]] = {}
     for layer, expert, other_expert in pairs:

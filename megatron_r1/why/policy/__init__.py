@@ -1,8 +1,10 @@
 """The policy in transformers: models of checkpoints, and what they make of logged tokens.
 
-- Weights: `checkpoint_tensors` checks them, `tensor_source` reads them one by one, and
-  `checkpoint_model` as a model; `transformers_adapters`, `model_distance`.
-- Models of a step: `policy_models`, whole or as a `streamed_model`.
-- Log-probabilities: `token_logprobs` by a model, also of changed rows; `policy_logprobs` of a step,
-  with other weights (`changed_weights`, `fp8_engines`).
-- Experts: `routed_experts`."""
+- Weights: `checkpoint_model` reads those of a checkpoint as a whole model, `tensor_source` one by
+  one, `checkpoint_tensors` checks them; `transformers_adapters`, `model_distance`.
+- Tokens: `token_rows`, the inputs of a model.
+- One model: `token_logprobs` gives log-probabilities of rows, `routed_experts` the experts that
+  routers choose, `expert_replay` makes them choose the engine's; `streamed_model` gives the same of
+  a model that does not fit into memory.
+- All models of a step: `step_models`; the log-probabilities of its tokens: `policy_logprobs`, with
+  other weights `changed_weights`, as engines have them with `push.fp8` `fp8_engines`."""

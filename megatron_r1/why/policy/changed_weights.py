@@ -1,7 +1,7 @@
-"""Log-probabilities of a step's tokens under the policy before it with other weights.
+"""Computes log-probabilities of a step's tokens under the policy before it with other weights.
 
-`SubstitutedLogprobs` replaces a part that may be wrong in a run, also of a streamed model;
-`ChangedWeights` changes any tensors of a copy and puts them back."""
+`ChangedPartLogprobs` changes one part that may be wrong in a run, also of a streamed model;
+`ChangedWeights` changes any tensors of a copy in memory and puts them back."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch.nn.utils import parametrize
 
 from megatron_r1.why.policy import routed_experts, token_logprobs
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
-from megatron_r1.why.policy.policy_models import require_in_memory
+from megatron_r1.why.policy.step_models import require_in_memory
 from megatron_r1.why.policy.tensor_source import HEAD_NAME
 from megatron_r1.why.policy.transformers_adapters import merged_weights
 from megatron_r1.why.record.recorded_step import weights_after
 
 
-class SubstitutedLogprobs:
+class ChangedPartLogprobs:
     """Log-probabilities of a step's tokens under the policy before it with a part of its weights
-    substituted.
+    changed.
 
     Args:
         policies: the step's log-probabilities."""
@@ -187,7 +187,7 @@ class ChangedWeights:
         """Return the tensors of another model that differ from the policy's.
 
         Args:
-            model: the other model, as `PolicyModels.model` returns it."""
+            model: the other model, as `StepModels.model` returns it."""
         other_weights = merged_weights(require_in_memory(model))
         return {
             name: other_weights[name]

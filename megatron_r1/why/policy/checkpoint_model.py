@@ -1,4 +1,4 @@
-"""Transformers' model with the tensors of a checkpoint, in fp32 on the CPU.
+"""Reads a checkpoint as transformers' model, whole, in fp32 on the CPU, and what it has besides.
 
 Of the trainer's code only what reads tensors by the table of weights is used."""
 
@@ -21,13 +21,14 @@ from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.model import LoraConfig
-from megatron_r1.models.hf_config import HFConfig, read_hf_config
+from megatron_r1.models.hf_config import HFConfig
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.transformers_model import load_with_transformers
 from megatron_r1.models.weights.formats.dcp import Box, DistributedCheckpoint
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.hf_writer import copy_model_files
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
-from megatron_r1.models.weights.formats.published_layout import stacked_part
+from megatron_r1.models.weights.formats.stacked_experts import stacked_part
 from megatron_r1.why.policy.transformers_adapters import attach_transformers_adapters
 
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")

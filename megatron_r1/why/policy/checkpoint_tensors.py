@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.why.policy.checkpoint_model import MOMENT_NAMES, STATE_PREFIX, open_checkpoint
 from megatron_r1.why.policy.routed_experts import ROUTER_BIAS

@@ -1,6 +1,6 @@
-"""Log-probabilities under the weights that engines have after a push with `push.fp8`. Projections
-are in e4m3 with a scale for each block of 128 x 128, the rest in bfloat16, a router's bias in
-float32."""
+"""Computes log-probabilities under the weights that engines have after a push with `push.fp8`.
+Projections are in e4m3 with a scale for each block of 128 x 128, the rest in bfloat16, a router's
+bias in float32."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from megatron_r1.models.weights.formats.published_layout import (
 from megatron_r1.models.weights.formats.quantized_blocks import quantize_fp8
 from megatron_r1.why.policy import checkpoint_model
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
-from megatron_r1.why.policy.policy_models import PolicyModels
 from megatron_r1.why.policy.routed_experts import ROUTER_BIAS
+from megatron_r1.why.policy.step_models import StepModels
 from megatron_r1.why.policy.tensor_source import TensorSource
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 
@@ -44,7 +44,7 @@ def pushed_values(
     return dequantize_blockwise(codes, scales, dtype=torch.float32)
 
 
-class FP8EngineModels(PolicyModels):
+class FP8EngineModels(StepModels):
     """The models of a step as engines have them with `push.fp8`. The activations, which an engine
     on a GPU quantizes too, stay float32.
 
@@ -79,7 +79,7 @@ class FP8EngineModels(PolicyModels):
         return self._whole_model(source)
 
     def policy_with_adapter_scale(self, scale: float) -> Any | None:
-        """Return the model before the step with adapters of another scale, as `PolicyModels` does.
+        """Return the model before the step with adapters of another scale, as `StepModels` does.
 
         Args:
             scale: in place of alpha / rank."""

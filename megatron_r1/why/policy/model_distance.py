@@ -1,4 +1,4 @@
-"""Distances between models with the same parameters."""
+"""Computes distances between models with the same parameters."""
 
 from __future__ import annotations
 

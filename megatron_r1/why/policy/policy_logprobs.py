@@ -1,5 +1,5 @@
-"""Log-probabilities of a step's tokens by transformers, once and when they are asked for: under the
-policy before the step, earlier ones and the reference."""
+"""Computes the log-probabilities of a step's tokens by transformers, once and when they are asked
+for: under the policy before the step, earlier ones and the reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import routed_experts, streamed_model, token_logprobs
-from megatron_r1.why.policy.policy_models import PolicyModels
+from megatron_r1.why.policy.step_models import StepModels
 from megatron_r1.why.policy.streamed_model import StreamedModel
 from megatron_r1.why.policy.token_rows import (
     TokenRow,
@@ -43,7 +43,7 @@ class PolicyLogprobs:
         CannotRecompute: weights are missing, or too large for this machine.
     """
 
-    def __init__(self, models: PolicyModels) -> None:
+    def __init__(self, models: StepModels) -> None:
         self.models, self.step = models, models.step
         self._logprobs_of_weights: dict[Path, list[np.ndarray]] = {}
 

@@ -1,4 +1,5 @@
-"""The experts that a model of transformers routes tokens to, and the routers' correction biases."""
+"""Notes the experts that a model of transformers routes tokens to, and moves the routers'
+correction biases."""
 
 from __future__ import annotations
 

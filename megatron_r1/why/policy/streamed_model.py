@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from megatron_r1.why.comparison import CannotRecompute
+from megatron_r1.why.policy.expert_replay import row_replay
 from megatron_r1.why.policy.routed_experts import add_chosen, seen_experts
 from megatron_r1.why.policy.tensor_source import TensorSource
 from megatron_r1.why.policy.token_logprobs import (
@@ -29,7 +30,6 @@ from megatron_r1.why.policy.token_logprobs import (
     TOKENS_AT_ONCE,
     forward_inputs,
     length_batches,
-    row_replay,
     token_logprobs_and_entropies,
 )
 from megatron_r1.why.policy.token_rows import TokenRow

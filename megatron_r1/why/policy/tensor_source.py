@@ -1,4 +1,4 @@
-"""The weights of a checkpoint or of a model's folder, fp32, read one tensor at a time: under their
+"""Reads the weights of a checkpoint or of a model's folder, fp32, one tensor at a time: under their
 published names, and as the parameters of transformers' classes."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.adapter_table import A, B
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
-from megatron_r1.models.weights.formats.published_layout import stacked_part
+from megatron_r1.models.weights.formats.stacked_experts import stacked_part
 from megatron_r1.models.weights.layout import hf_tensors
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy.checkpoint_model import EXPERT_TENSOR_NAME, weights_of_part

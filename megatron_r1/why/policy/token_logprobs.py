@@ -1,11 +1,11 @@
-"""Log-probabilities of logged tokens by a model of transformers, on the CPU.
+"""Computes log-probabilities of logged tokens by one model of transformers that is in memory, on
+the CPU.
 
 A pass has a few responses, padded on the right, which a causal model does not see. Where experts
-were recorded, the routers choose these (`replayed_experts`; R3, arXiv 2510.11370)."""
+were recorded, the routers choose these (`expert_replay`)."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from megatron_r1.models.experts import expert_fields
-from megatron_r1.models.hf_config import resolve_aliases
 from megatron_r1.why.comparison import CannotRecompute
+from megatron_r1.why.policy.expert_replay import row_replay
 from megatron_r1.why.policy.token_rows import TokenRow
 
 TOKENS_AT_ONCE, LOGITS_AT_ONCE = 4096, 2**26
 """Tokens and logits of a forward pass, padding included, unless one response has more."""
 BYTES_PER_LOGIT = 28
 """fp32 logits, and in float64 their log-softmax, its exponentials and a gradient."""
-ROUTER_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5}
-"""The largest relative distance of a router's weights from `expert_weights` of its own choice."""
 
 
 def length_batches(rows: Sequence[TokenRow], vocabulary: int) -> Iterator[list[int]]:
@@ -73,20 +70,6 @@ def _position_inputs(rows: Sequence[TokenRow], longest: int) -> dict[str, Tensor
         if row.positions is not None:
             positions[index, : len(row.positions)] = row.positions
     return {"position_ids": positions, "attention_mask": torch.ones_like(positions)}
-
-
-def row_replay(model: Any, rows: Sequence[TokenRow]) -> contextlib.AbstractContextManager[None]:
-    """Return the block in which a model chooses the experts of the rows of a batch, if they have
-    any."""
-    longest = max(len(row.token_ids) for row in rows)
-    shapes = [row.experts.shape[1:] for row in rows if row.experts is not None]
-    if not shapes:
-        return contextlib.nullcontext()
-    experts = torch.full((len(rows), longest, *shapes[0]), -1, dtype=torch.int16)
-    for index, row in enumerate(rows):
-        if row.experts is not None:
-            experts[index, : len(row.experts)] = row.experts
-    return replayed_experts(model, experts.flatten(0, 1))
 
 
 def token_logprobs_and_entropies(
@@ -141,65 +124,3 @@ def sampled_logprobs(
                     logits, rows[index], temperature
                 )[0]
     return logprobs_by_temperature
-
-
-@contextlib.contextmanager
-def replayed_experts(model: Any, experts: Tensor) -> Iterator[None]:
-    """Let the model's routers choose the recorded experts in the block.
-
-    Only the choice is replayed: the weights of the experts are the router's own scores.
-
-    Args:
-        model: transformers' model, of a mixture of experts.
-        experts: (tokens, MoE layers, experts per token) int16, padding among the tokens; -1: the
-            router chooses.
-
-    Raises:
-        CannotRecompute: a router computes its weights otherwise than `expert_weights`."""
-    fields = expert_fields(resolve_aliases(model.config.to_dict()))
-    handles = []
-    for layer, router in enumerate(_find_routers(model)):
-
-        def replay(
-            module: Any,
-            inputs: tuple[Any, ...],
-            output: tuple[Tensor, Tensor, Tensor],
-            layer: int = layer,
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            logits, weights, own_choice = output
-            gap = (expert_weights(logits, own_choice, fields) - weights).abs()
-            if bool((gap > ROUTER_ROUNDING[weights.dtype] * weights.abs()).any()):
-                raise CannotRecompute(f"rl.routing_replay: {type(module).__name__} is not known")
-            recorded = experts[:, layer].long()
-            choice = torch.where(recorded >= 0, recorded, own_choice)
-            return logits, expert_weights(logits, choice, fields).to(weights.dtype), choice
-
-        handles.append(router.register_forward_hook(replay))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def expert_weights(logits: Tensor, choice: Tensor, fields: dict[str, Any]) -> Tensor:
-    """Return the weights of chosen experts, (tokens, experts per token) float32: their scores,
-    divided by the sum over the chosen where the model does so, times its factor.
-
-    Args:
-        logits: (tokens, experts), of the router.
-        choice: (tokens, experts per token) int64.
-        fields: as `expert_fields` returns them."""
-    logits = logits.float()
-    is_sigmoid = fields["moe_router_score_function"] == "sigmoid"
-    scores = logits.sigmoid() if is_sigmoid else logits.softmax(-1)
-    weights = scores.gather(1, choice)
-    if not fields["moe_router_pre_softmax"]:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return weights * fields["moe_router_topk_scaling_factor"]
-
-
-def _find_routers(model: Any) -> list[torch.nn.Module]:
-    """Return the routers of the layers, in their order."""
-    blocks = [module for module in model.modules() if hasattr(module, "experts")]
-    return [getattr(block, "gate", None) or block.router for block in blocks]

@@ -1,5 +1,5 @@
-"""Rows of logged tokens, and others made from them: with other experts, joined, or trained on with
-their prompt."""
+"""Holds logged tokens as a model's input, and makes other inputs from them: with other experts,
+joined, or trained on with their prompt."""
 
 from __future__ import annotations
 

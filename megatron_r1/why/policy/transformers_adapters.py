@@ -1,5 +1,5 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) in a model of transformers, whose factors are then its
-only parameters with a gradient."""
+"""Adds low-rank adapters (LoRA, arXiv 2106.09685) to a model of transformers, whose factors are
+then its only parameters with a gradient."""
 
 from __future__ import annotations
 

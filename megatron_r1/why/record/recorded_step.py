@@ -1,4 +1,5 @@
-"""What is left of a step in a run's folder: settings, metrics, finished groups and checkpoints.
+"""Holds what is left of a step in a run's folder: settings, metrics, finished groups and
+checkpoints.
 
 The advantages of its responses are made by this command's own formulas of their logged rewards."""
 
@@ -18,7 +19,8 @@ from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import SamplingRecord
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.models.hf_config import HFConfig, read_hf_config
+from megatron_r1.models.hf_config import HFConfig
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.reporting.run_folder import RunFolder
 from megatron_r1.trainer.checkpoints import checkpoint_folders as checkpoints

@@ -21,7 +21,8 @@ from megatron_r1.controller.rollouts.sample_log import (
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompts import load_prompts, prompt_options
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.trainer.checkpoints.checkpoint_folders import SHOWN_FAULTS, manifest_faults
+from megatron_r1.trainer.checkpoints.checkpoint_folders import SHOWN_FAULTS
+from megatron_r1.trainer.checkpoints.manifest import manifest_faults
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
 
 

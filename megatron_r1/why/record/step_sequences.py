@@ -1,4 +1,4 @@
-"""The sequences of tokens that a step trains on, as its log has them."""
+"""Makes the sequences of tokens that a step trains on, as its log has them."""
 
 import math
 from collections.abc import Iterator

@@ -1,5 +1,5 @@
-"""Log-probabilities of a step's tokens by an engine that is started for them, with the settings of
-the run's engines, on the weights before the step."""
+"""Computes log-probabilities of a step's tokens by an engine that is started for them, with the
+settings of the run's engines, on the weights before the step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.models.hf_config import load_raw_hf_config
+from megatron_r1.models.hf_config_file import load_raw_hf_config
 from megatron_r1.models.memory import engine_bytes
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.record.recorded_step import RecordedStep

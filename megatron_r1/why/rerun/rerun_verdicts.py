@@ -1,5 +1,5 @@
-"""What log-probabilities that are computed again say of a departure: they are those that the run
-recorded, those of transformers, or neither."""
+"""Says what log-probabilities that are computed again show of a departure: they are those that the
+run recorded, those of transformers, or neither."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""How far one trainer rank without parallelism, on the weights before a step, is from the step's
-logged log-probabilities and from those of transformers."""
+"""Measures how far one trainer rank without parallelism, on the weights before a step, is from the
+step's logged log-probabilities and from those of transformers."""
 
 from __future__ import annotations
 

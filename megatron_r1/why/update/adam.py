@@ -1,4 +1,5 @@
-"""AdamW by its formula (Loshchilov and Hutter, arXiv 1711.05101, with Adam's bias correction)."""
+"""Makes AdamW's updates by its formula (Loshchilov and Hutter, arXiv 1711.05101, with Adam's bias
+correction)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def gradient_norm(gradients: Mapping[str, Tensor]) -> float:
 
 @dataclass(frozen=True)
 class AdamRules:
-    """AdamW's settings, and the learning rate of each update; the rest is substituted.
+    """AdamW's settings, and the learning rate of each update; the rest are candidate causes.
 
     Attributes:
         learning_rates: the rate of each update.

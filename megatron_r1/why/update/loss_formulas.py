@@ -1,4 +1,5 @@
-"""The losses of the shipped algorithms in float64, written from the papers, for autograd."""
+"""Computes the losses of the shipped algorithms in float64 for autograd, written from the
+papers."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class LossRules:
-    """The step's loss as its settings say, or with one thing substituted.
+    """The step's loss as its settings say, or with a candidate cause in place.
 
     Attributes:
         average: "sequence", "token" or "constant".
@@ -142,7 +143,7 @@ def recomputed_loss_denominator(rows: Sequence[TokenRow], loss: LossRules) -> fl
         count = sum(max(0, int(row.is_sampled.sum()) - left_out) for row in rows)
     else:
         count = len({row.response for row in rows})
-    return max(1, count)  # A substitution may leave out all responses of a mini-batch.
+    return max(1, count)  # A candidate cause may leave out all responses of a mini-batch.
 
 
 def update_means(updates: Sequence[Update]) -> tuple[dict[str, float], dict[str, float]]:

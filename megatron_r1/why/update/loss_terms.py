@@ -1,4 +1,4 @@
-"""The terms of a step's loss, and the gradient of each by itself. The terms are the policy's, KL's
+"""Computes the gradient of each term of a step's loss by itself. The terms are the policy's, KL's
 and the entropy's, and those of the responses that are cut off or left out."""
 
 from __future__ import annotations

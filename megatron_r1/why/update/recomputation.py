@@ -1,5 +1,5 @@
-"""Recomputes a step's updates with transformers' model, as the settings say or with one thing
-substituted, and keeps the results of each."""
+"""Recomputes a step's updates with transformers' model, as the settings say or with a candidate
+cause in place, and keeps the results of each."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from typing import Any
 
 import torch
 
-from megatron_r1.why.comparison import ComparedQuantity
+from megatron_r1.why.comparison import Comparison
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
-from megatron_r1.why.policy.policy_models import PolicyModels
+from megatron_r1.why.policy.step_models import StepModels
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.update.checkpoint_after import CheckpointAfter, CheckpointTraces, read_traces
+from megatron_r1.why.update.candidate_cause import CandidateCause
+from megatron_r1.why.update.candidate_estimates import CandidateEstimates
+from megatron_r1.why.update.checkpoint_after import CheckpointAfter
 from megatron_r1.why.update.loss_formulas import Update, update_means
 from megatron_r1.why.update.loss_terms import TermGradients
 from megatron_r1.why.update.moment_fits import MomentFits
-from megatron_r1.why.update.step_substitution import Substitution
+from megatron_r1.why.update.run_differences import RunDifferences, find_run_differences
 from megatron_r1.why.update.step_updates import StepUpdates
-from megatron_r1.why.update.substitution_estimates import SubstitutionEstimates
 from megatron_r1.why.update.term_coefficients import MAX_ROUNDS, TermFit
 from megatron_r1.why.update.token_advantages import with_token_advantages
 from megatron_r1.why.update.update_inputs import UpdateInputs
@@ -64,7 +65,7 @@ class Recomputation:
 
     Args:
         step: what the run recorded of it.
-        memory: as of `PolicyModels`.
+        memory: as of `StepModels`.
         show_progress: as the attribute.
 
     Attributes:
@@ -72,7 +73,7 @@ class Recomputation:
         policies: log-probabilities under its policies.
         inputs: what the updates are made of.
         checkpoint_after: what the checkpoint after the step has of the run's updates.
-        searches_causes: whether updates that depart are recomputed with substitutions: not where
+        searches_causes: whether updates that depart are recomputed with candidate causes: not where
             something before them departs, which may be why.
         show_progress: called with a line before what may take minutes.
 
@@ -88,14 +89,14 @@ class Recomputation:
     ) -> None:
         self.step, self.show_progress = step, show_progress
         self._shown_departures: set[tuple[str, str]] = set()
-        self.models = PolicyModels(step, memory)
+        self.models = StepModels(step, memory)
         self.policies = PolicyLogprobs(self.models)
         self.inputs = UpdateInputs(self.policies)
         self.checkpoint_after = CheckpointAfter(self.inputs)
         self._fits = MomentFits(self.inputs, self.checkpoint_after, self._remake_updates)
         self.searches_causes = True
 
-    def show_departures(self, comparisons: Sequence[ComparedQuantity]) -> None:
+    def show_departures(self, comparisons: Sequence[Comparison]) -> None:
         """Show each departure once, also where a later check gives it another reason."""
         for comparison in comparisons:
             key = (comparison.family, comparison.name)
@@ -110,70 +111,70 @@ class Recomputation:
         return FP8EngineLogprobs(self.policies) if fp8 else self.policies
 
     def run(
-        self, substitution: Substitution, matches_record: Callable[[Mapping[str, float]], bool]
+        self, candidate: CandidateCause, matches_record: Callable[[Mapping[str, float]], bool]
     ) -> RecomputedUpdates | None:
-        """Make the step's updates with one thing substituted; return None where their metrics are
-        not those that were recorded, which is known before the last gradient.
+        """Make the step's updates with a candidate cause in place; return None where their metrics
+        are not those that were recorded, which is known before the last gradient.
 
         Args:
-            substitution: what is substituted.
+            candidate: what is computed otherwise.
             matches_record: whether metrics, without the gradient's norm, may be the recorded ones.
 
         Raises:
             CannotRecompute: the step's updates cannot be made here."""
         return self._make_updates(
-            substitution,
-            model=None if substitution.unties_head else self._scratch_model(),
+            candidate,
+            model=None if candidate.unties_head else self._scratch_model(),
             matches_record=matches_record,
         )[1]
 
     def _make_updates(
         self,
-        substitution: Substitution,
+        candidate: CandidateCause,
         norms: tuple[float, ...] | None = None,
         gradients: TermGradients | None = None,
         model: Any = None,
         matches_record: Callable[[Mapping[str, float]], bool] | None = None,
     ) -> tuple[StepUpdates, RecomputedUpdates | None]:
-        """Make the updates with one thing substituted.
+        """Make the updates with a candidate cause in place.
 
         Args:
-            substitution: what is substituted.
+            candidate: what is computed otherwise.
             norms: the norms of the whole gradients; None: those that fit the run.
             gradients: where the gradients of the terms are collected; None: nowhere.
             model: the policy before the step, which is changed; None: a copy that stays.
             matches_record: as of `run`; None: all updates are made."""
         self.inputs.check_updates()
-        rows = self.inputs.substituted_rows(substitution)
-        loss = replace(self.inputs.loss_rules(), **dict(substitution.loss))
-        old_logprobs, ref_logprobs = self.inputs.old_and_ref_logprobs(substitution, rows, loss)
+        rows = self.inputs.candidate_rows(candidate)
+        loss = replace(self.inputs.loss_rules(), **dict(candidate.loss))
+        old_logprobs, ref_logprobs = self.inputs.old_and_ref_logprobs(candidate, rows, loss)
         rows = with_token_advantages(self.step, rows, old_logprobs, ref_logprobs)
         if model is None:
             model = copy.deepcopy(self.inputs.trained_model)
-        if substitution.unties_head:
+        if candidate.unties_head:
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         updates = StepUpdates(
             model,
-            None if substitution.loses_moments else self.inputs.substituted_moments(substitution),
-            0 if substitution.loses_moments else self.inputs.num_updates,
+            None if candidate.loses_moments else self.inputs.candidate_moments(candidate),
+            0 if candidate.loses_moments else self.inputs.num_updates,
             rows,
             old_logprobs,
             ref_logprobs,
             self.step.run_config.model.expert_bias_update_rate,
-            None if substitution.unties_head else self.inputs.first_update,
+            None if candidate.unties_head else self.inputs.first_update,
         )
         adam = replace(
             self.inputs.adam_rules(self._fits.norms if norms is None else norms),
-            **dict(substitution.adam),
+            **dict(candidate.adam),
         )
-        order = self.inputs.update_rows(substitution, rows)
+        order = self.inputs.update_rows(candidate, rows)
         step_updates = updates.run(
             order,
             loss,
             adam,
-            frozenset(substitution.rows_without_gradient),
+            frozenset(candidate.rows_without_gradient),
             gradients,
-            is_known=substitution.has_loss_of_settings,
+            is_known=candidate.has_loss_of_settings,
             is_possible=None if matches_record is None else partial(_means_satisfy, matches_record),
         )
         if len(step_updates) < len(order):
@@ -218,17 +219,17 @@ class Recomputation:
         return copy.deepcopy(self.inputs.trained_model)
 
     @cached_property
-    def _unsubstituted_updates(self) -> tuple[StepUpdates, RecomputedUpdates]:
+    def _base_updates(self) -> tuple[StepUpdates, RecomputedUpdates]:
         self.inputs.check_updates()
         gradients = None if self._fits.terms_reason else self._fits.term_gradients
-        updates, recomputed = self._make_updates(Substitution(""), gradients=gradients)
+        updates, recomputed = self._make_updates(CandidateCause(""), gradients=gradients)
         assert recomputed is not None, "all updates are made"
         return updates, recomputed
 
     @property
     def base(self) -> RecomputedUpdates:
         """The updates as the settings say."""
-        return self._unsubstituted_updates[1]
+        return self._base_updates[1]
 
     def _remake_updates(
         self, norms: tuple[float, ...] | None, gradients: TermGradients | None
@@ -238,7 +239,7 @@ class Recomputation:
         Args:
             norms: as of `_make_updates`.
             gradients: likewise."""
-        return self._make_updates(Substitution(""), norms, gradients, self._scratch_model())[0]
+        return self._make_updates(CandidateCause(""), norms, gradients, self._scratch_model())[0]
 
     @cached_property
     def term_fit(self) -> TermFit:
@@ -257,10 +258,10 @@ class Recomputation:
         return self._fits.fitted_clip
 
     @cached_property
-    def traces(self) -> CheckpointTraces:
+    def run_differences(self) -> RunDifferences:
         """What the checkpoint after the step says of how the run's updates differ from `base`."""
-        updates, base = self._unsubstituted_updates
-        return read_traces(
+        updates, base = self._base_updates
+        return find_run_differences(
             self.inputs,
             self.checkpoint_after,
             updates,
@@ -269,10 +270,10 @@ class Recomputation:
         )
 
     @cached_property
-    def estimates(self) -> SubstitutionEstimates:
-        """How far updates with a substitution would be from what was recorded."""
-        updates, base = self._unsubstituted_updates
-        return SubstitutionEstimates(
+    def estimates(self) -> CandidateEstimates:
+        """How far updates with a candidate cause would be from what was recorded."""
+        updates, base = self._base_updates
+        return CandidateEstimates(
             self.inputs,
             self.checkpoint_after,
             updates,

@@ -1,5 +1,5 @@
-"""An advantage for each token, in float64, written from the definitions of the algorithms that have
-them, and of the masks that set some to 0.
+"""Computes an advantage for each token, in float64, from the definitions of the algorithms that
+have them, and of the masks that set some to 0.
 
     reinforce_pp   A_t = γ^(T-t) r - β Σ_{s≥t} γ^(s-t) log(π_old / π_ref)_s, with mean 0 and
                    deviation 1 over all tokens (arXiv 2501.03262, section 3)
@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.why.policy.token_rows import TokenRow
 from megatron_r1.why.record.recorded_step import RecordedStep
 
@@ -87,7 +87,7 @@ def _rewards_to_go(
     return sums
 
 
-def _mask_advantages(row: TokenRow, old_logprobs: Tensor, bounds: EngineMask) -> TokenRow:
+def _mask_advantages(row: TokenRow, old_logprobs: Tensor, bounds: EngineMaskSettings) -> TokenRow:
     log_ratios = old_logprobs - row.logprobs.double()
     if bounds.method == "sequence":
         log_ratios = log_ratios.mean().expand_as(log_ratios)

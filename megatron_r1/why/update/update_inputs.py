@@ -1,6 +1,6 @@
-"""What a step's updates are made of, as the settings say or with one thing substituted. These are
-the policy with its optimizer's state, the rows of each mini-batch, their log-probabilities, and the
-rules of loss and optimizer."""
+"""Collects what a step's updates are made of, as the settings say or with a candidate cause in
+place: the policy with its optimizer's state, the rows of each mini-batch, their log-probabilities,
+and the rules of loss and optimizer."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from megatron_r1.why.policy.token_rows import TokenRow, row_with_prompt, rows_wi
 from megatron_r1.why.policy.transformers_adapters import trained_parameters
 from megatron_r1.why.record.recorded_step import weights_after
 from megatron_r1.why.update.adam import AdamRules, Moments
+from megatron_r1.why.update.candidate_cause import CandidateCause
 from megatron_r1.why.update.first_update import FirstUpdate, first_update
 from megatron_r1.why.update.loss_formulas import LossRules
 from megatron_r1.why.update.loss_terms import LossTerm, left_out_terms, loss_terms
-from megatron_r1.why.update.step_substitution import Substitution
 from megatron_r1.why.update.token_advantages import with_token_advantages
 
 UPDATE_FLOPS = 2e13
@@ -265,45 +265,45 @@ class UpdateInputs:
             "must not reach the others (model.mtp)"
         )
 
-    def substituted_rows(self, substitution: Substitution) -> list[TokenRow]:
-        """Return the rows with what is substituted of them."""
+    def candidate_rows(self, candidate: CandidateCause) -> list[TokenRow]:
+        """Return the rows with what a candidate cause changes of them."""
         rows = self.models.rows
-        if substitution.advantages is not None:
+        if candidate.advantages is not None:
             rows = [
-                replace(row, advantage=substitution.advantages[index[0]][index[1]])
+                replace(row, advantage=candidate.advantages[index[0]][index[1]])
                 for row, index in zip(
                     rows, (sequence.response for sequence in self.models.sequences), strict=True
                 )
             ]
-        if substitution.trains_prompts:
+        if candidate.trains_prompts:
             rows = [row_with_prompt(row) for row in rows]
-        return rows_with_own_experts(rows) if substitution.routes_itself else rows
+        return rows_with_own_experts(rows) if candidate.routes_itself else rows
 
     def old_and_ref_logprobs(
-        self, substitution: Substitution, rows: Sequence[TokenRow], loss: LossRules
+        self, candidate: CandidateCause, rows: Sequence[TokenRow], loss: LossRules
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         """Return log-probabilities of the rows under old policy and reference.
 
         Args:
-            substitution: what is computed otherwise than in the run.
+            candidate: what is computed otherwise than in the run.
             rows: prompts with responses.
             loss: the rules of the loss; its temperature counts.
 
         Returns:
             Both, a tensor per row; the second None without a reference."""
-        is_own = loss.temperature == self.policies.temperature and not substitution.trains_prompts
+        is_own = loss.temperature == self.policies.temperature and not candidate.trains_prompts
         old_logprobs, temperatures = self.policies.all_old_logprobs, [loss.temperature]
-        if not is_own or substitution.routes_itself:
+        if not is_own or candidate.routes_itself:
             old_logprobs = token_logprobs.sampled_logprobs(self.models.policy, rows, temperatures)[
                 0
             ]
-        if not substitution.reference and (is_own or self.policies.ref_logprobs is None):
+        if not candidate.reference and (is_own or self.policies.ref_logprobs is None):
             return old_logprobs, self.policies.ref_logprobs
-        if substitution.reference == "begin":
+        if candidate.reference == "begin":
             begin = weights_after(self.step.folder, self.step.run_config, 0)
             assert begin is not None, "the substitution is offered where the model is there"
             model = self.models.model(begin)
-        elif substitution.reference == "policy" or self.models.is_first_step:
+        elif candidate.reference == "policy" or self.models.is_first_step:
             if not self.step.config.rl.routing_replay:
                 return old_logprobs, old_logprobs
             model = self.models.policy
@@ -312,15 +312,15 @@ class UpdateInputs:
         rows = rows_with_own_experts(rows)
         return old_logprobs, token_logprobs.sampled_logprobs(model, rows, temperatures)[0]
 
-    def substituted_moments(self, substitution: Substitution) -> tuple[Moments, Moments] | None:
+    def candidate_moments(self, candidate: CandidateCause) -> tuple[Moments, Moments] | None:
         """Return the moments, those of the embedding for a head that is a tensor of its own."""
-        if not substitution.unties_head or self.moments is None:
+        if not candidate.unties_head or self.moments is None:
             return self.moments
         embedding = "model.embed_tokens.weight"
         first, second = ({**moment, "lm_head.weight": moment[embedding]} for moment in self.moments)
         return first, second
 
-    def update_rows(self, substitution: Substitution, rows: Sequence[TokenRow]) -> list[list[int]]:
+    def update_rows(self, candidate: CandidateCause, rows: Sequence[TokenRow]) -> list[list[int]]:
         """Return the rows of each update."""
         minibatches = self.minibatches(rows)
-        return [minibatches[0]] * len(minibatches) if substitution.repeats_first else minibatches
+        return [minibatches[0]] * len(minibatches) if candidate.repeats_first else minibatches

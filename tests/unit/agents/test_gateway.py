@@ -15,7 +15,7 @@ from waiting import until
 
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.gateway import SessionLimits, server
-from megatron_r1.agents.turn_parsing import HermesParser
+from megatron_r1.agents.hermes_parser import HermesParser
 from megatron_r1.engines.server.errors import EngineDied
 from tests.harness.chat_tokenizer import CHATML, chat_tokenizer
 

@@ -16,8 +16,8 @@ from megatron_r1.agents.environment import (
 )
 from megatron_r1.agents.environment_pool import EnvironmentPool
 from megatron_r1.agents.environment_prompts import load_environment_prompts
+from megatron_r1.agents.hermes_parser import parse_hermes
 from megatron_r1.agents.player import EpisodePlayer
-from megatron_r1.agents.turn_parsing import parse_hermes
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.controller.rollouts.group_records import decode, encode, from_record, to_record

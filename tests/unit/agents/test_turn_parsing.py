@@ -6,17 +6,13 @@ import os
 import pytest
 from refusals import refused
 
-from megatron_r1.agents import turn_parsing
+from megatron_r1.agents import parser_pool
 from megatron_r1.agents.continuation import Continuation
-from megatron_r1.agents.parser_worker import tool_call
-from megatron_r1.agents.turn_parsing import (
-    HermesParser,
-    ParsedTurn,
-    ParseJob,
-    ParserPool,
-    TurnReader,
-    find_parser,
-)
+from megatron_r1.agents.hermes_parser import HermesParser
+from megatron_r1.agents.parsed_turn import ParsedTurn
+from megatron_r1.agents.parser_pool import ParserPool
+from megatron_r1.agents.parser_worker import ParseJob, tool_call
+from megatron_r1.agents.turn_parsing import TurnReader, find_parser
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig
 from tests.harness.chat_tokenizer import chat_tokenizer
@@ -48,7 +44,7 @@ def test_a_parser_that_hangs_dies_or_raises_costs_its_turn_only(monkeypatch):
             with refused("agents.tool_parser", Cause.UNKNOWN, "unknown"):
                 await parsers.check()
 
-    monkeypatch.setattr(turn_parsing, "WORKER_MODULE", "tests.unit.agents.parser_stand_in")
+    monkeypatch.setattr(parser_pool, "WORKER_MODULE", "tests.unit.agents.parser_stand_in")
     asyncio.run(run())
 
 

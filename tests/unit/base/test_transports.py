@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_r1.base.transports import ACROSS_HOSTS, TRANSPORTS
+from megatron_r1.base.transports import ACROSS_NODES, TRANSPORTS
 from megatron_r1.config.push import PushConfig
 from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.push.transports import receiver_class, sender_class
@@ -13,7 +13,7 @@ from megatron_r1.push.transports.base import Receiver, Sender
 def test_a_row_names_both_ends_and_a_rate_of_the_hardware(name):
     assert issubclass(receiver_class(name), Receiver) and issubclass(sender_class(name), Sender)
     assert getattr(HARDWARE["H100"], TRANSPORTS[name].rate) > 0
-    assert PushConfig(transport=name).on_one_host == TRANSPORTS[name].is_single_host
+    assert PushConfig(transport=name).on_one_node == TRANSPORTS[name].is_single_node
 
 
 def test_substitutes_reach_as_far_and_need_no_gpu():
@@ -22,6 +22,6 @@ def test_substitutes_reach_as_far_and_need_no_gpu():
         if transport.without_gpu:
             substitute = TRANSPORTS[transport.without_gpu]
             assert (
-                not substitute.needs_gpu and substitute.is_single_host == transport.is_single_host
+                not substitute.needs_gpu and substitute.is_single_node == transport.is_single_node
             )
-    assert not TRANSPORTS[ACROSS_HOSTS].is_single_host
+    assert not TRANSPORTS[ACROSS_NODES].is_single_node

@@ -14,13 +14,13 @@ from small_qwen2 import MODEL
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.commands import cli
-from megatron_r1.commands.check_model import reference, verb
+from megatron_r1.commands.check_model import comparisons, reference
 from megatron_r1.commands.check_model import verb as check_model
 from megatron_r1.commands.check_model.results import NotCompared, ReferenceResult
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.models import transformers_model
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.support_checks import check_supported
 from megatron_r1.models.weights.formats import published_layout
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
@@ -290,7 +290,7 @@ def test_a_file_that_is_cut_off_is_named_before_anything_starts(folder, capsys):
 def test_without_vllm_the_engine_is_reported_as_not_run(folder, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "vllm", None)
     none = ReferenceResult(15, None, False, [], [], 0.0)
-    answer = asyncio.run(verb.compare_with_vllm(tmp_path, None, none, tmp_path))
+    answer = asyncio.run(comparisons.compare_with_vllm(tmp_path, None, none, tmp_path))
     assert str(answer).startswith("NOT RUN: ")
 
 
@@ -311,13 +311,13 @@ class FailingFleet:
 
 
 def test_why_an_engine_failed_is_read_from_its_log(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(verb, "RolloutFleet", FailingFleet)
+    monkeypatch.setattr(comparisons, "RolloutFleet", FailingFleet)
     none, config = ReferenceResult(15, None, False, [], [], 0.0), configuration.from_overrides({})
     rewritten(folder / "config.json", head_dim=32)
-    answer = str(asyncio.run(verb.compare_with_vllm(folder, config, none, tmp_path)))
+    answer = str(asyncio.run(comparisons.compare_with_vllm(folder, config, none, tmp_path)))
     assert answer.startswith("FAILED: status 500") and "ValueError: head size 40" in answer
     rewritten(folder / "config.json", head_dim=40)
-    answer = str(asyncio.run(verb.compare_with_vllm(folder, config, none, tmp_path)))
+    answer = str(asyncio.run(comparisons.compare_with_vllm(folder, config, none, tmp_path)))
     assert "head_dim=40" in answer and str(tmp_path) not in answer
 
 

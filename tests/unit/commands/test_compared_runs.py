@@ -13,7 +13,8 @@ import torch
 from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files.framed_records import append_frame
 from megatron_r1.commands.compare.records import is_rounding
-from megatron_r1.commands.compare.verb import MAX_IN_ORDER, compare_runs, run
+from megatron_r1.commands.compare.runs import MAX_IN_ORDER, compare_runs
+from megatron_r1.commands.compare.verb import run
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.group_records import encode, to_record
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
@@ -21,7 +22,8 @@ from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.weights.formats.dcp_writer import Chunk, write_chunks, write_metadata
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest
+from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path
+from megatron_r1.trainer.checkpoints.manifest import write_manifest
 
 STEPS = 3
 LENGTH = 5

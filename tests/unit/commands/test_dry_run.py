@@ -10,7 +10,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.files.framed_records import append_frame
-from megatron_r1.commands import cpu_memory, dry_run
+from megatron_r1.commands import cpu_memory, dry_run, run_costs
 from megatron_r1.config import Config, load_recipe
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.controller.rollouts.sample_log import encode, to_record
@@ -72,7 +72,7 @@ def test_on_gpus_the_receive_buffer_of_an_engine_is_shown(monkeypatch):
     """As `megatron-r1 plan` has it for the recipe for 2,048 GPUs."""
     monkeypatch.chdir(RECIPE.parents[2])
     monkeypatch.setattr(dry_run.gpu, "is_usable", lambda: True)
-    shown = dry_run._describe_memory(load_recipe(RECIPE))
+    shown = run_costs.describe_run_memory(load_recipe(RECIPE))
     assert "24.69 GiB" in shown
     # 671,026,419,200 parameters in bf16: 2 B, gradient 4, master copy 4 and moments 4 or 8.
     moments = load_recipe(RECIPE).optimizer.moments
@@ -99,7 +99,7 @@ def test_the_size_of_a_kept_sample_log_is_that_of_the_file_that_a_run_writes(tmp
     settings = {"run": {"steps": 2_000}, "rl": {"keep_sample_log": True}}
     config = Config.model_validate(settings)
     # A step has 1,000 times the responses that were tried.
-    (line,) = dry_run._kept_on_disk(config, Rollout(groups, 1.0, 0.0), 1_000.0)
+    (line,) = run_costs.kept_files_lines(config, Rollout(groups, 1.0, 0.0), 1_000.0)
     step_bytes = 1_000 * path.stat().st_size
     shown = [float(word) for word in re.findall(r"[\d,.]+\d", line.replace(",", ""))]
     assert shown[0] == pytest.approx(step_bytes / 1e6, rel=0.02), line
@@ -125,7 +125,9 @@ def test_kept_checkpoints_of_adapters_are_as_large_as_their_factors(tmp_path):
         "rl": {"kl_beta": 0.0},
         "checkpoint": {"keep_every": 2},
     }
-    (line,) = dry_run._kept_on_disk(Config.model_validate(settings), Rollout([], 1.0, 0.0), 1.0)
+    (line,) = run_costs.kept_files_lines(
+        Config.model_validate(settings), Rollout([], 1.0, 0.0), 1.0
+    )
     num_parameters = 64 * 64 * (16384 + 4096)
     assert "5 checkpoints" in line
     # In fp32: the factors, the optimizer's copy of them, and its two moments.

@@ -8,7 +8,7 @@ import pytest
 from megatron_r1.commands import checkpoint_export
 from megatron_r1.config import Config, ParallelConfig, dump_recipe
 from megatron_r1.evaluation.model_folder import find_model
-from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.checkpoints import manifest
 from megatron_r1.trainer.operations import CheckpointOperations
 
 
@@ -16,7 +16,7 @@ def checkpoint(folder, step, content):
     made = folder / f"checkpoints/step_{step:08d}"
     made.mkdir(parents=True)
     (made / "weights").write_text(content)
-    checkpoint_folders.write_manifest(made)
+    manifest.write_manifest(made)
     return made
 
 

@@ -20,7 +20,7 @@ from megatron_r1.data.prompts import load_prompts
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.server import temporary_logs
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
-from megatron_r1.models.hf_config import hub_hint
+from megatron_r1.models.hf_config_file import hub_hint
 
 QUESTIONS = [{"question": f"{a} + 1", "truth": str(a + 1)} for a in range(40)]
 

@@ -105,7 +105,7 @@ def test_each_share_that_is_missing_is_named(recipe):
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("PATH", "/nowhere"), ("CUDA_VISIBLE_DEVICES", ""), (torchrun.SPANS_HOSTS, "1")],
+    [("PATH", "/nowhere"), ("CUDA_VISIBLE_DEVICES", ""), (torchrun.SPANS_NODES, "1")],
 )
 def test_where_the_gpus_are_unknown_the_keys_are_named(recipe, monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)

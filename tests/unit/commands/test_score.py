@@ -13,6 +13,7 @@ from waiting import wait_until
 
 from megatron_r1.base.errors import UserError
 from megatron_r1.commands.cli import main
+from megatron_r1.commands.score import line_scoring
 from megatron_r1.commands.score import verb as score
 from megatron_r1.config import Config
 
@@ -183,26 +184,26 @@ def test_text_that_utf8_has_no_form_for_survives(folder):
 def test_no_more_is_in_memory_than_the_limits_say(folder, monkeypatch):
     pools = []
 
-    class Watched(score.RewardPool):
+    class Watched(line_scoring.RewardPool):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             pools.append(self)
 
-    monkeypatch.setattr(score, "RewardPool", Watched)
-    monkeypatch.setattr(score, "BATCH_BYTES", 1)
-    monkeypatch.setattr(score, "MAX_OUTSTANDING_LINES", 5)
+    monkeypatch.setattr(line_scoring, "RewardPool", Watched)
+    monkeypatch.setattr(line_scoring, "BATCH_BYTES", 1)
+    monkeypatch.setattr(line_scoring, "MAX_OUTSTANDING_LINES", 5)
     lines = [{"kind": "graders:nap", "response": "0", "id": i} for i in range(60)]
     assert [line["id"] for line in scored(folder, lines)] == list(range(60))
     assert 2 <= pools[0].most_outstanding <= 6
-    monkeypatch.setattr(score, "MAX_OUTSTANDING_LINES", 1000)
-    monkeypatch.setattr(score, "MAX_OUTSTANDING_BYTES", 3 * len(json.dumps(lines[-1])))
+    monkeypatch.setattr(line_scoring, "MAX_OUTSTANDING_LINES", 1000)
+    monkeypatch.setattr(line_scoring, "MAX_OUTSTANDING_BYTES", 3 * len(json.dumps(lines[-1])))
     assert len(scored(folder, lines)) == 60
     assert pools[1].most_outstanding <= 5
 
 
 def test_a_line_too_long_to_hold_is_skipped_whole(folder, monkeypatch):
-    monkeypatch.setattr(score, "MAX_LINE_BYTES", 1000)
-    monkeypatch.setattr(score, "BATCH_BYTES", 100)
+    monkeypatch.setattr(line_scoring, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(line_scoring, "BATCH_BYTES", 100)
     fine = {"kind": "format", "response": GOOD}
     # The second ends exactly at the limit; the last has no line break.
     exact = b'{"kind": "format", "response": "' + b"x" * (999 - 34) + b'"}'
@@ -226,7 +227,7 @@ def test_the_output_appears_whole_or_not_at_all(folder, monkeypatch):
         return b"{}\n"
 
     with monkeypatch.context() as patch:
-        patch.setattr(score, "_encode_graded", fail_later)
+        patch.setattr(line_scoring, "_encode_graded", fail_later)
         assert main(["score", "in.jsonl", "out.jsonl"]) == 130
     assert (folder / "out.jsonl").read_text() == "before\n"
     assert [path.name for path in folder.iterdir() if path.suffix == ".tmp"] == []

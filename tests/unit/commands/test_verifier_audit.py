@@ -16,12 +16,11 @@ from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.sample_log import decode, encode, from_record, to_record
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
+from megatron_r1.evaluation.second_verdicts import PooledSecondReader, classify_verdict
 from megatron_r1.evaluation.verifier_errors import (
     AnswerContent,
     AuditedResponse,
-    PooledSecondReader,
     SecondReaderVerdict,
-    classify_verdict,
     draw_sample,
     group_by_stratum,
 )

@@ -10,7 +10,7 @@ from megatron_r1.commands import cli
 from megatron_r1.config import Config
 from megatron_r1.config.key_aliases import ALIASES, find_aliases
 from megatron_r1.config.keys import dotted_keys
-from megatron_r1.config.recipe import parse_recipe
+from megatron_r1.config.recipe_files import parse_recipe
 
 DOCS = Path(__file__).parents[3] / "docs"
 SEARCHED = {

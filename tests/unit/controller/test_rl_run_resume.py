@@ -18,7 +18,8 @@ from megatron_r1.controller.run_recorder import RunState
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest
+from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path
+from megatron_r1.trainer.checkpoints.manifest import write_manifest
 
 
 class Pool:

@@ -5,7 +5,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_r1.data.prompt_tokenizer import ByteDecoder, PromptTokenizer
+from megatron_r1.data.byte_decoder import ByteDecoder
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 
 
 def byte_level() -> PreTrainedTokenizerFast:

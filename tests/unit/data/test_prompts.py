@@ -17,13 +17,10 @@ from megatron_r1.commands.run_facts import describe_kind_weights
 from megatron_r1.config import parse_recipe
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.prompt import Prompt, is_heldout, make_prompt, normalize_question
-from megatron_r1.data.prompt_tokenizer import (
-    PromptTokenizer,
-    find_template,
-    opens_thought,
-    render_template,
-)
-from megatron_r1.data.prompts import PromptSplit, load_prompts, prompt_options
+from megatron_r1.data.prompt_split import PromptSplit
+from megatron_r1.data.prompt_templates import find_template, opens_thought, render_template
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
+from megatron_r1.data.prompts import load_prompts, prompt_options
 from megatron_r1.data.sampler import PromptSampler, drawn_fractions
 from megatron_r1.data.sft import ExampleSampler, SFTExample, load_examples
 

@@ -7,7 +7,8 @@ from chat_tokenizer import CHATML, chat_tokenizer
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.data.prompt_tokenizer import PromptTokenizer, render_template
+from megatron_r1.data.prompt_templates import render_template
+from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.row_filter import meets_condition
 

@@ -5,8 +5,8 @@ import random
 
 from examples.agents import make_lookup
 from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.hermes_parser import parse_hermes
 from megatron_r1.agents.token_tree import TokenTree
-from megatron_r1.agents.turn_parsing import parse_hermes
 
 TOOL = {"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}
 

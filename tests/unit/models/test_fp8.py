@@ -10,7 +10,8 @@ import torch
 from r1_kernels import dequantize_blockwise, quantize_blockwise
 
 from megatron_r1.config import FP8Config
-from megatron_r1.models.fp8 import E4M3, E5M2, find_fp8_recipe, fp8_linear, round_to_fp8
+from megatron_r1.models.fp8 import E4M3, E5M2, find_fp8_recipe
+from megatron_r1.models.fp8_emulation import fp8_linear, round_to_fp8
 
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
 # Of the settings, what each operand of fprop, dgrad and wgrad is cut into: written down again from

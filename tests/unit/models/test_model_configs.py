@@ -12,8 +12,9 @@ from transformers import AutoConfig
 from megatron_r1 import models
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
-from megatron_r1.models.attention_fields import model_arguments, rope_scaling, yarn_scaling
-from megatron_r1.models.hf_config import published_names, resolve_aliases
+from megatron_r1.models.attention_fields import model_arguments
+from megatron_r1.models.hf_config_names import published_names, resolve_aliases
+from megatron_r1.models.rotary_fields import rope_scaling, yarn_scaling
 from megatron_r1.models.support_checks import check_supported, model_fields
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.rehearse.model import shrink_config

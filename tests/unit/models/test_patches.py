@@ -17,7 +17,8 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import router
 
 from megatron_r1.models import build_model, patches
-from megatron_r1.models.megatron_replacements import rotate_packed, route_tokens
+from megatron_r1.models.expert_routing import route_tokens
+from megatron_r1.models.packed_rotary import rotate_packed
 
 def replaced():
     return (

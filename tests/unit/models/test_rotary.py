@@ -5,7 +5,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_r1.models.context_parallel import positions_of_rank
-from megatron_r1.models.megatron_replacements import rotate_packed, sample_positions
+from megatron_r1.models.packed_rotary import rotate_packed, sample_positions
 
 MEGATRON = rope_utils._apply_rotary_pos_emb_thd
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from megatron_r1.models.megatron_replacements import sample_positions
+from megatron_r1.models.packed_rotary import sample_positions
 from megatron_r1.models.shared_prefixes import (
     SharedPrefixes,
     mark_prefixes,

@@ -33,7 +33,7 @@ from megatron_r1.push.control_messages import IncompletePush, OpenedPush
 from megatron_r1.push.plan import EngineLayout, TrainerGrid, rounds
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender, run_in_threads
-from megatron_r1.push.transports import nccl, nccl_rounds
+from megatron_r1.push.transports import nccl, nccl_communicator
 from tests.unit.controller.push.small_fleet import SmallFleet
 from tests.unit.push.push_models import DEEPSEEK, QWEN
 from tests.unit.push.push_world import draw, plain_table, wrong_slots
@@ -64,8 +64,8 @@ class Rounds:
 
     def __init__(self):
         self.number, self.deadly, self.victim = 0, None, 0
-        self._exchange, self._lock = nccl_rounds.enqueue_send_recv, threading.Lock()
-        nccl_rounds.enqueue_send_recv = self.exchange
+        self._exchange, self._lock = nccl_communicator.enqueue_send_recv, threading.Lock()
+        nccl_communicator.enqueue_send_recv = self.exchange
 
     def exchange(self, *arguments):
         with self._lock:

@@ -10,7 +10,7 @@ from pipeline_world import World, recipe
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.pipeline import pipeline_report
+from megatron_r1.pipeline import rl_plots
 from megatron_r1.pipeline.graph_svg import BOX_HEIGHT, BOX_WIDTH, Box, graph_svg
 from megatron_r1.pipeline.results import Spread, StageResult, read_results, result_headline
 
@@ -118,9 +118,9 @@ def test_held_out_points_span_the_seeds_or_their_own_interval():
         [{"step": 0, "eval/pass@1": value, "interval/pass@1/low": 0.1, "interval/pass@1/high": 0.9}]
         for value in (0.2, 0.3, 0.7)
     ]
-    [several] = pipeline_report.heldout_points(runs, "eval/pass@1", "accent")
+    [several] = rl_plots.heldout_points(runs, "eval/pass@1", "accent")
     assert (several.low[0], several.values[0], several.high[0]) == (0.2, pytest.approx(0.4), 0.7)
-    [one] = pipeline_report.heldout_points(runs[:1], "eval/pass@1", "accent")
+    [one] = rl_plots.heldout_points(runs[:1], "eval/pass@1", "accent")
     assert (one.low[0], one.values[0], one.high[0]) == (0.1, 0.2, 0.9)
 
 

@@ -13,7 +13,7 @@ from megatron_r1.commands.plan import main
 from megatron_r1.plan.assumed_numbers import apply_calibration
 from megatron_r1.plan.calibration import calibrate_from
 from megatron_r1.plan.hardware import HARDWARE, Assumptions, described_fields
-from megatron_r1.plan.recipe_job import parse_job_arguments
+from megatron_r1.plan.job_options import parse_job_arguments
 
 ROOT = Path(__file__).parents[3]
 LAPTOP = ROOT / "examples/laptop/r1_zero.yaml"

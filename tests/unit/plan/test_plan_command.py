@@ -13,7 +13,8 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.plan import main
-from megatron_r1.plan.recipe_job import parse_job_arguments, planned_job
+from megatron_r1.plan.job_options import parse_job_arguments
+from megatron_r1.plan.recipe_job import planned_job
 
 UNREPLAYED = ["--rl.routing_replay", "false"]
 ONE_GPU = [

@@ -6,7 +6,8 @@ import pytest
 from planned_jobs import RECIPE
 
 from megatron_r1.commands.plan import main
-from megatron_r1.plan.recipe_job import parse_job_arguments, planned_job
+from megatron_r1.plan.job_options import parse_job_arguments
+from megatron_r1.plan.recipe_job import planned_job
 
 
 def test_numbers_of_gpus_below_one_engine_are_not_tried(capsys):

@@ -11,9 +11,10 @@ from megatron_r1.commands.plan import main
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.hardware import Assumptions
 from megatron_r1.plan.job import Calibration
+from megatron_r1.plan.job_options import parse_job_arguments
 from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.quantity import Quantity
-from megatron_r1.plan.recipe_job import parse_job_arguments, planned_job
+from megatron_r1.plan.recipe_job import planned_job
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS
 from megatron_r1.plan.time_ranges import (
     MEASUREMENTS,

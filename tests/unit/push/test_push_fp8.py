@@ -18,7 +18,8 @@ from megatron_r1.models.weights.formats.published_layout import is_quantized, sc
 from megatron_r1.push import parameter_regions
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.recipe_plan import check_blocks, check_pushes
-from megatron_r1.push.plan.tensors import Region, pushed_tensors, scale_region
+from megatron_r1.push.plan.regions import Region, scale_region
+from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.push.protocol import ReceiverInfo, SlotTable, dtype_of, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender

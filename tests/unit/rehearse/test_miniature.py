@@ -17,7 +17,7 @@ from megatron_r1.config import Config, load_recipe
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.controller.rollouts.teacher_fleets import check_sources
 from megatron_r1.data.prompts import load_prompts
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.plan.push_links import traffic_of_sets
 from megatron_r1.push.plan import TrainerGrid

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.rehearse import check_export, model
 

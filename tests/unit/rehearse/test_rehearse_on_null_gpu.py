@@ -10,7 +10,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import load_recipe
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.engines.server.recipe_checks import check_engines
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.pipeline_stages import pipeline_stages
 from megatron_r1.rehearse import launch, layout, miniature, null_gpu
 

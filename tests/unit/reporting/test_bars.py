@@ -1,6 +1,6 @@
 """Bars made of characters."""
 
-from megatron_r1.reporting.live_frame import bar_columns, bar_shares
+from megatron_r1.reporting.text_bars import bar_columns, bar_shares
 
 
 def test_cells_left_over_go_to_the_largest_remainders():

@@ -19,10 +19,10 @@ from megatron_r1.reporting.formatting import (
     format_duration,
     format_number,
     make_printable,
-    prompt_question,
 )
 from megatron_r1.reporting.live import LiveView
-from megatron_r1.reporting.live_frame import bar_columns, bar_shares
+from megatron_r1.reporting.record_values import prompt_question
+from megatron_r1.reporting.text_bars import bar_columns, bar_shares
 
 GIVEN = yaml.safe_load(Path(__file__).with_name("live_view.yaml").read_text(encoding="utf-8"))
 RL, ODD = GIVEN["step"], GIVEN["odd"]

@@ -13,7 +13,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause, TrainerError
 from megatron_r1.config import CheckpointConfig
 from megatron_r1.controller.checkpoint_series import CheckpointSeries
-from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.checkpoints import checkpoint_folders, manifest
 from megatron_r1.trainer.operations import CheckpointOperations
 
 
@@ -24,7 +24,7 @@ def make(checkpoints: Path, step: int) -> Path:
     (folder / ".metadata").write_bytes(b"where everything lies" * 10)
     for name in ("__0_0.distcp", "__0_1.distcp", "__1_0.distcp"):
         (folder / name).write_bytes(name.encode() * (1000 + step))
-    checkpoint_folders.write_manifest(folder)
+    manifest.write_manifest(folder)
     return folder
 
 
@@ -89,9 +89,7 @@ class Ranks:
     async def call(self, operation, **arguments):
         self.calls.append(operation.__name__)
         if operation == CheckpointOperations.verify_checkpoint:
-            return {
-                "faults": checkpoint_folders.manifest_faults(Path(arguments["folder"]), self.verify)
-            }
+            return {"faults": manifest.manifest_faults(Path(arguments["folder"]), self.verify)}
         if operation == CheckpointOperations.load_checkpoint:
             return {"is_same_layout": True}
         if operation == CheckpointOperations.save_checkpoint:
@@ -120,23 +118,23 @@ def test_a_manifest_has_the_size_and_the_blake3_of_every_file(tmp_path):
     for name, entry in files.items():
         content = (folder / name).read_bytes()
         assert entry == {"bytes": len(content), "blake3": blake3(content).hexdigest()}
-    assert checkpoint_folders.manifest_faults(folder) == []
+    assert manifest.manifest_faults(folder) == []
 
 
 def test_files_are_hashed_in_pieces_as_in_one(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(bytes(range(256)) * 100)
-    monkeypatch.setattr(checkpoint_folders, "CHUNK_BYTES", 999)
+    monkeypatch.setattr(manifest, "CHUNK_BYTES", 999)
     whole = blake3(path.read_bytes()).hexdigest()
-    assert checkpoint_folders.file_entry(path) == checkpoint_folders.FileEntry(25_600, whole)
+    assert manifest.file_entry(path) == manifest.FileEntry(25_600, whole)
 
 
 def test_entries_that_are_known_are_not_read_again(tmp_path):
     folder = make(tmp_path, 1)
-    checkpoint_folders.write_manifest(
-        folder, {"__0_0.distcp": checkpoint_folders.FileEntry(12, "of what was in memory")}
+    manifest.write_manifest(
+        folder, {"__0_0.distcp": manifest.FileEntry(12, "of what was in memory")}
     )
-    assert checkpoint_folders.manifest_faults(folder, "size") == [
+    assert manifest.manifest_faults(folder, "size") == [
         "__0_0.distcp has 12,012 bytes where 12 were written"
     ]
 
@@ -144,10 +142,9 @@ def test_entries_that_are_known_are_not_read_again(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_every_file_is_one_rank_s_to_verify_and_bytes_are_spread(count):
     entries = {
-        f"f{i}": checkpoint_folders.FileEntry(size, "")
-        for i, size in enumerate([90, 50, 30, 30, 5, 0])
+        f"f{i}": manifest.FileEntry(size, "") for i, size in enumerate([90, 50, 30, 30, 5, 0])
     }
-    shares = [checkpoint_folders.files_to_verify(entries, index, count) for index in range(count)]
+    shares = [manifest.files_to_verify(entries, index, count) for index in range(count)]
     assert sorted(name for share in shares for name in share) == sorted(entries)
     heaviest = max(sum(entries[n].num_bytes for n in share) for share in shares)
     assert heaviest == {1: 205, 2: 110, 5: 90}[count]

@@ -8,7 +8,7 @@ from megatron_r1.models import platform
 
 platform.prepare_process()
 
-from megatron_r1.trainer.checkpoints import checkpoint_folders, writer  # noqa: E402
+from megatron_r1.trainer.checkpoints import manifest, writer  # noqa: E402
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, partial_path  # noqa: E402
 
 
@@ -19,7 +19,7 @@ def test_tensors_are_hashed_as_they_are_written_and_synced(tmp_path, monkeypatch
         file.write(b"some ")
         file.write(memoryview(b"bytes"))
         entry = file.entry()
-    assert entry == checkpoint_folders.file_entry(path) and entry.num_bytes == 10
+    assert entry == manifest.file_entry(path) and entry.num_bytes == 10
     assert synced == [path]
 
 
@@ -35,7 +35,7 @@ def test_a_checkpoint_gets_its_name_when_it_is_whole_and_synced(tmp_path, monkey
     )
     synced = recorded_syncs(monkeypatch)
     assert writer._finish_save(staged, folder, {"step": 1}, [written]) is None
-    assert not partial.exists() and checkpoint_folders.manifest_faults(folder) == []
+    assert not partial.exists() and manifest.manifest_faults(folder) == []
     assert {STATE_FILE, ".metadata", "metadata.json"} <= {path.name for path in synced}
     assert synced[-1] == tmp_path  # the new name
 

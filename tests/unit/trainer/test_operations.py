@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.push.control_messages import SentWeights, SetFailure
 from megatron_r1.push.plan import EngineLayout
@@ -12,10 +12,10 @@ from megatron_r1.trainer.operations import (
     EvaluationOperations,
     ModelOperations,
     PushOperations,
-    RankCall,
     decode_result,
     operation_names,
 )
+from megatron_r1.trainer.rank_messages import RankCall
 from megatron_r1.trainer.rank_server import RankServer, argument_types, operations_by_name
 from megatron_r1.trainer.training_sample import Sample
 
@@ -71,7 +71,10 @@ def test_a_rank_runs_every_operation_of_the_protocols():
         ),
         (
             ModelOperations.mask_advantages,
-            {"function": "module:function", "settings": EngineMask("sequence", 0.999, 1.001)},
+            {
+                "function": "module:function",
+                "settings": EngineMaskSettings("sequence", 0.999, 1.001),
+            },
         ),
         (
             PushOperations.connect_sets,

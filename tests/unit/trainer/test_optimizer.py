@@ -8,7 +8,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse_recipe
 from megatron_r1.models import platform
-from megatron_r1.trainer.construction import moment_fields, offload_fields, round_moments
+from megatron_r1.trainer.optimizer import moment_fields, offload_fields, round_moments
 
 BF16 = parse_recipe({"optimizer": {"moments": "bfloat16"}})
 

@@ -7,8 +7,9 @@ import torch
 import transformers
 
 from megatron_r1.why.comparison import CannotRecompute
+from megatron_r1.why.policy.expert_replay import replayed_experts
 from megatron_r1.why.policy.routed_experts import chosen_experts
-from megatron_r1.why.policy.token_logprobs import replayed_experts, sampled_logprobs
+from megatron_r1.why.policy.token_logprobs import sampled_logprobs
 from megatron_r1.why.policy.token_rows import TokenRow, rows_with_shifted_experts
 
 VOCABULARY, LAYERS, EXPERTS, TOPK = 23, 2, 8, 3

@@ -35,8 +35,10 @@ from megatron_r1.data.sampler import EpochSampler, PromptSampler
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.models.sampling_mask import encode_mask
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path, write_manifest
-from megatron_r1.why import examination, formulas, page
+from megatron_r1.trainer.checkpoints.checkpoint_folders import checkpoint_path
+from megatron_r1.trainer.checkpoints.manifest import write_manifest
+from megatron_r1.why import all_checks, formulas, page
+from megatron_r1.why.all_checks import examine_step
 from megatron_r1.why.checks import (
     checkpoints,
     files,
@@ -46,13 +48,14 @@ from megatron_r1.why.checks import (
     rewards,
     sampling,
     schedule,
+    update_tolerances,
 )
-from megatron_r1.why.comparison import ComparedQuantity, Report
-from megatron_r1.why.examination import examine_step
+from megatron_r1.why.comparison import Comparison
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import choose_step, examinable_steps, open_run, read_step
-from megatron_r1.why.update.checkpoint_after import CheckpointTraces
+from megatron_r1.why.step_report import Report
 from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
+from megatron_r1.why.update.run_differences import RunDifferences
 from megatron_r1.why.update.term_coefficients import TermFit
 from tests.grading.code_answers import needs_sandbox
 
@@ -163,7 +166,7 @@ def planted(tmp_path) -> Planted:
     return Planted(tmp_path)
 
 
-def checks(step: RecordedStep) -> list[ComparedQuantity]:
+def checks(step: RecordedStep) -> list[Comparison]:
     return [
         *files.compare_files(step),
         *sampling.compare_sampling(step),
@@ -171,7 +174,7 @@ def checks(step: RecordedStep) -> list[ComparedQuantity]:
     ]
 
 
-def named(step: RecordedStep) -> ComparedQuantity:
+def named(step: RecordedStep) -> Comparison:
     """The first departure, with all that departs in the message of a failure."""
     found = [each for each in checks(step) if each.differs]
     assert found, [str(each) for each in checks(step)]
@@ -657,16 +660,16 @@ def test_a_run_whose_groups_have_one_reward_is_suspected_to_be_too_hard(planted)
 
 
 def recomputation_of(base, run, show_progress):
-    """A `Recomputation` whose updates are `base`, and with anything substituted those of `run`."""
+    """A `Recomputation` whose updates are `base`, and with any candidate cause those of `run`."""
     recomputation = SimpleNamespace(
         base=base,
         run=run,
-        traces=CheckpointTraces(),
+        run_differences=RunDifferences(),
         inputs=SimpleNamespace(
             packed_rows=[], shares=list, left_out_note="", trains_mtp_layers=False
         ),
         searches_causes=True,
-        estimates=SimpleNamespace(distance=lambda substitution, line: 1.0),
+        estimates=SimpleNamespace(distance=lambda candidate, line: 1.0),
         fitted_clip=None,
         term_fit=TermFit((), math.inf, math.inf),
         show_progress=show_progress,
@@ -685,7 +688,7 @@ def test_a_loss_of_kl_alone_has_the_rounding_of_kl(planted, logged, departs):
     made = RecomputedUpdates(
         {"loss": 5.75139e-4, "kl": 0.0575139, "entropy": 2.0}, {}, {}, None, []
     )
-    recomputed = recomputation_of(made, lambda substitution, matches_record: made, print)
+    recomputed = recomputation_of(made, lambda candidate, matches_record: made, print)
     of_loss, of_kl = loss.compare_loss(planted.read(), recomputed)
     assert of_loss.differs is departs and not of_kl.differs
 
@@ -704,7 +707,7 @@ def test_a_loss_that_departs_alone_is_shown_before_the_search(planted, distances
     )
     shown = []
 
-    def recompute(substitution, matches_record):
+    def recompute(candidate, matches_record):
         assert "0.0567 recomputed" in shown[0] and "substitutions" in shown[-1]
         assert any("metrics.jsonl is the likely place" in line for line in shown) is is_metrics
         return made
@@ -719,18 +722,18 @@ def test_a_loss_that_departs_alone_is_shown_before_the_search(planted, distances
 def test_a_departure_of_the_loss_is_shown_once(planted, monkeypatch, explains):
     planted.settings["rl"]["kl_beta"] = 0.01
     planted.line |= {"loss": 0.1234, "kl": 0.05}
-    base, explanation = (
+    base, matching = (
         RecomputedUpdates({"loss": value, "kl": 0.05, "entropy": 2.0}, {}, {}, None, [])
         for value in (0.0567, 0.1234)
     )
 
     def compare_loss(step, recomputation):
-        updates = explanation if explains else base
+        updates = matching if explains else base
         fake = recomputation_of(base, lambda *_: updates, recomputation.show_progress)
         fake.show_departures = recomputation.show_departures
         return loss.compare_loss(step, fake)
 
-    monkeypatch.setattr(examination, "WEIGHT_CHECKS", (("loss", "loss", compare_loss),))
+    monkeypatch.setattr(all_checks, "WEIGHT_CHECKS", (("loss", "loss", compare_loss),))
     shown = []
     report = examine_step(planted.read(), show_progress=shown.append)
     assert ("explains it" in report.comparison("loss", "loss").reason) is explains
@@ -755,7 +758,7 @@ def test_a_metric_that_is_no_number_departs_and_nothing_explains_it(planted, log
     of_loss, of_kl = loss.compare_loss(step, recomputed)
     assert of_loss.differs and not of_kl.differs
     assert "loss is not a number in metrics.jsonl, 0.001 recomputed" in of_loss.reason
-    assert not loss.explains_record(step, made)
+    assert not update_tolerances.explains_record(step, made)
 
 
 @pytest.mark.parametrize(
@@ -845,7 +848,7 @@ def test_the_page_shows_the_responses_that_depart_furthest_first(planted, depart
     step.advantages[1][:3] = [1.5, 0.5, -1.0]
     report = Report(
         2,
-        [ComparedQuantity("sampling", "a", "departs", "", 0.5, 0.1, affected_responses=concerned)],
+        [Comparison("sampling", "a", "departs", "", 0.5, 0.1, affected_responses=concerned)],
     )
     report.comparisons[0] = replace(report.comparisons[0], departures=departures)
     text = page.write_page(report, step).read_text()

@@ -15,7 +15,7 @@ from megatron_r1.why.checks.engine_gaps import EngineGaps
 from megatron_r1.why.policy import changed_weights, policy_logprobs
 from megatron_r1.why.policy.changed_weights import merged_copy
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
-from megatron_r1.why.policy.policy_models import PolicyModels
+from megatron_r1.why.policy.step_models import StepModels
 from megatron_r1.why.policy.token_logprobs import sampled_logprobs
 from megatron_r1.why.policy.token_rows import TokenRow
 
@@ -46,7 +46,7 @@ def moved(model, seed: int):
     return older
 
 
-class Models(PolicyModels):
+class Models(StepModels):
     """The models of some versions, of which `engine` made the log-probabilities of the log."""
 
     def __init__(self, models, engine, rows: list[TokenRow], temperature: float) -> None:

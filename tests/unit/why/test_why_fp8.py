@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.weights.formats.published_layout import FP8_CONFIG
 from megatron_r1.why.checks import engine_logprobs, policies
 from megatron_r1.why.checks.fp8_causes import fit_effect
@@ -19,11 +19,11 @@ from megatron_r1.why.policy import (
     changed_weights,
     fp8_engines,
     policy_logprobs,
-    policy_models,
+    step_models,
 )
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs, pushed_values
 from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
-from megatron_r1.why.policy.policy_models import PolicyModels
+from megatron_r1.why.policy.step_models import StepModels
 from megatron_r1.why.policy.token_logprobs import sampled_logprobs
 from megatron_r1.why.policy.token_rows import TokenRow
 
@@ -162,7 +162,7 @@ def kept_versions(monkeypatch, request):
         changed_weights,
         fp8_engines,
         policy_logprobs,
-        policy_models,
+        step_models,
     ):
         monkeypatch.setattr(module, "weights_after", lambda folder, config, step: made[step])
 
@@ -244,7 +244,7 @@ def logged_step(folder, values, scratch, scale_format=None):
 
 
 def checked(step, memory=None):
-    policy = FP8EngineLogprobs(PolicyLogprobs(PolicyModels(step, memory)))
+    policy = FP8EngineLogprobs(PolicyLogprobs(StepModels(step, memory)))
     (comparison,) = engine_logprobs.compare_logprobs(step, SimpleNamespace(engine_policy=policy))
     return comparison
 

@@ -21,11 +21,10 @@ from megatron_r1.why.comparison import (
     EQUAL,
     NOT_CHECKED,
     CannotRecompute,
-    ComparedQuantity,
-    Report,
+    Comparison,
     not_checked,
 )
-from megatron_r1.why.policy import policy_models
+from megatron_r1.why.policy import step_models
 from megatron_r1.why.rerun import fresh_engine, single_rank
 from megatron_r1.why.rerun.rerun_verdicts import (
     ENGINE_REMEDY,
@@ -38,6 +37,7 @@ from megatron_r1.why.rerun.rerun_verdicts import (
     rerun_hint,
     trainer_verdict,
 )
+from megatron_r1.why.step_report import Report
 
 TOLERANCE = 1e-4
 FAR, CLOSE, NAN = 0.1, 1e-6, math.nan
@@ -140,7 +140,7 @@ def test_numbers_that_are_not_finite_have_a_distance():
 
 
 STEP = SimpleNamespace(step=3, folder=SimpleNamespace(path=Path("runs/a")))
-LOGGED = ComparedQuantity(
+LOGGED = Comparison(
     "sampling",
     "engines' log-probabilities",
     DEPARTS,
@@ -150,7 +150,7 @@ LOGGED = ComparedQuantity(
     reason="another function",
     remedy=ENGINE_REMEDY + rerun_hint(STEP, "engine"),
 )
-LATER = ComparedQuantity("sampling", "later", EQUAL, "")
+LATER = Comparison("sampling", "later", EQUAL, "")
 
 
 def refined(monkeypatch, logged, check) -> Report:
@@ -247,7 +247,7 @@ def test_a_model_larger_than_the_memory_is_not_started(monkeypatch, check):
 
 def test_weights_that_do_not_fit_on_the_disk_are_not_written(tmp_path):
     with pytest.raises(CannotRecompute, match="set TMPDIR"):
-        policy_models.write_policy(STEP, 10**18, tmp_path)
+        step_models.write_policy(STEP, 10**18, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

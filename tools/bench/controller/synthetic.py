@@ -29,7 +29,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from megatron_r1.base.processes.authentication import protect_client
 from megatron_r1.engines.server.client import GENERATE_PATH
 from megatron_r1.engines.server.server import RunningServer
-from megatron_r1.trainer.operations import RankCall, RankReply, rank_identity
+from megatron_r1.trainer.rank_messages import RankCall, RankReply, rank_identity
 from megatron_r1.trainer.sample_encoding import decode_samples
 from tools.bench.host import ROOT
 

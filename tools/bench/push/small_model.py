@@ -7,7 +7,8 @@ import torch
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights import table
 from megatron_r1.models.weights.layout import Shard, layout_from_table, stage_shards
-from megatron_r1.models.weights.table import Piece, WeightTable
+from megatron_r1.models.weights.splits import Piece
+from megatron_r1.models.weights.table import WeightTable
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.layouts import Coordinate
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding

@@ -23,11 +23,8 @@ from megatron_r1.base.files.weight_files import (
 )
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats import published_layout, quantized_blocks
-from megatron_r1.models.weights.formats.published_layout import (
-    StackedPart,
-    published_tensors,
-    stacked_part,
-)
+from megatron_r1.models.weights.formats.published_layout import published_tensors
+from megatron_r1.models.weights.formats.stacked_experts import StackedPart, stacked_part
 from megatron_r1.models.weights.formats.tensor_files import SafetensorsFile
 from megatron_r1.models.weights.layout import Shape, hf_tensors
 from megatron_r1.models.weights.table import weight_table

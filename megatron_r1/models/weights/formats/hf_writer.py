@@ -13,8 +13,10 @@ import torch
 from megatron_r1.base.files import atomic_write, fsync, make_folder
 from megatron_r1.base.files.untrusted_files import read_json, require_inside
 from megatron_r1.base.files.weight_files import INDEX_FILE, SINGLE_FILE
-from megatron_r1.data.tokenizer import END_TOKEN_FILES, end_tokens
-from megatron_r1.models.hf_config import has_score_head, implied_settings, score_model_config
+from megatron_r1.data.end_tokens import end_tokens
+from megatron_r1.data.tokenizer import END_TOKEN_FILES
+from megatron_r1.models.hf_config import has_score_head, score_model_config
+from megatron_r1.models.hf_config_file import implied_settings
 from megatron_r1.models.weights.formats import published_layout
 from megatron_r1.models.weights.layout import Shape
 

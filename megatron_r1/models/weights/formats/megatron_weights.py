@@ -24,7 +24,8 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.models.weights.layout import Shape, hf_tensors, parameter_layout, stage_shards
-from megatron_r1.models.weights.table import Piece, weight_table
+from megatron_r1.models.weights.splits import Piece
+from megatron_r1.models.weights.table import weight_table
 
 _EXPERT = re.compile(
     r"(?P<prefix>.*\.mlp\.experts)\."

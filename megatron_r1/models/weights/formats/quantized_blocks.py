@@ -13,7 +13,7 @@ from r1_kernels import dequantize_blockwise, quantize_blockwise
 from torch import Tensor
 
 from megatron_r1.models.weights.formats.published_layout import FP8_BLOCK_SIZE, scale_shape
-from megatron_r1.models.weights.table import Shape
+from megatron_r1.models.weights.splits import Shape
 
 
 def quantize_fp8(

@@ -18,7 +18,7 @@ from megatron_r1.base.processes.authentication import (
 )
 from megatron_r1.base.processes.stopping import StopRequest
 from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
-from megatron_r1.trainer.operations import RankCall, RankReply, rank_identity
+from megatron_r1.trainer.rank_messages import RankCall, RankReply, rank_identity
 
 
 def rank(address, protect):

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from megatron_r1.commands.check_model import verb
+from megatron_r1.commands.check_model import comparisons
 from megatron_r1.commands.check_model.results import ReferenceResult
 from megatron_r1.config import Config
 from megatron_r1.trainer.operations import EvaluationOperations
@@ -33,10 +33,10 @@ class ProbedTrainer:
 
 
 def test_every_sequence_of_the_reference_is_compared(monkeypatch, tmp_path):
-    monkeypatch.setattr(verb, "TrainerClient", ProbedTrainer)
+    monkeypatch.setattr(comparisons, "TrainerClient", ProbedTrainer)
     sequences, logprobs = [[5, 6, 7], [8, 9]], [[-1.0, -2.0], [-3.0]]
     reference = ReferenceResult(1, None, False, sequences, logprobs, 0.0)
-    assert asyncio.run(verb.compare_with_megatron(Config(), reference, tmp_path)) == 0.25
+    assert asyncio.run(comparisons.compare_with_megatron(Config(), reference, tmp_path)) == 0.25
     assert [len(sample) for sample in ProbedTrainer.probed] == [3, 2]
     assert [sample.prompt_length for sample in ProbedTrainer.probed] == [1, 1]
     assert ProbedTrainer.closed == 1

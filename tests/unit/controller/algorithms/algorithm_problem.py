@@ -136,7 +136,7 @@ def ours(problem, name, settings, form=unchanged, corrected=unchanged, metrics=N
     if algorithm.token_advantages is not None:
         function = find_function(algorithm.token_advantages)
         rollout = RolloutBatches(every)
-        rollout.store_targets(function(rollout, form(config.rl.token_settings)))
+        rollout.store_targets(function(rollout, form(config.rl.token_advantage_settings)))
     if mask is not None:
         rollout = RolloutBatches(every)
         masked = rollout.mask_advantages(

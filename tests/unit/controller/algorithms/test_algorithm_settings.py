@@ -67,7 +67,7 @@ def test_the_penalty_of_kl_is_in_the_reward_or_in_the_loss_but_not_in_both():
     in_reward = {"rloo", "reinforce_pp", "ppo"}
     for name in ALGORITHM_NAMES:
         settings = RLConfig(algorithm=name, kl_beta=0.5)
-        assert settings.token_settings.kl_beta == 0.5
+        assert settings.token_advantage_settings.kl_beta == 0.5
         assert settings.loss_settings(8).kl_beta == (0.0 if name in in_reward else 0.5)
 
 

@@ -15,7 +15,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import ALGORITHM_NAMES
 from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.controller import algorithms
-from megatron_r1.trainer.rollout_batches import RolloutBatches, WholeResponses
+from megatron_r1.trainer.rollout_batches import RolloutBatches, WholeMicrobatch
 from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_advantages import discounted_sums
 from megatron_r1.trainer.token_split import TokenSplit
@@ -191,7 +191,7 @@ def test_discounted_sums_are_the_loop_s_of_any_length(discount):
     values = [[draw.gauss(0, 1) for _ in range(n)] for n in lengths]
     whole = torch.full((batch.input_ids.shape[1],), math.nan, dtype=torch.float64)
     whole[batch.is_response] = torch.tensor(sum(values, []), dtype=torch.float64)
-    responses = WholeResponses(batch)
+    responses = WholeMicrobatch(batch)
     got = discounted_sums(whole, discount, responses.is_response, responses.last_response_positions)
     wanted = sum([formulae.naive_sums(own, discount) for own in values], [])
     assert got[batch.is_response].tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)

@@ -27,7 +27,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.base.user_code import find_function
 from megatron_r1.config import Config, parse_recipe
 from megatron_r1.config.algorithms import ALGORITHM_NAMES
-from megatron_r1.config.engine_mask import EngineMask
+from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.corrections import MASK_FUNCTIONS, wrap_loss
@@ -211,7 +211,7 @@ def test_settings_reach_a_rank_as_they_are():
     name, settings = wrap_loss("a:loss", settings)
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode(settings), type=LossSettings)
     assert carried == settings and carried.inner == ("a:loss",)
-    assert carried.engine_mask == EngineMask("divergence", 0.15, 0.15)
+    assert carried.engine_mask == EngineMaskSettings("divergence", 0.15, 0.15)
     assert name.endswith("engine_mask:divergence_loss")
 
 
@@ -271,4 +271,4 @@ def test_bounds_and_methods_without_a_meaning_are_refused(rl, key, cause):
 def test_a_schedule_may_begin_a_mask():
     schedule = [{"from_step": 5, "rl.engine_mask": "token", "rl.engine_mask_high": 3.0}]
     parts = dict(parse_recipe({"rl": {"schedule": schedule}}).schedule_parts())
-    assert parts[5].rl.engine_mask_settings == EngineMask("token", 0.5, 3.0)
+    assert parts[5].rl.engine_mask_settings == EngineMaskSettings("token", 0.5, 3.0)

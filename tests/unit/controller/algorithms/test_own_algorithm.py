@@ -111,7 +111,7 @@ def test_options_of_its_own_have_defaults_and_reach_its_functions(folder):
         [[1.0, 4.0, 3.0, 2.0]], rl
     ) == [[0, 1, 1, 0]]
     carried = msgspec.msgpack.decode(msgspec.msgpack.encode(rl.loss_settings(8)), type=LossSettings)
-    assert carried.options == rl.token_settings.options == rl.options
+    assert carried.options == rl.token_advantage_settings.options == rl.options
     schedule = [{"from_step": 3, "rl.options": {"keep": 1}}]
     parts = dict(parse_recipe({"rl": {**given, "schedule": schedule}}).schedule_parts())
     assert [part.rl.options["keep"] for part in parts.values()] == [0.5, 1]

@@ -33,7 +33,7 @@ def test_ranks_are_lost_for_good_when_no_restart_is_left(most):
             await supervisor.restart_trainer(lost)
 
     config = Config().with_changes(run={"max_trainer_restarts": most})
-    supervisor = Supervisor(config, MagicMock(), trainer, spans_hosts=False)
+    supervisor = Supervisor(config, MagicMock(), trainer, spans_nodes=False)
     with pytest.raises(TrainerLost) as error:
         asyncio.run(lose_again_and_again())
     assert error.value is lost and trainer.num_restarts == most
@@ -60,7 +60,7 @@ def test_engines_sleep_when_no_rank_of_the_lost_trainer_allocates_any_more(refus
     recorder = MagicMock()
     recorder.view.show_message = messages.append
     config = Config().with_changes(rollout={"colocated": True, "gpu_memory": 0.3})
-    supervisor = Supervisor(config, recorder, Trainer(), spans_hosts=False)
+    supervisor = Supervisor(config, recorder, Trainer(), spans_nodes=False)
     supervisor.watch_rollouts(SimpleNamespace(fleet=Fleet()))
     asyncio.run(supervisor.restart_trainer(TrainerLost("rank 1 ended")))
     assert done == ["kill", "sleep", "restart"]

@@ -81,7 +81,7 @@ class Run:
             self.recorder = RunRecorder(folder, self.config, may_change=(), title="test")
             self.trainer = TrainerClient(self.config, folder.path / "logs")
             self.supervisor = Supervisor(
-                self.config, self.recorder, self.trainer, spans_hosts=False
+                self.config, self.recorder, self.trainer, spans_nodes=False
             )
             async with RewardPool(1, timeout_seconds=1e5) as pool:
                 fleet = RolloutFleet(1, folder.path / "logs")

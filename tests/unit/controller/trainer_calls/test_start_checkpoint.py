@@ -7,13 +7,13 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.trainer.checkpoints import checkpoint_folders
+from megatron_r1.trainer.checkpoints import checkpoint_folders, manifest
 
 
 def make(folder):
     folder.mkdir(parents=True)
     (folder / "metadata.json").write_text("{}")
-    checkpoint_folders.write_manifest(folder)
+    manifest.write_manifest(folder)
     return folder
 
 

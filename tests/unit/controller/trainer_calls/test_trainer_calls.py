@@ -9,13 +9,8 @@ from waiting import until
 from megatron_r1.base.errors import TrainerError, TrainerLost
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.trainer.operations import (
-    EvaluationOperations,
-    ModelOperations,
-    PushOperations,
-    RankCall,
-    RankReply,
-)
+from megatron_r1.trainer.operations import EvaluationOperations, ModelOperations, PushOperations
+from megatron_r1.trainer.rank_messages import RankCall, RankReply
 
 
 class Repeats:

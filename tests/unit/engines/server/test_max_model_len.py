@@ -6,7 +6,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.config.recipe import from_overrides
+from megatron_r1.config.recipe_files import from_overrides
 from megatron_r1.engines.server.model_config import max_model_len
 
 

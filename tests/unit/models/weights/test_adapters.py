@@ -15,7 +15,7 @@ from megatron_r1.models.weights.adapter_module import (  # noqa: E402
     add_products,
 )
 from megatron_r1.models.weights.layout import LayoutEntry  # noqa: E402
-from megatron_r1.models.weights.table import Piece  # noqa: E402
+from megatron_r1.models.weights.splits import Piece  # noqa: E402
 
 RANK, WIDTH, SCALE = 2, 5, 1.5
 ALONE = SimpleNamespace(rank=lambda: 0, size=lambda: 1)

@@ -8,7 +8,8 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.weights.adapter_table import adapter_shapes, adapter_table
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
-from megatron_r1.models.weights.formats.published_layout import published_tensors, stacked_part
+from megatron_r1.models.weights.formats.published_layout import published_tensors
+from megatron_r1.models.weights.formats.stacked_experts import stacked_part
 from megatron_r1.push.plan.layouts import EngineLayout
 from megatron_r1.push.plan.recipe_plan import check_blocks
 

@@ -11,10 +11,10 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.commands.trainer_checks import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.engines.server.model_config import config_arguments
-from megatron_r1.models.hf_config import (
+from megatron_r1.models.hf_config import num_mtp_layers
+from megatron_r1.models.hf_config_file import (
     describe_config_changes,
     load_raw_hf_config,
-    num_mtp_layers,
     read_hf_config,
 )
 from megatron_r1.models.support_checks import check_supported

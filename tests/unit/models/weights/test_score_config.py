@@ -8,7 +8,7 @@ from weight_shards import shard
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.models import weights
-from megatron_r1.models.hf_config import read_hf_config
+from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.weights.formats.megatron_weights import stored_layout
 
 SMALL = {

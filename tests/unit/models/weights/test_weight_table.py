@@ -10,7 +10,7 @@ from weight_shards import shard
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.models import weights
-from megatron_r1.models.weights.table import (
+from megatron_r1.models.weights.splits import (
     QueryGroups,
     Source,
     column_parallel,

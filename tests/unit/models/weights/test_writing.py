@@ -16,9 +16,9 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.weights import adapters, export
 from megatron_r1.models.weights.formats import hf_writer
-from megatron_r1.models.weights.formats.published_layout import StackedPart
+from megatron_r1.models.weights.formats.stacked_experts import StackedPart
 from megatron_r1.models.weights.formats.tensor_files import plan_file
-from megatron_r1.models.weights.table import Piece
+from megatron_r1.models.weights.splits import Piece
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],

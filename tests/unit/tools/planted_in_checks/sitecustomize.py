@@ -52,7 +52,7 @@ def shift_the_bytes(module):
 PLANTED = {
     "packing": ("megatron_r1.models.attention", attend_to_other_samples),
     "gradient": ("megatron_r1.trainer.sequence_packing", train_the_other_way),
-    "bytes": ("megatron_r1.push.transports.nccl_rounds", shift_the_bytes),
+    "bytes": ("megatron_r1.push.transports.nccl_communicator", shift_the_bytes),
 }
 
 

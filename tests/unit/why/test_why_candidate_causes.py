@@ -1,4 +1,4 @@
-"""What `why` substitutes in a step's updates, against formulas by hand and against torch."""
+"""Candidate causes in a step's updates, against formulas by hand and against torch."""
 
 import math
 from dataclasses import replace
@@ -11,20 +11,18 @@ from test_why import planted  # noqa: F401
 from test_why_updates import ADAM, RULES, Model, rows
 
 from megatron_r1.config import parse_recipe
+from megatron_r1.why.checks.cause_search import find_update_cause
 from megatron_r1.why.checks.checkpoints import _missing_updates
-from megatron_r1.why.checks.loss import find_explanation
 from megatron_r1.why.policy import checkpoint_model
 from megatron_r1.why.policy.token_logprobs import sampled_logprobs
 from megatron_r1.why.update.adam import Adam
-from megatron_r1.why.update.advantage_substitutions import advantage_substitutions
-from megatron_r1.why.update.checkpoint_after import CheckpointTraces
+from megatron_r1.why.update.advantage_causes import advantage_causes
+from megatron_r1.why.update.candidate_cause import CandidateCause
+from megatron_r1.why.update.loss_causes import kl_causes, loss_causes
 from megatron_r1.why.update.loss_formulas import Totals, row_loss
-from megatron_r1.why.update.step_substitution import Substitution
+from megatron_r1.why.update.optimizer_causes import _update_causes as update_causes
+from megatron_r1.why.update.run_differences import RunDifferences
 from megatron_r1.why.update.step_updates import StepUpdates
-from megatron_r1.why.update.substitution_candidates import _kl_substitutions, _loss_substitutions
-from megatron_r1.why.update.substitution_candidates import (
-    _update_substitutions as update_substitutions,
-)
 
 FREE = replace(RULES, clip_low=math.inf, clip_high=math.inf)
 
@@ -175,7 +173,7 @@ def test_each_kind_of_loss_and_update_is_tried():
     step = SimpleNamespace(config=config, run_config=config, folder=None, step=1)
     fields = {
         pair
-        for each in (*_loss_substitutions(step), *_kl_of(step), *update_substitutions(step))
+        for each in (*loss_causes(step), *_kl_of(step), *update_causes(step))
         for pair in (*each.loss, *each.adam)
     }
     assert fields >= {
@@ -193,7 +191,7 @@ def test_each_kind_of_loss_and_update_is_tried():
 
 def _kl_of(step):
     """All but the references, which need a run's folder."""
-    made = iter(_kl_substitutions(step))
+    made = iter(kl_causes(step))
     return [next(made) for _ in range(6)]
 
 
@@ -201,7 +199,7 @@ def test_other_advantages_are_tried(planted):  # noqa: F811
     planted.settings["rl"] |= {"overlong_buffer": 0.9}
     step = planted.read()
     step.metrics_row["grad_norm"] = 3.1
-    found = {each.name: each for each in advantage_substitutions(step, CheckpointTraces(norm=1.0))}
+    found = {each.name: each for each in advantage_causes(step, RunDifferences(norm=1.0))}
     advantages = [a for group in step.advantages for a in group]
 
     def of(name: str):
@@ -233,11 +231,11 @@ def test_a_value_of_a_setting_is_tried_before_a_factor_that_does_the_same(plante
         estimates=SimpleNamespace(distance=lambda tried, _: distances[tried.name]),
         run=lambda tried, _: updates,
     )
-    candidates = [Substitution(name) for name in ("far", *names)]
-    found, _ = find_explanation(step, recomputation, candidates)
+    candidates = [CandidateCause(name) for name in ("far", *names)]
+    found, _ = find_update_cause(step, recomputation, candidates)
     assert found.name == names[0]
     distances[names[0]] = 1.01  # further off by more than rounding
-    found, _ = find_explanation(step, recomputation, candidates)
+    found, _ = find_update_cause(step, recomputation, candidates)
     assert found.name == names[1]
 
 

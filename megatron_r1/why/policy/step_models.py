@@ -1,5 +1,5 @@
-"""The models of a step: the policy before it and those of other checkpoints, whole where they fit
-into memory, else with their layers read one by one.
+"""Reads the models of a step: the policy before it and those of other checkpoints, whole where they
+fit into memory, else with their layers read one by one.
 
 `threads_for` sets the threads of torch for them, and `write_policy` writes the policy for an
 engine."""
@@ -44,7 +44,7 @@ class NotInMemory(CannotRecompute):
     """Something needs a whole model, which does not fit into memory."""
 
 
-class PolicyModels:
+class StepModels:
     """The models of a step, with the rows of tokens that they are for.
 
     A model that does not fit into memory is a `StreamedModel`, whose layers are read for each pass.
@@ -241,7 +241,7 @@ def require_in_memory(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def threads_for(models: PolicyModels) -> Iterator[None]:
+def threads_for(models: StepModels) -> Iterator[None]:
     """Compute in the block with one thread where a step is small.
 
     Args:

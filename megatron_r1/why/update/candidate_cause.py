@@ -1,4 +1,5 @@
-"""The type of a substitution in a step's updates."""
+"""Holds a candidate cause of updates that depart: one thing that may have been computed
+otherwise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,11 +7,13 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Substitution:
-    """One thing substituted in the updates of a step.
+class CandidateCause:
+    """One thing that may have been computed otherwise in the updates of a step.
+
+    The updates are recomputed with the other values in place of the settings'.
 
     Attributes:
-        name: what is substituted, in words.
+        name: what is computed otherwise, in words.
         setting: the setting whose value it replaces. All candidates of one setting may explain a
             departure.
         remedy: the setting or file to change where it explains a departure.
@@ -54,7 +57,7 @@ class Substitution:
         )
 
     @property
-    def change(self) -> str:
+    def remedy_or_setting(self) -> str:
         """What to change where this explains a departure."""
         return self.remedy or self.setting
 

@@ -20,16 +20,17 @@ from megatron_r1.why.checks import (
     sampling,
     schedule,
 )
-from megatron_r1.why.comparison import CannotRecompute, ComparedQuantity, Report, not_checked
+from megatron_r1.why.comparison import CannotRecompute, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
+from megatron_r1.why.step_report import Report
 from megatron_r1.why.suspicions import find_suspicions
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
 
 
-Check = Callable[[RecordedStep], list[ComparedQuantity]]
-WeightCheck = Callable[[RecordedStep, "Recomputation"], list[ComparedQuantity]]
+Check = Callable[[RecordedStep], list[Comparison]]
+WeightCheck = Callable[[RecordedStep, "Recomputation"], list[Comparison]]
 RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
     ("files", "questions of the step", questions.compare_questions),
     ("files", "files", files.compare_files),
@@ -66,13 +67,13 @@ def examine_step(
         notify: called with a line before a rerun.
         show_progress: called with a line for each departure as soon as it is known, and before a
             search for its cause; None: nothing is shown."""
-    from megatron_r1.why.policy.policy_models import threads_for
+    from megatron_r1.why.policy.step_models import threads_for
     from megatron_r1.why.update.recomputation import Recomputation, ignore_line
 
     recomputation = Recomputation(step, memory, show_progress or ignore_line)
     report = Report(step.step)
 
-    def add(comparisons: list[ComparedQuantity]) -> None:
+    def add(comparisons: list[Comparison]) -> None:
         report.add(comparisons)
         recomputation.show_departures(comparisons)
 
@@ -88,9 +89,7 @@ def examine_step(
     return report
 
 
-def _run_check(
-    family: str, name: str, check: Callable[[], list[ComparedQuantity]]
-) -> list[ComparedQuantity]:
+def _run_check(family: str, name: str, check: Callable[[], list[Comparison]]) -> list[Comparison]:
     """Return what a check finds, or why it could not be made."""
     try:
         return check()

@@ -1,5 +1,5 @@
-"""Estimates of how far updates with a substitution would be from what a run recorded, without a
-pass of the model."""
+"""Estimates without a pass of the model how far updates with a candidate cause would be from what a
+run recorded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_r1.why.policy.token_rows import TokenRow
 from megatron_r1.why.policy.transformers_adapters import trained_parameters
 from megatron_r1.why.update.adam import Adam
+from megatron_r1.why.update.candidate_cause import CandidateCause
 from megatron_r1.why.update.checkpoint_after import CheckpointAfter
 from megatron_r1.why.update.loss_formulas import (
     LossRules,
@@ -20,18 +21,17 @@ from megatron_r1.why.update.loss_formulas import (
     row_loss,
     update_means,
 )
-from megatron_r1.why.update.step_substitution import Substitution
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.token_advantages import with_token_advantages
 from megatron_r1.why.update.update_inputs import UpdateInputs
 
 UNKNOWN_DISTANCE = 1.05
-"""The distance of a substitution that cannot be estimated, which is tried after those that seem to
+"""The distance of a candidate that cannot be estimated, which is tried after those that seem to
 explain the whole departure (nearly 1) and before all others."""
 
 
-class SubstitutionEstimates:
-    """Estimates of substitutions, from the log-probabilities and gradients of the updates as the
+class CandidateEstimates:
+    """Estimates of candidate causes, from the log-probabilities and gradients of the updates as the
     settings say.
 
     Args:
@@ -55,34 +55,34 @@ class SubstitutionEstimates:
         self._after, self._updates = after, updates
         self._base_metrics, self._norms, self._scratch_model = base_metrics, norms, scratch_model
 
-    def distance(self, substitution: Substitution, logged_metrics: Mapping[str, Any]) -> float:
-        """Return an estimate of how far the updates with a substitution would be from what was
+    def distance(self, candidate: CandidateCause, logged_metrics: Mapping[str, Any]) -> float:
+        """Return an estimate of how far the updates with a candidate would be from what was
         recorded: 1 near, 2 far.
 
         Args:
-            substitution: what is substituted.
+            candidate: what is computed otherwise.
             logged_metrics: the step's line of metrics.jsonl."""
-        if "temperature" in dict(substitution.loss):
+        if "temperature" in dict(candidate.loss):
             return UNKNOWN_DISTANCE
-        if substitution.loss or substitution.advantages is not None:
-            return self._estimated_loss_distance(substitution, logged_metrics)
-        if not (substitution.adam or substitution.loses_moments):
+        if candidate.loss or candidate.advantages is not None:
+            return self._estimated_loss_distance(candidate, logged_metrics)
+        if not (candidate.adam or candidate.loses_moments):
             return UNKNOWN_DISTANCE
         if self._after.model is None:
             return 2.0
-        return 1.0 + min(1.0, self._estimated_change_distance(substitution))
+        return 1.0 + min(1.0, self._estimated_change_distance(candidate))
 
     def _estimated_loss_distance(
-        self, substitution: Substitution, logged_metrics: Mapping[str, Any]
+        self, candidate: CandidateCause, logged_metrics: Mapping[str, Any]
     ) -> float:
         """Return 1 plus the distance of the metrics with another loss or other advantages from the
         logged ones, relative to that by the settings. Each metric counts with at most 1."""
-        rows = self._inputs.substituted_rows(substitution)
-        reference = self._substituted_reference(substitution)
+        rows = self._inputs.candidate_rows(candidate)
+        reference = self._candidate_reference(candidate)
         rows = with_token_advantages(self._step, rows, self._policies.all_old_logprobs, reference)
         if [row.is_trained for row in rows] != [row.is_trained for row in self._inputs.models.rows]:
             return UNKNOWN_DISTANCE
-        rules = replace(self._inputs.loss_rules(), **dict(substitution.loss))
+        rules = replace(self._inputs.loss_rules(), **dict(candidate.loss))
         metrics = self._estimated_metrics(rows, reference, rules)
         gaps = []
         for name, base_value in self._base_metrics.items():
@@ -116,22 +116,22 @@ class SubstitutionEstimates:
             updates.append(totals.update(rules))
         return update_means(updates)[0]
 
-    def _substituted_reference(self, substitution: Substitution) -> list[Tensor] | None:
-        if substitution.reference == "policy":
+    def _candidate_reference(self, candidate: CandidateCause) -> list[Tensor] | None:
+        if candidate.reference == "policy":
             return self._policies.all_old_logprobs
         return self._policies.ref_logprobs
 
-    def _estimated_change_distance(self, substitution: Substitution) -> float:
+    def _estimated_change_distance(self, candidate: CandidateCause) -> float:
         """Return the distance of the change that Adam makes of the gradients by the settings."""
         model = self._scratch_model()
         parameters = trained_parameters(model)
-        loses_moments = substitution.loses_moments
+        loses_moments = candidate.loses_moments
         adam = Adam(
             parameters,
             None if loses_moments else self._inputs.moments,
             0 if loses_moments else self._inputs.num_updates,
         )
-        rules = replace(self._inputs.adam_rules(self._norms), **dict(substitution.adam))
+        rules = replace(self._inputs.adam_rules(self._norms), **dict(candidate.adam))
         for index, trace in enumerate(self._updates.traces):
             if rules.moment_reset:
                 adam.forget()
