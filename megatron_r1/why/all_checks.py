@@ -11,7 +11,6 @@ from megatron_r1.why.checks import (
     files,
     loss,
     optimizer,
-    policies,
     push,
     questions,
     reruns,
@@ -19,6 +18,7 @@ from megatron_r1.why.checks import (
     routing,
     sampling,
     schedule,
+    trainer_logprobs,
 )
 from megatron_r1.why.comparison import CannotRecompute, Comparison, not_checked
 from megatron_r1.why.record.recorded_step import RecordedStep
@@ -43,7 +43,7 @@ RECORD_CHECKS: tuple[tuple[str, str, Check], ...] = (
 WEIGHT_CHECKS: tuple[tuple[str, str, WeightCheck], ...] = (
     ("sampling", routing.NAME, routing.compare_routing),
     ("sampling", "engines' log-probabilities", engine_logprobs.compare_logprobs),
-    ("log-probabilities", "old policy and reference", policies.compare_policies),
+    ("log-probabilities", "old policy and reference", trainer_logprobs.compare_policies),
     ("loss", "loss", loss.compare_loss),
     ("optimizer", "change of the weights", optimizer.compare_update),
     ("push", "probes and export", push.compare_push),

@@ -19,15 +19,15 @@ from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import (
     changed_weights,
     checkpoint_tensors,
-    policy_logprobs,
     routed_experts,
+    step_logprobs,
     streamed_model,
     token_logprobs,
 )
 from megatron_r1.why.policy.changed_weights import ChangedPartLogprobs, ChangedWeights
 from megatron_r1.why.policy.checkpoint_model import read_model
 from megatron_r1.why.policy.model_distance import relative_distance, source_distance
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.step_logprobs import StepLogprobs
 from megatron_r1.why.policy.step_models import NotInMemory, StepModels
 from megatron_r1.why.policy.streamed_model import StreamedModel, StreamMemory, stream_memory
 from megatron_r1.why.policy.tensor_source import AdapterTensors, TensorSource
@@ -256,7 +256,7 @@ class VersionModels(StepModels):
         return TensorSource(source, self.step.hf_config)
 
 
-class Versions(PolicyLogprobs):
+class Versions(StepLogprobs):
     """Log-probabilities by the models of two folders, whole or streamed."""
 
     def __init__(self, before: Path, older: Path, *, is_streamed: bool) -> None:
@@ -281,7 +281,7 @@ class Versions(PolicyLogprobs):
     ],
 )
 def test_other_weights_and_rows_give_what_they_give_whole_models(name, make, tmp_path, monkeypatch):
-    for module in (policy_logprobs, changed_weights):
+    for module in (step_logprobs, changed_weights):
         monkeypatch.setattr(module, "weights_after", lambda folder, config, step: folder)
     folders = folder_of(name, tmp_path / "hf"), folder_of(name, tmp_path / "older", seed=5)
     found, expected = (Versions(*folders, is_streamed=each) for each in (True, False))

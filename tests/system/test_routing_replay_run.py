@@ -8,7 +8,7 @@ import pytest
 from command_line import run, write_model
 
 from megatron_r1.why.all_checks import examine_step
-from megatron_r1.why.checks.policies import compare_policies
+from megatron_r1.why.checks.trainer_logprobs import compare_policies
 from megatron_r1.why.comparison import EQUAL
 from megatron_r1.why.record.step_reader import open_run, read_step
 from megatron_r1.why.update.recomputation import Recomputation

@@ -22,7 +22,7 @@ from megatron_r1.models.weights.formats.dcp import DistributedCheckpoint
 from megatron_r1.trainer.checkpoints.manifest import write_manifest
 from megatron_r1.why.all_checks import examine_step
 from megatron_r1.why.comparison import EQUAL
-from megatron_r1.why.policy import policy_logprobs
+from megatron_r1.why.policy import step_logprobs
 from megatron_r1.why.policy.checkpoint_model import STATE_PREFIX
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.record.step_reader import open_run, read_step
@@ -180,7 +180,7 @@ def test_a_part_of_the_responses_is_recomputed_where_all_would_take_too_long(cop
     recomputation = Recomputation(step)
     flops = recomputation.models.pass_flops
     stale = recomputation.policies.logprobs_after(STEP - 2)
-    monkeypatch.setattr(policy_logprobs, "LOGPROB_FLOPS", flops / 2.5)
+    monkeypatch.setattr(step_logprobs, "LOGPROB_FLOPS", flops / 2.5)
     report = examine_step(step)
     assert report.first_departure is None, str(report.first_departure)
     engines = report.comparison("sampling", "engines' log-probabilities")

@@ -4,7 +4,7 @@
 - Sampling: `sampling` with `draws`, `routing`, `engine_logprobs` with `engine_gaps`; candidate
   causes of a gap: `engine_causes`, `weight_causes`, `fp8_causes`.
 - Rewards: `rewards` with `regraded_rewards` and `second_reader`.
-- Updates: `schedule`, `policies`, `loss`, `optimizer`, `checkpoints`, `push`; their tolerances:
-  `update_tolerances`; candidate causes of a departure: `cause_search` for whole updates,
-  `departing_terms` for terms of the loss.
+- Updates: `schedule`, `trainer_logprobs`, `loss`, `optimizer`, `checkpoints`, `push`; their
+  tolerances: `update_tolerances`; candidate causes of a departure: `cause_search` for whole
+  updates, `departing_terms` for terms of the loss.
 - `reruns`: which side a departure is on."""

@@ -16,7 +16,7 @@ from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
     from megatron_r1.why.policy.changed_weights import ChangedPartLogprobs
-    from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+    from megatron_r1.why.policy.step_logprobs import StepLogprobs
 
 MAX_UNEXPLAINED_FRACTION = 0.5
 """The largest ratio of the distance with other log-probabilities to the distance without them, at
@@ -61,7 +61,7 @@ class EngineGaps:
         tolerance: the largest mean |difference| that is rounding.
         untried_causes: causes that were not tried, as they need the whole model in memory."""
 
-    def __init__(self, step: RecordedStep, policies: PolicyLogprobs) -> None:
+    def __init__(self, step: RecordedStep, policies: StepLogprobs) -> None:
         self.step, self.policies = step, policies
         self.sequences = [policies.models.sequences[index] for index in policies.computed_sequences]
         self._is_newest = [sequence.versions == self.newest_version for sequence in self.sequences]

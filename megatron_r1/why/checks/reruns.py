@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_r1.base.errors import UserError
 from megatron_r1.reporting.record_values import finite_metric
-from megatron_r1.why.checks import engine_logprobs, policies
+from megatron_r1.why.checks import engine_logprobs, trainer_logprobs
 from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
 from megatron_r1.why.checks.sampling import FAMILY
 from megatron_r1.why.comparison import (
@@ -253,9 +253,9 @@ def _compare_single_rank(
 
 
 TRAINER = Rerun(
-    policies.POLICIES_STAGE,
+    trainer_logprobs.POLICIES_STAGE,
     "one rank's log-probabilities",
-    policies.TRAINER,
+    trainer_logprobs.TRAINER,
     "starting one trainer rank",
     _compare_single_rank,
 )

@@ -6,5 +6,5 @@
 - One model: `token_logprobs` gives log-probabilities of rows, `routed_experts` the experts that
   routers choose, `expert_replay` makes them choose the engine's; `streamed_model` gives the same of
   a model that does not fit into memory.
-- All models of a step: `step_models`; the log-probabilities of its tokens: `policy_logprobs`, with
+- All models of a step: `step_models`; the log-probabilities of its tokens: `step_logprobs`, with
   other weights `changed_weights`, as engines have them with `push.fp8` `fp8_engines`."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from megatron_r1.why.policy import routed_experts, token_logprobs
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.step_logprobs import StepLogprobs
 from megatron_r1.why.policy.step_models import require_in_memory
 from megatron_r1.why.policy.tensor_source import HEAD_NAME
 from megatron_r1.why.policy.transformers_adapters import merged_weights
@@ -30,7 +30,7 @@ class ChangedPartLogprobs:
     Args:
         policies: the step's log-probabilities."""
 
-    def __init__(self, policies: PolicyLogprobs) -> None:
+    def __init__(self, policies: StepLogprobs) -> None:
         self._policies, self._models, self._step = policies, policies.models, policies.step
 
     def logprobs_without_router_bias(self) -> list[np.ndarray] | None:
@@ -161,7 +161,7 @@ class ChangedWeights:
     Raises:
         NotInMemory: the model does not fit into memory."""
 
-    def __init__(self, policies: PolicyLogprobs) -> None:
+    def __init__(self, policies: StepLogprobs) -> None:
         self._policies = policies
         self._model = merged_copy(require_in_memory(policies.models.policy))
 

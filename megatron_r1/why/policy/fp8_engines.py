@@ -18,8 +18,8 @@ from megatron_r1.models.weights.formats.published_layout import (
 )
 from megatron_r1.models.weights.formats.quantized_blocks import quantize_fp8
 from megatron_r1.why.policy import checkpoint_model
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.routed_experts import ROUTER_BIAS
+from megatron_r1.why.policy.step_logprobs import StepLogprobs
 from megatron_r1.why.policy.step_models import StepModels
 from megatron_r1.why.policy.tensor_source import TensorSource
 from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
@@ -109,7 +109,7 @@ class FP8EngineModels(StepModels):
         return self._model_of(super().tensors(self.checkpoint_before).with_encoding(encode))
 
 
-class FP8EngineLogprobs(PolicyLogprobs):
+class FP8EngineLogprobs(StepLogprobs):
     """Log-probabilities of a step's tokens under policies as engines have them with `push.fp8`.
 
     Args:
@@ -120,6 +120,6 @@ class FP8EngineLogprobs(PolicyLogprobs):
 
     models: FP8EngineModels
 
-    def __init__(self, trainer: PolicyLogprobs) -> None:
+    def __init__(self, trainer: StepLogprobs) -> None:
         super().__init__(FP8EngineModels(trainer.step, trainer.models.memory))
         self.trainer = trainer

@@ -14,7 +14,7 @@ import torch
 
 from megatron_r1.why.comparison import Comparison
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.step_logprobs import StepLogprobs
 from megatron_r1.why.policy.step_models import StepModels
 from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.update.candidate_cause import CandidateCause
@@ -90,7 +90,7 @@ class Recomputation:
         self.step, self.show_progress = step, show_progress
         self._shown_departures: set[tuple[str, str]] = set()
         self.models = StepModels(step, memory)
-        self.policies = PolicyLogprobs(self.models)
+        self.policies = StepLogprobs(self.models)
         self.inputs = UpdateInputs(self.policies)
         self.checkpoint_after = CheckpointAfter(self.inputs)
         self._fits = MomentFits(self.inputs, self.checkpoint_after, self._remake_updates)
@@ -105,7 +105,7 @@ class Recomputation:
                 self.show_progress(f"{comparison.name} departs: {comparison.reason}")
 
     @cached_property
-    def engine_policy(self) -> PolicyLogprobs:
+    def engine_policy(self) -> StepLogprobs:
         """Log-probabilities under the weights as engines have them, which `push.fp8` quantizes."""
         fp8 = self.step.run_config.push.fp8
         return FP8EngineLogprobs(self.policies) if fp8 else self.policies

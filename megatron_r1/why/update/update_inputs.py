@@ -17,7 +17,7 @@ from megatron_r1.controller.trainer_calls.packing import pack_samples
 from megatron_r1.models.compute_cost import sample_cost
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import checkpoint_model, token_logprobs
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.step_logprobs import StepLogprobs
 from megatron_r1.why.policy.token_rows import TokenRow, row_with_prompt, rows_with_own_experts
 from megatron_r1.why.policy.transformers_adapters import trained_parameters
 from megatron_r1.why.record.recorded_step import weights_after
@@ -44,7 +44,7 @@ class UpdateInputs:
         CannotRecompute: weights are missing, or too large for this machine.
     """
 
-    def __init__(self, policies: PolicyLogprobs) -> None:
+    def __init__(self, policies: StepLogprobs) -> None:
         self.step, self.models, self.policies = policies.step, policies.models, policies
 
     @cached_property

@@ -12,9 +12,9 @@ from test_expert_replay import random_row
 
 from megatron_r1.why.checks import engine_causes, weight_causes
 from megatron_r1.why.checks.engine_gaps import EngineGaps
-from megatron_r1.why.policy import changed_weights, policy_logprobs
+from megatron_r1.why.policy import changed_weights, step_logprobs
 from megatron_r1.why.policy.changed_weights import merged_copy
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.step_logprobs import StepLogprobs
 from megatron_r1.why.policy.step_models import StepModels
 from megatron_r1.why.policy.token_logprobs import sampled_logprobs
 from megatron_r1.why.policy.token_rows import TokenRow
@@ -79,7 +79,7 @@ class Models(StepModels):
         return self._models_by_version[int(source.name)]
 
 
-class Recomputed(PolicyLogprobs):
+class Recomputed(StepLogprobs):
     """Log-probabilities of rows by the model before the step; `engine` made those of the log."""
 
     def __init__(self, models, engine, rows: list[TokenRow], temperature: float = 1.0) -> None:
@@ -89,7 +89,7 @@ class Recomputed(PolicyLogprobs):
 
 @pytest.fixture
 def kept_versions(monkeypatch):
-    for module in (changed_weights, policy_logprobs):
+    for module in (changed_weights, step_logprobs):
         monkeypatch.setattr(
             module,
             "weights_after",

@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.weights.formats.published_layout import FP8_CONFIG
-from megatron_r1.why.checks import engine_logprobs, policies
+from megatron_r1.why.checks import engine_logprobs, trainer_logprobs
 from megatron_r1.why.checks.fp8_causes import fit_effect
 from megatron_r1.why.comparison import EQUAL, NOT_CHECKED
 from megatron_r1.why.policy import (
     changed_weights,
     fp8_engines,
-    policy_logprobs,
+    step_logprobs,
     step_models,
 )
 from megatron_r1.why.policy.fp8_engines import FP8EngineLogprobs, pushed_values
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
+from megatron_r1.why.policy.step_logprobs import StepLogprobs
 from megatron_r1.why.policy.step_models import StepModels
 from megatron_r1.why.policy.token_logprobs import sampled_logprobs
 from megatron_r1.why.policy.token_rows import TokenRow
@@ -161,7 +161,7 @@ def kept_versions(monkeypatch, request):
     for module in (
         changed_weights,
         fp8_engines,
-        policy_logprobs,
+        step_logprobs,
         step_models,
     ):
         monkeypatch.setattr(module, "weights_after", lambda folder, config, step: made[step])
@@ -244,7 +244,7 @@ def logged_step(folder, values, scratch, scale_format=None):
 
 
 def checked(step, memory=None):
-    policy = FP8EngineLogprobs(PolicyLogprobs(StepModels(step, memory)))
+    policy = FP8EngineLogprobs(StepLogprobs(StepModels(step, memory)))
     (comparison,) = engine_logprobs.compare_logprobs(step, SimpleNamespace(engine_policy=policy))
     return comparison
 
@@ -321,5 +321,5 @@ def test_weights_of_another_push_are_not_taken_for_scales(folders, tmp_path, ver
 def test_a_trainer_with_8_bit_products_is_not_checked():
     config = SimpleNamespace(fp8=SimpleNamespace(recipe="blockwise"))
     step = SimpleNamespace(metrics_row={"logprob_diff/mean": 0.5}, run_config=config)
-    comparison = policies._compare_trainer(step, None)
+    comparison = trainer_logprobs._compare_trainer(step, None)
     assert comparison.status == NOT_CHECKED and "fp8.recipe: blockwise" in comparison.reason

@@ -10,8 +10,8 @@ from test_expert_replay import random_model, random_row, with_experts
 
 from megatron_r1.why.checks.routing import compare_routing
 from megatron_r1.why.comparison import CannotRecompute
-from megatron_r1.why.policy.policy_logprobs import PolicyLogprobs
 from megatron_r1.why.policy.routed_experts import seen_experts
+from megatron_r1.why.policy.step_logprobs import StepLogprobs
 from megatron_r1.why.policy.token_logprobs import token_logits
 from megatron_r1.why.policy.token_rows import rows_with_own_experts
 
@@ -80,7 +80,7 @@ def test_agreement_is_the_share_of_logged_experts_that_the_model_chooses():
     def agreement(recorded: torch.Tensor, shift: int = 0) -> float:
         rows = [with_experts(row, recorded)]
         models = SimpleNamespace(step=None, rows=rows, policy=model, is_streamed=False)
-        logprobs = PolicyLogprobs(models)
+        logprobs = StepLogprobs(models)
         logprobs.computed_sequences = [0]
         return logprobs.routing_agreement(shift)
 

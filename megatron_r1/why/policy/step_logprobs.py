@@ -30,7 +30,7 @@ LOGPROB_FLOPS = 1e13
 part is computed."""
 
 
-class PolicyLogprobs:
+class StepLogprobs:
     """Log-probabilities of a step's tokens under the policies that it used, and under others.
 
     Args:
