@@ -185,7 +185,11 @@ def _compute_the_same(
     old_modules: frozenset[str],
     new_modules: frozenset[str],
 ) -> bool:
-    file_renames = old.file_renames(new, names)
+    modules = _imported_modules(old, old_modules) | _imported_modules(new, new_modules)
+    file_renames = [
+        frozenset(pair for pair in own if modules.isdisjoint(pair))
+        for own in old.file_renames(new, names)
+    ]
     old_files = old.renamed_statements(renames, file_renames, old_modules)
     new_files = new.statements(former_names, new_modules)
     if _statement_counts(old_files) != _statement_counts(new_files):
@@ -205,6 +209,12 @@ def _compute_the_same(
             new.module_text(module) or "", NO_RENAMES, former_names, new_modules
         ),
     )
+
+
+def _imported_modules(version: Version, modules: frozenset[str]) -> set[str]:
+    """Return the names of `modules` that files import as such, whose attributes name them."""
+    pairs = (pair for text in version.texts for pair in imported_names(text or ""))
+    return {name for module, name in pairs if f"{module}.{name}" in modules}
 
 
 def _are_consistent(renames: set[tuple[str, str]], new: Version) -> bool:
@@ -336,7 +346,7 @@ class _ModuleUses(ast.NodeVisitor):
         other_uses: modules of which something else is done."""
 
     def __init__(self, aliases: frozenset[str]) -> None:
-        self._aliases = aliases
+        self._aliases, self._num_classes = aliases, 0
         self.read_attributes: list[tuple[ast.Attribute, ast.Name]] = []
         self.other_uses: set[str] = set()
 
@@ -352,7 +362,8 @@ class _ModuleUses(ast.NodeVisitor):
             self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> None:
-        self.other_uses |= self._aliases & {node.id}
+        is_field = self._num_classes and isinstance(node.ctx, ast.Store)
+        self.other_uses |= self._aliases & {node.id} if not is_field else frozenset()
 
     def generic_visit(self, node: ast.AST) -> None:
         aliases = self._aliases
@@ -361,7 +372,9 @@ class _ModuleUses(ast.NodeVisitor):
             self._aliases -= {each.arg for each in inner if isinstance(each, ast.arg)}
             names = (each for each in inner if isinstance(each, ast.Name))
             self._aliases -= {name.id for name in names if not isinstance(name.ctx, ast.Load)}
+        self._num_classes += isinstance(node, ast.ClassDef)
         super().generic_visit(node)
+        self._num_classes -= isinstance(node, ast.ClassDef)
         self._aliases = aliases
 
 
@@ -386,7 +399,8 @@ def _defined_names(node: ast.stmt) -> list[str]:
 
 
 class _WithoutModules(ast.NodeTransformer):
-    """Removes docstrings, and of imports from this project the module within the package."""
+    """Removes docstrings, messages of assertions, and of imports from this project the module
+    within the package; such imports that follow each other become one."""
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
@@ -394,7 +408,26 @@ class _WithoutModules(ast.NodeTransformer):
             node.body[:1] = [] if node.body[1:] else [ast.Pass(lineno=1, col_offset=0)]
         if isinstance(node, ast.ImportFrom) and node.module and is_of_project(node.module):
             node.module = node.module.partition(".")[0]
+        if isinstance(node, ast.Assert):
+            node.msg = None
+        if isinstance(node, DEFINITIONS):
+            node.body = _joined_imports(node.body)
         return node
+
+
+def _joined_imports(body: list[ast.stmt]) -> list[ast.stmt]:
+    joined: list[ast.stmt] = []
+    for node in body:
+        last = joined[-1] if joined else None
+        if (
+            isinstance(node, ast.ImportFrom)
+            and isinstance(last, ast.ImportFrom)
+            and node.module == last.module
+        ):
+            last.names = sorted([*last.names, *node.names], key=lambda alias: alias.name)
+        else:
+            joined.append(node)
+    return joined
 
 
 def _computes_nothing(node: ast.stmt) -> bool:
