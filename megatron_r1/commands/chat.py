@@ -14,9 +14,9 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.stopping import read_when_ready
-from megatron_r1.commands.guessed_settings import yaml_value_text
-from megatron_r1.commands.trained_model import CONVERT, find_exported, trained_recipe
-from megatron_r1.commands.trained_template import template_of_model
+from megatron_r1.commands.parts.guessed_settings import yaml_value_text
+from megatron_r1.commands.parts.trained_model import CONVERT, find_exported, trained_recipe
+from megatron_r1.commands.parts.trained_template import template_of_model
 from megatron_r1.config import Config, infer_verb
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.model_config import max_positions

@@ -16,7 +16,7 @@ from megatron_r1.base.files import access
 from megatron_r1.base.files.access import READ_ONLY
 from megatron_r1.base.processes import process_memory, timeline
 from megatron_r1.base.processes.process_memory import without_garbage_collection
-from megatron_r1.commands import torchrun
+from megatron_r1.commands.parts import torchrun
 from megatron_r1.commands.verb_module import load_verb, read_verb
 from megatron_r1.commands.verb_words import (
     read_verb_options,

@@ -16,7 +16,7 @@ from r1_grading.truths import truth_answer
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines, write_lines
-from megatron_r1.commands.sampling_run import (
+from megatron_r1.commands.parts.sampling_run import (
     open_evaluated_model,
     require_same_settings,
     run_in_folder,

@@ -9,8 +9,7 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import access
-from megatron_r1.base.files.folder_lock import is_locked
-from megatron_r1.commands.torchrun import is_rank
+from megatron_r1.commands.parts.torchrun import is_rank
 from megatron_r1.commands.verb_module import load_verb
 from megatron_r1.config.yaml_text import format_value, nest_keys
 from megatron_r1.pipeline import manifest, serving
@@ -21,6 +20,7 @@ from megatron_r1.pipeline.pipeline_report import write_pipeline_report
 from megatron_r1.pipeline.stage_runner import StopSignals, write_recipe
 from megatron_r1.pipeline.stages import PipelinePlan
 from megatron_r1.pipeline.status import StageState, all_statuses, stale_text, status_lines
+from megatron_r1.reporting.folder_lock import is_locked
 from megatron_r1.reporting.run_folder import RunFolder
 
 RECIPE = PipelineRecipe

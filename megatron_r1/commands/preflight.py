@@ -13,7 +13,7 @@ from megatron_r1 import config as configuration
 from megatron_r1.base.files import access
 from megatron_r1.base.processes.children import die_with_parent
 from megatron_r1.base.processes.process_memory import without_garbage_collection
-from megatron_r1.commands import torchrun
+from megatron_r1.commands.parts import torchrun
 from megatron_r1.config.overrides import take_section
 from megatron_r1.rehearse.settings import PreflightRecipe
 

@@ -11,10 +11,10 @@ from itertools import chain
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.stopping import run_until_stopped
-from megatron_r1.commands import supervised_training
-from megatron_r1.commands.preloads import preload_megatron
-from megatron_r1.commands.supervised_training import SupervisedTask, resolve_steps
-from megatron_r1.commands.trainer_checks import check_trainer
+from megatron_r1.commands.parts import supervised_training
+from megatron_r1.commands.parts.preloads import preload_megatron
+from megatron_r1.commands.parts.supervised_training import SupervisedTask, resolve_steps
+from megatron_r1.commands.parts.trainer_checks import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.config.yaml_text import format_value
 from megatron_r1.controller.run_recorder import RunRecorder

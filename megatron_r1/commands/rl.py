@@ -11,13 +11,13 @@ from megatron_r1.base.errors import TrainerLost
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.process_memory import without_garbage_collection
 from megatron_r1.base.processes.stopping import run_until_stopped
-from megatron_r1.commands.preloads import preload_megatron, preload_vllm
-from megatron_r1.commands.rl_checks import check_rl_settings, engines_share_gpus
-from megatron_r1.commands.rl_prompts import read_prompts
-from megatron_r1.commands.rollout_services import RolloutServices, open_rollout_services
-from megatron_r1.commands.run_facts import describe_kind_weights, describe_teachers, run_facts
-from megatron_r1.commands.trained_model import next_commands
-from megatron_r1.commands.training_run import TrainingRun, show_trainer, training_run
+from megatron_r1.commands.parts.preloads import preload_megatron, preload_vllm
+from megatron_r1.commands.parts.rl_checks import check_rl_settings, engines_share_gpus
+from megatron_r1.commands.parts.rl_prompts import read_prompts
+from megatron_r1.commands.parts.rollout_services import RolloutServices, open_rollout_services
+from megatron_r1.commands.parts.run_facts import describe_kind_weights, describe_teachers, run_facts
+from megatron_r1.commands.parts.trained_model import next_commands
+from megatron_r1.commands.parts.training_run import TrainingRun, show_trainer, training_run
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train_policy
 from megatron_r1.controller.policy_engines import PolicyEngines
@@ -32,8 +32,8 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.prompt_split import PromptSplit
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.sampler import PromptSampler
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.fleet.joining_hosts import accepting_hosts
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.trainer.operations import ModelOperations
@@ -100,7 +100,7 @@ async def _start_roles(config: Config, trainer: TrainerClient, collector: Rollou
     await asyncio.gather(*starts)
 
 
-async def _start_in_turn(config: Config, trainer: TrainerClient, fleet: RolloutFleet) -> None:
+async def _start_in_turn(config: Config, trainer: TrainerClient, fleet: EngineFleet) -> None:
     await _start_trainer(trainer)
     if config.rollout.colocated:
         await trainer.call(ModelOperations.free_memory, free_parameters=True)
@@ -113,7 +113,7 @@ async def _start_trainer(trainer: TrainerClient) -> None:
     timeline.mark("controller/trainer ready")
 
 
-async def _start_engines(config: Config, fleet: RolloutFleet) -> None:
+async def _start_engines(config: Config, fleet: EngineFleet) -> None:
     # -1: no policy version yet; each engine gets the trainer's weights before it samples.
     await fleet.start(config.model.path, policy_version=-1)
     timeline.mark("controller/engines ready")
@@ -150,7 +150,7 @@ def dry_run(config: Config) -> None:
     Raises:
         UserError: a mistake in the recipe or its data.
     """
-    from megatron_r1.commands.dry_run import show_batch
+    from megatron_r1.commands.parts.dry_run import show_batch
 
     check_rl_settings(config)
     require_weights(Path(config.model.path))

@@ -17,8 +17,8 @@ from r1_grading.terms import weights_at
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.sample_inputs import SampleInputs, load_sample_inputs
-from megatron_r1.commands.sampling_run import (
+from megatron_r1.commands.parts.sample_inputs import SampleInputs, load_sample_inputs
+from megatron_r1.commands.parts.sampling_run import (
     open_evaluated_model,
     require_same_settings,
     run_in_folder,

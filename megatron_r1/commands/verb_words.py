@@ -12,6 +12,11 @@ def split_verb_words(
 ) -> tuple[list[str], list[str]]:
     """Return a verb's arguments, and the options after them.
 
+    Args:
+        verb: its name, for errors.
+        module: its module, which has the arguments' names.
+        words: the command line after the verb.
+
     Raises:
         UserError: an argument is missing."""
     option_names = {text.partition("=")[0] for text in words}
@@ -53,7 +58,12 @@ def read_verb_options(module: VerbModule, options: list[str]) -> dict[str, Any]:
 
 
 def refuse_unknown_options(verb: str, module: VerbModule, options: list[str]) -> None:
-    """Raise UserError for an option that is neither the verb's nor a setting."""
+    """Raise UserError for an option that is neither the verb's nor a setting.
+
+    Args:
+        verb: its name, for errors.
+        module: its module, which has the options' names.
+        options: the command line after the arguments."""
     known_options = [f"--{name}" for name in module.options]
     for option in options:
         name = option.partition("=")[0]

@@ -56,7 +56,7 @@ def split_prompts(
         num_train: the most prompts to train on; None: all.
         num_heldout: the most held-out prompts; None: all.
         kind: the default reward, None where the rows name theirs.
-        reports: of the sources; the last one counts what is left out here."""
+        reports: the reports of the sources; the last one counts what is left out here."""
     report = reports[-1] if reports else DataReport()
     splitter = _Splitter(
         # Without a fraction, only the prompts of the held-out file are held out.

@@ -71,7 +71,7 @@ def render_template(template: str, question: str, system: str = "") -> str:
     return TEMPLATE_PLACEHOLDERS.sub(lambda match: texts[match[0]], text)
 
 
-def empty_thought_at_end(prompt_text: str) -> str:
+def empty_thought_in(prompt_text: str) -> str:
     """Return the empty thought with which a rendered prompt ends, as templates write it that
     switch thinking off; "" without one."""
     match = EMPTY_THOUGHT.search(prompt_text)

@@ -14,7 +14,7 @@ from megatron_r1.data.chats import Message
 from megatron_r1.data.end_tokens import end_tokens
 from megatron_r1.data.prompt_templates import (
     SYSTEM,
-    empty_thought_at_end,
+    empty_thought_in,
     find_template,
     opens_thought,
     render_template,
@@ -88,10 +88,7 @@ class PromptTokenizer:
         self._byte_decoder = ByteDecoder.from_tokenizer(self.hf_tokenizer)
         self._start = self._text_in_front()
         prompt = self.render("?")
-        self.opens_thought, self.closed_thought = (
-            opens_thought(prompt),
-            empty_thought_at_end(prompt),
-        )
+        self.opens_thought, self.closed_thought = opens_thought(prompt), empty_thought_in(prompt)
 
     def render(self, question: str, before: Sequence[Message] = ()) -> str:
         """Return the prompt's text.

@@ -17,9 +17,9 @@ from megatron_r1.data.chats import Message
 from megatron_r1.data.few_shot import FewShotExamples, FewShotTokenizer
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.fleet.joining_hosts import accepting_hosts
 from megatron_r1.engines.fleet.placement import check_room, open_host_pool, server_maker
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
 from megatron_r1.engines.server.model_config import max_model_len
@@ -77,7 +77,7 @@ class EngineModel:
         check_local_engines(rollout)
         check_cpu_kernels(rollout, hf_config)
         check_arguments(rollout, "rollout")
-        self._fleet: RolloutFleet | None = None
+        self._fleet: EngineFleet | None = None
         self._resources = contextlib.AsyncExitStack()
         self._players: dict[str, EpisodePlayer] = {}
         self.concurrency = rollout.engines * rollout.data_parallel * rollout.max_num_seqs
@@ -105,7 +105,7 @@ class EngineModel:
         hosts = await self._resources.enter_async_context(
             open_host_pool(rollout, self._folder, False, log)
         )
-        self._fleet = RolloutFleet(
+        self._fleet = EngineFleet(
             rollout.engines,
             self._folder / "logs",
             notify=log,

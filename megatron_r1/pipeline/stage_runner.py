@@ -12,7 +12,6 @@ from typing import Self
 
 from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.base.files.folder_lock import is_locked
 from megatron_r1.base.processes import stopping
 from megatron_r1.base.processes.exit_diagnosis import excerpt_log
 from megatron_r1.config.yaml_text import dump_yaml
@@ -20,6 +19,7 @@ from megatron_r1.pipeline import function_stage, manifest, serving
 from megatron_r1.pipeline.child import StageProcess, describe_status
 from megatron_r1.pipeline.results import read_results
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
+from megatron_r1.reporting.folder_lock import is_locked
 
 POLL_SECONDS = 0.1
 LOCK_SECONDS = 30.0

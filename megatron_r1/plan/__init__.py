@@ -4,7 +4,8 @@
 
 - What is planned: `job_options`, the options; `recipe_job`, from options and recipe to the `job`,
   and `job_checks`, which jobs are impossible;
-  `hardware`, the rates, and `assumed_numbers`, those of `--calibrate`; `quantity`, a number with
+  `hardware`, the rates, `assumptions`, the efficiencies, and `calibration_file`, those of
+  `--calibrate`; `quantity`, a number with
   unit, formula and range.
 - Counts: `counts`, parameters; `flops`, operations; `communication`, bytes that trainer ranks send.
 - The trainer: `memory`, of its ranks; `offload`, what leaves the GPU between phases;

@@ -16,7 +16,7 @@ import yaml
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.plan.assumed_numbers import GPUS, RELATIVE_TO
+from megatron_r1.plan.calibration_file import GPUS, RELATIVE_TO
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.hardware import described_fields
 from megatron_r1.plan.job import PlannedJob

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from megatron_r1.models.hf_config import head_sizes, key_value_heads
 from megatron_r1.models.memory import BYTES, ParameterCounts
+from megatron_r1.plan.assumptions import link_rate
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.engine_communication import copies_of_token
-from megatron_r1.plan.hardware import link_rate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import QuantityTable, byte_quantity
 from megatron_r1.reporting.formatting import format_count

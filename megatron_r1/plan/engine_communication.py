@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_r1.plan.hardware import Assumptions, Hardware
+from megatron_r1.plan.assumptions import Assumptions
+from megatron_r1.plan.hardware import Hardware
 
 NCCL = "allgather_reducescatter"
 LOW_LATENCY = "deepep_low_latency"

@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_r1.plan.assumed_numbers import assumed_section
 from megatron_r1.plan.communication import communication_section
 from megatron_r1.plan.counts import parameter_section
 from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS, moved_experts_section
 from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.exchange_overlap_time import StepEstimate, exchange_choice, unpaired_fraction
 from megatron_r1.plan.flops import flops_section
+from megatron_r1.plan.hardware import described_fields, unit_of
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from megatron_r1.plan.offload import OFFLOADED_MEMORY, offload_disk
@@ -336,3 +336,15 @@ class JobEstimate:
 
 def _byte_text(num_bytes: float) -> str:
     return str(byte_quantity(num_bytes))
+
+
+def assumed_section(job: PlannedJob) -> QuantityTable:
+    """Return every assumed number with its source: the docstring of its field, or the file."""
+    section = {}
+    for part in (job.assumptions, job.hardware):
+        for name, info in described_fields(part).items():
+            source = " ".join((info.description or "").split())
+            if name in job.calibration.names:
+                source = f"measured: {job.calibration.file}"
+            section[name] = Quantity(getattr(part, name), unit_of(info), source)
+    return section

@@ -16,7 +16,8 @@ from megatron_r1.models.memory import BYTES
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard, recipe_stages
 from megatron_r1.models.weights.table import WeightTable, weight_table
-from megatron_r1.plan.hardware import Assumptions, Hardware
+from megatron_r1.plan.assumptions import Assumptions
+from megatron_r1.plan.hardware import Hardware
 
 
 def text_limit(config: Config, hf_config: HFConfig) -> int:

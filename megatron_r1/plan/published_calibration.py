@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.plan.hardware import Assumptions
+from megatron_r1.plan.assumptions import Assumptions
 from megatron_r1.plan.published_runs import RUNS_FILE, PublishedRun, published_runs
 from megatron_r1.plan.quantity import Quantity
 

@@ -18,10 +18,10 @@ from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import WeightTable
-from megatron_r1.plan.hardware import Assumptions
+from megatron_r1.plan.assumptions import Assumptions
 from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
 from megatron_r1.push.plan.adapter_push import PredictedAdapterSharding
-from megatron_r1.push.plan.planned_links import SetPlan, engine_sets, plan_sets
+from megatron_r1.push.plan.planned_links import EngineSetPlan, engine_sets, plan_sets
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.rounds import RoundSchedule
 from megatron_r1.push.plan.tensors import CountBytes
@@ -191,7 +191,7 @@ def set_plans(
     *,
     drafts: bool = False,
     lora: LoraConfig | None = None,
-) -> list[SetPlan]:
+) -> list[EngineSetPlan]:
     """Return the plan of each set.
 
     Args:
@@ -252,7 +252,7 @@ def _set_plans(
     stages: tuple[tuple[Shard, ...], ...],
     count: CountBytes,
     max_engines: int,
-) -> list[SetPlan]:
+) -> list[EngineSetPlan]:
     sharding = weights.predicted_layout(engines)
     matched_regions = MatchedRegions(
         json.loads(weights.hf_config_json), grid, engines, stages, sharding, weights.adapter_table

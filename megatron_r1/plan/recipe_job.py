@@ -11,8 +11,9 @@ from megatron_r1.config import Verb, infer_verb
 from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.hf_config_file import read_hf_config
-from megatron_r1.plan.assumed_numbers import apply_calibration
-from megatron_r1.plan.hardware import GIB, HARDWARE, Assumptions
+from megatron_r1.plan.assumptions import Assumptions
+from megatron_r1.plan.calibration_file import apply_calibration
+from megatron_r1.plan.hardware import GIB, HARDWARE
 from megatron_r1.plan.job import Calibration, PlannedJob, text_limit
 from megatron_r1.plan.teacher import check_planned_teachers
 

@@ -14,8 +14,9 @@
 6. `megatron_r1.engines.plugin.layer_reload`: inside vLLM, the received weights replace the old
    ones; `backend` compares the tensors in use before and after.
 
-`protocol` has what both sides publish before: the slot table of each engine rank, and the plan for
-each. `rendezvous` is how all ranks find each other, and learn of failures, through a store.
+`protocol` has what both sides publish before: the slot table of each engine rank (`slots`), and the
+plan for each. `rendezvous` is how all ranks find each other, and learn of failures, through a store
+that trainer rank 0 hosts (`store`).
 `control_messages` has what the controller sends to engines, and what ranks report to it.
 
 The section "Words" of docs/push.md defines the terms."""

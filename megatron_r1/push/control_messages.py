@@ -82,7 +82,7 @@ class ConnectedSets(msgspec.Struct, frozen=True):
     num_bytes: dict[str, int]
 
 
-class SetFailure(msgspec.Struct, frozen=True):
+class EngineSetFailure(msgspec.Struct, frozen=True):
     """Why a set can push no more.
 
     Attributes:
@@ -102,7 +102,7 @@ class SentWeights(msgspec.Struct, frozen=True):
     Attributes:
         failures: set -> why it can push no more."""
 
-    failures: dict[str, SetFailure]
+    failures: dict[str, EngineSetFailure]
 
 
 class PushError(ValueError):

@@ -22,20 +22,21 @@ from megatron_r1.push.parameter_regions import Encoding, ParameterRegion
 from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.matched_regions import MatchedRegions
 from megatron_r1.push.plan.planned_links import (
+    EngineSetPlan,
     PlannedLink,
-    SetPlan,
     max_group_fraction,
     plan_sets,
     sent_bytes,
 )
 from megatron_r1.push.plan.regions import Region
 from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
-from megatron_r1.push.protocol import EngineRankChunks, ReceiverInfo, SlotTable
+from megatron_r1.push.protocol import EngineRankChunks, ReceiverInfo
 from megatron_r1.push.published_sharding import PublishedSharding
 from megatron_r1.push.push_schedule import PushSchedule
-from megatron_r1.push.receivers import SetReceivers
-from megatron_r1.push.rendezvous import SET_FAILURE_ERRORS, TrainerRendezvous
-from megatron_r1.push.round_sender import SetRounds
+from megatron_r1.push.receivers import EngineSetReceivers
+from megatron_r1.push.rendezvous import ENGINE_SET_FAILURE_ERRORS, TrainerRendezvous
+from megatron_r1.push.round_sender import EngineSetRounds
+from megatron_r1.push.slots import SlotTable
 from megatron_r1.push.transports import sender_class
 from megatron_r1.push.transports.base import Sender
 
@@ -57,20 +58,20 @@ class ConnectedLink(NamedTuple):
 
 
 @dataclass
-class SetLinks:
+class EngineSetLinks:
     """A set of engines, with the links of this rank to it.
 
     Attributes:
         rendezvous: this rank's rendezvous with each engine.
         sent_bytes: what each trainer rank sends to the set in a push.
         links: one to each engine rank that this rank sends to.
-        set_rounds: this rank's part of a push in rounds.
+        engine_set_rounds: this rank's part of a push in rounds.
         push_number_in_set: the number of the set's pushes so far."""
 
     rendezvous: list[TrainerRendezvous]
     sent_bytes: list[float]
     links: list[ConnectedLink] = field(default_factory=list)
-    set_rounds: SetRounds | None = None
+    engine_set_rounds: EngineSetRounds | None = None
     push_number_in_set: int = 0
 
     @property
@@ -83,8 +84,8 @@ class SetLinks:
         """Close the links to the set's ranks, and its rounds."""
         for link in self.links:
             link.sender.close()
-        if self.set_rounds is not None:
-            self.set_rounds.close()
+        if self.engine_set_rounds is not None:
+            self.engine_set_rounds.close()
 
 
 class LinkPlanner:
@@ -124,10 +125,10 @@ class LinkPlanner:
     def create_links(
         self,
         rendezvous: Mapping[str, list[TrainerRendezvous]],
-        receivers: SetReceivers,
+        receivers: EngineSetReceivers,
         engine_layout: EngineLayout,
         transport: str,
-    ) -> tuple[dict[str, SetLinks], dict[str, str]]:
+    ) -> tuple[dict[str, EngineSetLinks], dict[str, str]]:
         """Return this rank's links by set, not connected yet, and the problems by set; a set with a
         problem may have some links.
 
@@ -136,7 +137,7 @@ class LinkPlanner:
             receivers: what the engine ranks receive.
             engine_layout: the layout of one engine.
             transport: a key of `base.transports.TRANSPORTS`."""
-        links_by_set: dict[str, SetLinks] = {}
+        links_by_set: dict[str, EngineSetLinks] = {}
         problems: dict[str, str] = {}
         sender_type = sender_class(transport)
         for table_index, tables in enumerate(receivers.tables):
@@ -163,30 +164,37 @@ class LinkPlanner:
             except ValueError as error:
                 problems |= dict.fromkeys(names, f"{type(error).__name__}: {error}")
                 continue
-            for set_index, (name, plan) in enumerate(zip(names, plans, strict=True)):
-                set_links = SetLinks(rendezvous[name], sent_bytes(plan, self.grid.world_size))
+            for engine_set_index, (name, plan) in enumerate(zip(names, plans, strict=True)):
+                engine_set_links = EngineSetLinks(
+                    rendezvous[name], sent_bytes(plan, self.grid.world_size)
+                )
                 if schedule is not None:
-                    set_links.set_rounds = SetRounds(
-                        rendezvous[name], schedule, set_index, self.rank
+                    engine_set_links.engine_set_rounds = EngineSetRounds(
+                        rendezvous[name], schedule, engine_set_index, self.rank
                     )
-                links_by_set[name] = set_links
+                links_by_set[name] = engine_set_links
                 try:
                     for engine_rank, rank_links in enumerate(plan):
                         infos = [
                             ReceiverInfo(tables[engine_rank], ranks[engine_rank])
-                            for ranks in addresses[set_index]
+                            for ranks in addresses[engine_set_index]
                         ]
                         # Every rank has computed all plans; each publishes about as many.
-                        publishes = (set_index + engine_rank) % self.grid.world_size == self.rank
+                        publishes = (
+                            engine_set_index + engine_rank
+                        ) % self.grid.world_size == self.rank
                         self._link_engine_rank(
-                            set_links, sharding, rank_links, infos, sender_type, publishes
+                            engine_set_links, sharding, rank_links, infos, sender_type, publishes
                         )
-                except SET_FAILURE_ERRORS as error:
+                except ENGINE_SET_FAILURE_ERRORS as error:
                     problems[name] = f"{type(error).__name__}: {error}"
         return links_by_set, problems
 
     def _create_schedule(
-        self, plans: Sequence[SetPlan], sets: Sequence[range], addresses: Sequence[list[list[str]]]
+        self,
+        plans: Sequence[EngineSetPlan],
+        sets: Sequence[range],
+        addresses: Sequence[list[list[str]]],
     ) -> PushSchedule:
         """Return the rounds of a push.
 
@@ -208,7 +216,7 @@ class LinkPlanner:
 
     def _link_engine_rank(
         self,
-        set_links: SetLinks,
+        engine_set_links: EngineSetLinks,
         sharding: PublishedSharding,
         rank_links: Sequence[PlannedLink],
         receivers: Sequence[ReceiverInfo],
@@ -218,15 +226,15 @@ class LinkPlanner:
         """Create this rank's links to one rank of all engines of a set.
 
         Args:
-            set_links: the set.
+            engine_set_links: the set.
             sharding: the regions that the ranks of an engine need.
             rank_links: the planned links of all trainer ranks to that engine rank.
             receivers: table and address of that rank, by member.
             sender_type: the transport's sender.
             publishes: whether this rank publishes the plan of that engine rank."""
-        plan: EngineRankChunks = [[] for _ in set_links.rendezvous]
-        engine_rank, set_rounds = rank_links[0].engine_rank, set_links.set_rounds
-        receives = set_rounds is not None and set_rounds.is_on_gpu_of(engine_rank)
+        plan: EngineRankChunks = [[] for _ in engine_set_links.rendezvous]
+        engine_rank, rounds = rank_links[0].engine_rank, engine_set_links.engine_set_rounds
+        receives = rounds is not None and rounds.is_on_gpu_of(engine_rank)
         for link in rank_links:
             if not (publishes or receives) and link.trainer_rank != self.rank:
                 continue
@@ -239,24 +247,24 @@ class LinkPlanner:
             chunks = [chunk for chunk, _, _ in sent_chunks]
             plan[link.member].append((link.trainer_rank, chunks))
             if link.trainer_rank == self.rank:
-                rendezvous, receiver = set_links.rendezvous[link.member], receivers[link.member]
-                sender = sender_type(rendezvous, self.rank, engine_rank, receiver)
+                meeting, receiver = engine_set_links.rendezvous[link.member], receivers[link.member]
+                sender = sender_type(meeting, self.rank, engine_rank, receiver)
                 # Codes and scales of a region come from one tensor, which is quantized once.
                 region_of = {
                     source: self._parameter_region(*source) for _, _, source in sent_chunks
                 }
                 regions = [(region_of[source], encoding) for _, encoding, source in sent_chunks]
-                set_links.links.append(ConnectedLink(link.member, sender, regions))
+                engine_set_links.links.append(ConnectedLink(link.member, sender, regions))
                 sender.plan(chunks)
-        if set_rounds is not None and receives:
-            set_rounds.set_receive_plan(receivers, plan)
+        if rounds is not None and receives:
+            rounds.prepare_receive(receivers, plan)
         if publishes:
             rank_rounds = (
-                set_rounds.schedule.rank_rounds(set_rounds.set_index, engine_rank)
-                if set_rounds
+                rounds.schedule.rank_rounds(rounds.engine_set_index, engine_rank)
+                if rounds
                 else None
             )
-            set_links.rendezvous[0].publish_plan(engine_rank, plan, rank_rounds)
+            engine_set_links.rendezvous[0].publish_plan(engine_rank, plan, rank_rounds)
 
     def _parameter_region(self, name: str, region: Region) -> ParameterRegion:
         """Return the region of an HF tensor in a parameter of this rank.

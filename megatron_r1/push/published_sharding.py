@@ -12,7 +12,7 @@ from megatron_r1.models.weights.formats.published_layout import (
 from megatron_r1.models.weights.splits import Shape
 from megatron_r1.push.parameter_regions import Encoding
 from megatron_r1.push.plan.regions import Region, first_unaligned_edge, scale_region
-from megatron_r1.push.protocol import SlotTable, TensorChunk, dtype_of
+from megatron_r1.push.slots import SlotTable, TensorChunk, dtype_of
 
 
 class PublishedSharding:

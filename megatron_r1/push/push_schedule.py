@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megatron_r1.push.plan.planned_links import EngineRankId, SetPlan
+from megatron_r1.push.plan.planned_links import EngineRankId, EngineSetPlan
 from megatron_r1.push.plan.rounds import NO_BUCKET, receiving_processes, schedule_rounds
 from megatron_r1.push.protocol import PublishedTransfer, RankRounds
 
@@ -22,13 +22,13 @@ class PayloadId(NamedTuple):
     """Identifies a payload.
 
     Attributes:
-        set_index: the set, by its number in `PushSchedule`.
+        engine_set_index: the set, by its number in `PushSchedule`.
         member: the engine that receives or relays the bytes, by its number in the set.
         engine_rank: the rank within that engine.
         trainer_rank: the trainer rank that sends the bytes; None for those that the engine rank
             relays."""
 
-    set_index: int
+    engine_set_index: int
     member: int
     engine_rank: int
     trainer_rank: int | None
@@ -74,7 +74,7 @@ class PushSchedule:
 
     def __init__(
         self,
-        plans: Sequence[SetPlan],
+        plans: Sequence[EngineSetPlan],
         sets: Sequence[range],
         ranks_per_engine: int,
         world_size: int,
@@ -93,17 +93,19 @@ class PushSchedule:
         ]
         self.payload_ids += [
             PayloadId(index, member, engine_rank, None)
-            for index, set_receivers in enumerate(self.receivers)
-            for engine_rank, members in enumerate(set_receivers)
+            for index, engine_set_receivers in enumerate(self.receivers)
+            for engine_rank, members in enumerate(engine_set_receivers)
             if len(members) > 1
             for member in range(len(members))
         ]
         self._ranks = [
             {
                 process: rank
-                for rank, process in enumerate(self._engine_processes(set_receivers), world_size)
+                for rank, process in enumerate(
+                    self._engine_processes(engine_set_receivers), world_size
+                )
             }
-            for set_receivers in self.receivers
+            for engine_set_receivers in self.receivers
         ]
 
     def transfers(self, process: int) -> Iterator[ScheduledTransfer]:
@@ -121,7 +123,7 @@ class PushSchedule:
                         is_relayed=bool(bucket >= num_scatter_buckets),
                         round=int(row["round"]),
                         is_send=is_send,
-                        peer=self._ranks[payload_id.set_index].get(int(peer), int(peer)),
+                        peer=self._ranks[payload_id.engine_set_index].get(int(peer), int(peer)),
                         payload_id=payload_id,
                         number=index.number,
                         count=index.count,
@@ -182,8 +184,12 @@ class PushSchedule:
         return RankRounds(rank, communicator_size, rank_ids, scatter, relay)
 
     def _receiving_process(self, payload_id: PayloadId) -> int:
-        return self.receivers[payload_id.set_index][payload_id.engine_rank][payload_id.member]
+        return self.receivers[payload_id.engine_set_index][payload_id.engine_rank][
+            payload_id.member
+        ]
 
-    def _engine_processes(self, set_receivers: Sequence[Sequence[int]]) -> list[int]:
+    def _engine_processes(self, engine_set_receivers: Sequence[Sequence[int]]) -> list[int]:
         """Return the processes of a set that are no trainer ranks, in order."""
-        return sorted(p for members in set_receivers for p in members if p >= self.world_size)
+        return sorted(
+            p for members in engine_set_receivers for p in members if p >= self.world_size
+        )

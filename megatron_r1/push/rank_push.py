@@ -1,11 +1,7 @@
-"""The operations of a push on a trainer rank, which the controller calls, and the store in which
-trainer and engine ranks meet."""
+"""The operations of a push on a trainer rank, which the controller calls."""
 
 from __future__ import annotations
 
-import os
-import resource
-import socket
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,10 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_r1.base.transports import TRANSPORTS
-from megatron_r1.config import Config, RolloutConfig
+from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.models.hf_config import HFConfig
-from megatron_r1.models.rendezvous_store import LOOPBACK, create_store, ranks_share_host
 from megatron_r1.models.weights.adapters import adapter_pieces
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.loading import local_entries
@@ -26,6 +21,7 @@ from megatron_r1.push.control_messages import ConnectedSets, OpenedPush, SentWei
 from megatron_r1.push.plan.adapter_push import pushed_adapter_table
 from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.sender import WeightSender
+from megatron_r1.push.store import open_store
 from megatron_r1.push.transports.base import gpu_uuid
 
 
@@ -123,33 +119,3 @@ def _gpu_uuids() -> list[str]:
     # Over all ranks: each plans the whole push, for which it needs to know who shares a GPU.
     dist.all_gather_object(uuids, gpu_uuid(torch.cuda.current_device()))
     return uuids
-
-
-def open_store(rollout: RolloutConfig) -> tuple[dist.TCPStore, tuple[str, int]]:
-    """Return a client of rank 0's store of pushes, and the host and port at which ranks and engines
-    of this host reach it.
-
-    It listens where all of its clients come from: at the loopback interface, at MASTER_ADDR where
-    ranks are on several hosts, at `rollout.hosts_address` where engines are, and everywhere where
-    these two differ."""
-    host, store = "", None
-    if dist.get_rank() == 0:
-        # Every pair and group has a connection of its own to the store while it is created, and
-        # each is an open file of this process.
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        host = LOOPBACK if ranks_share_host() else os.environ["MASTER_ADDR"]
-        is_everywhere = False
-        if rollout.placement == "hosts":
-            engines = rollout.hosts_address or socket.gethostname()
-            is_everywhere = not ranks_share_host() and _ip_address(host) != _ip_address(engines)
-            host = host if is_everywhere else engines
-        store = create_store(host, everywhere=is_everywhere)
-    # Only rank 0 has chosen a port, and knows its host's own name.
-    address = [host, store.port] if store is not None else None
-    host, port = platform.broadcast_from_rank_zero(address)
-    return store or dist.TCPStore(host, port, is_master=False), (host, port)
-
-
-def _ip_address(name: str) -> Any:
-    return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0]

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from megatron_r1.push.protocol import ReceiverInfo, SlotTable
-from megatron_r1.push.rendezvous import SET_FAILURE_ERRORS, TrainerRendezvous
+from megatron_r1.push.protocol import ReceiverInfo
+from megatron_r1.push.rendezvous import ENGINE_SET_FAILURE_ERRORS, TrainerRendezvous
+from megatron_r1.push.slots import SlotTable
 
 
-class SetReceivers(msgspec.Struct):
+class EngineSetReceivers(msgspec.Struct):
     """What the engines of all sets have published, which trainer rank 0 reads and broadcasts.
 
     Attributes:
@@ -31,30 +32,30 @@ def read_receivers(
     ranks_per_engine: int,
     tensor_names: Sequence[str],
     sent_bytes: list[float],
-) -> SetReceivers:
+) -> EngineSetReceivers:
     """Return what the ranks of these sets' engines receive; problems are also reported to the set.
 
     Args:
         sets: the rendezvous of each engine of a set.
         ranks_per_engine: the ranks of each engine.
         tensor_names: HF names of the tensors of a push.
-        sent_bytes: what each trainer rank sends (`SetReceivers`)."""
-    set_receivers = SetReceivers(sent_bytes)
+        sent_bytes: what each trainer rank sends (`EngineSetReceivers`)."""
+    engine_set_receivers = EngineSetReceivers(sent_bytes)
     for name, engines in sets.items():
         try:
             receivers = [engine.read_receivers(ranks_per_engine) for engine in engines]
             tables = _common_tables(receivers)
             _check_engine_receives_all(tables, tensor_names)
-        except SET_FAILURE_ERRORS as error:
-            set_receivers.problems[name] = f"{type(error).__name__}: {error}"
-            engines[0].report_error(set_receivers.problems[name])
+        except ENGINE_SET_FAILURE_ERRORS as error:
+            engine_set_receivers.problems[name] = f"{type(error).__name__}: {error}"
+            engines[0].report_error(engine_set_receivers.problems[name])
             continue
         # Equal tables are one entry, so that ranks get them and plan for them only once.
-        if tables not in set_receivers.tables:
-            set_receivers.tables.append(tables)
+        if tables not in engine_set_receivers.tables:
+            engine_set_receivers.tables.append(tables)
         addresses = [[receiver.address for receiver in ranks] for ranks in receivers]
-        set_receivers.sets[name] = set_receivers.tables.index(tables), addresses
-    return set_receivers
+        engine_set_receivers.sets[name] = engine_set_receivers.tables.index(tables), addresses
+    return engine_set_receivers
 
 
 def _common_tables(engines: Sequence[Sequence[ReceiverInfo]]) -> list[SlotTable]:

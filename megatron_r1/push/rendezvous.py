@@ -16,19 +16,18 @@ import msgspec
 import xxhash
 from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
 
-from megatron_r1.push.control_messages import SetFailure
+from megatron_r1.push.control_messages import EngineSetFailure
 from megatron_r1.push.protocol import (
     EngineRankChunks,
     PublishedPlan,
     RankRounds,
     ReceiverInfo,
     RelaySource,
-    SlotTable,
-    TensorChunk,
     chunks_to,
 )
+from megatron_r1.push.slots import SlotTable, TensorChunk
 
-SET_FAILURE_ERRORS = (OSError, RuntimeError, ValueError)
+ENGINE_SET_FAILURE_ERRORS = (OSError, RuntimeError, ValueError)
 """Errors that fail a set and not this rank; torch.distributed raises the second."""
 IDLE_SECONDS = 30 * 24 * 3600.0
 """The time that an engine rank waits for the next push to begin."""
@@ -45,10 +44,10 @@ FIRST_POLL_SECONDS, KEY_POLL_SECONDS = 0.001, 0.01
 """The pauses between checks whether keys are there, which grow from the first to the second."""
 
 
-class SetFailedError(ConnectionError):
+class EngineSetFailedError(ConnectionError):
     """Another rank of the set, or the controller, has reported `failure`."""
 
-    def __init__(self, failure: SetFailure):
+    def __init__(self, failure: EngineSetFailure):
         super().__init__(failure.error)
         self.failure = failure
 
@@ -101,7 +100,7 @@ class Rendezvous:
 
     Every call waits for the other side at most `timeout_seconds`, during a push
     `push_timeout_seconds` (default the same), and then raises torch.distributed.DistStoreError; it
-    raises SetFailedError as soon as a failure of the set has been published.
+    raises EngineSetFailedError as soon as a failure of the set has been published.
 
     Args:
         store: the trainer's store.
@@ -129,57 +128,59 @@ class Rendezvous:
         self.push_timeout_seconds = push_timeout_seconds
         self.member, self.num_members = member, num_members
         self.engine_store = PrefixStore(self.engine, store)
-        self.set_store = PrefixStore(name, store)
+        self.engine_set_store = PrefixStore(name, store)
         self.engine_store.set_timeout(datetime.timedelta(seconds=timeout_seconds))
         self._tables = tables or TableStore(store)
 
     def new_connection(self) -> Store:
         """Return a new connection to the store, for one thread: while a thread waits, all others
         that use its connection have to wait."""
-        return self.set_store.clone()  # type: ignore[attr-defined]  # missing in the stubs
+        return self.engine_set_store.clone()  # type: ignore[attr-defined]  # missing in the stubs
 
     def wait_prepared(self) -> int:
         """Wait until all trainer ranks are prepared; return the number of engine ranks.
 
         Raises:
-            SetFailedError: a side failed before it was prepared.
+            EngineSetFailedError: a side failed before it was prepared.
         """
-        num_ranks = int(self.set_store.get("ready"))
+        num_ranks = int(self.engine_set_store.get("ready"))
         if not num_ranks:
-            raise SetFailedError(self._stored_failure())
+            raise EngineSetFailedError(self._stored_failure())
         return num_ranks
 
-    def publish_failure(self, failure: SetFailure) -> SetFailure:
+    def publish_failure(self, failure: EngineSetFailure) -> EngineSetFailure:
         """Publish a failure, unless one has been published already, and return the first one."""
         # JSON, because `compare_set` takes text. A missing key compares as equal to "".
-        first = self.set_store.compare_set("failed", "", msgspec.json.encode(failure).decode())
-        self.set_store.set("ready", "0")  # ends the wait of all that are still connecting
-        return msgspec.json.decode(first, type=SetFailure)
+        first = self.engine_set_store.compare_set(
+            "failed", "", msgspec.json.encode(failure).decode()
+        )
+        self.engine_set_store.set("ready", "0")  # ends the wait of all that are still connecting
+        return msgspec.json.decode(first, type=EngineSetFailure)
 
     def raise_failure(self) -> None:
-        """Raise SetFailedError if a failure of the set has been published."""
+        """Raise EngineSetFailedError if a failure of the set has been published."""
         if self.has_failed():
-            raise SetFailedError(self._stored_failure()) from None
+            raise EngineSetFailedError(self._stored_failure()) from None
 
     def has_failed(self) -> bool:
         """Whether any side has published a failure."""
-        return self.set_store.check(["failed"])
+        return self.engine_set_store.check(["failed"])
 
     def publish_communicator(self, identifier: bytes) -> None:
         """Publish NCCL's id of the set's communicator."""
-        self.set_store.set("nccl", identifier)  # type: ignore[arg-type]  # the stubs say str
+        self.engine_set_store.set("nccl", identifier)  # type: ignore[arg-type]  # the stubs say str
 
     def find_communicator(self) -> bytes | None:
         """Return NCCL's id of the set's communicator, once it is published."""
-        return self.set_store.get("nccl") if self.set_store.check(["nccl"]) else None
+        return self.engine_set_store.get("nccl") if self.engine_set_store.check(["nccl"]) else None
 
     def publish_alive(self, name: str, push_number_in_set: int) -> None:
         """Publish that engine rank `name`, "member/rank", is alive in a push of the set."""
-        self.set_store.append(f"answers/{push_number_in_set}", f"{name} ")  # type: ignore[attr-defined]
+        self.engine_set_store.append(f"answers/{push_number_in_set}", f"{name} ")  # type: ignore[attr-defined]
 
     def is_alive_requested(self, push_number_in_set: int) -> bool:
         """Return whether a rank wants to know who is alive in a push of the set."""
-        return self.set_store.check([f"asked/{push_number_in_set}"])
+        return self.engine_set_store.check([f"asked/{push_number_in_set}"])
 
     def diagnose_failure(
         self,
@@ -187,7 +188,7 @@ class Rendezvous:
         push_number_in_set: int,
         error: str,
         is_closing: Callable[[], bool] = lambda: False,
-    ) -> SetFailure:
+    ) -> EngineSetFailure:
         """Return why the set's push broke: the failure that a rank has published, else the death
         of the engine ranks that do not answer.
 
@@ -196,13 +197,15 @@ class Rendezvous:
             push_number_in_set: the push, by its number in the set.
             error: the error that this rank has seen.
             is_closing: ends the wait for answers when it returns True."""
-        self.set_store.set(f"asked/{push_number_in_set}", "")
+        self.engine_set_store.set(f"asked/{push_number_in_set}", "")
         key, answered_names, checks = f"answers/{push_number_in_set}", set[str](), 0
         while not answered_names.issuperset(names) and checks < ANSWER_CHECKS and not is_closing():
             if self.has_failed():
                 return self._stored_failure()
             names_alive = (
-                self.set_store.get(key).decode().split() if self.set_store.check([key]) else []
+                self.engine_set_store.get(key).decode().split()
+                if self.engine_set_store.check([key])
+                else []
             )
             checks = checks + 1 if answered_names.issuperset(names_alive) else 0
             answered_names = answered_names.union(names_alive)
@@ -216,11 +219,11 @@ class Rendezvous:
             )
             error = f"{ranks_text} of the set died or hangs: {error}"
         return self.publish_failure(
-            SetFailure(error, sorted({member for member, _ in silent_ranks}))
+            EngineSetFailure(error, sorted({member for member, _ in silent_ranks}))
         )
 
-    def _stored_failure(self) -> SetFailure:
-        return msgspec.json.decode(self.set_store.get("failed"), type=SetFailure)
+    def _stored_failure(self) -> EngineSetFailure:
+        return msgspec.json.decode(self.engine_set_store.get("failed"), type=EngineSetFailure)
 
 
 class EngineRendezvous(Rendezvous):
@@ -240,7 +243,7 @@ class EngineRendezvous(Rendezvous):
     ) -> tuple[dict[int | RelaySource, list[TensorChunk]], RankRounds | None]:
         """Return the chunks to this rank, by source, and over NCCL its rounds."""
         self._num_ranks = self.wait_prepared()
-        plan = read_value(self.set_store, f"plan/{rank}", PublishedPlan)
+        plan = read_value(self.engine_set_store, f"plan/{rank}", PublishedPlan)
         rounds = plan.rounds[self.member] if plan.rounds is not None else None
         return chunks_to(plan.from_trainers, self.member), rounds
 
@@ -256,7 +259,7 @@ class EngineRendezvous(Rendezvous):
 
     def end_waits(self, push_number_in_set: int) -> None:
         """End `wait_push_begun` in all ranks of the set."""
-        self.set_store.set(f"begun/{push_number_in_set}", "0")
+        self.engine_set_store.set(f"begun/{push_number_in_set}", "0")
 
     def publish_memory(self, rank: int, push_number_in_set: int, addresses: list[str]) -> None:
         """Publish where the trainer rank on this rank's GPU is to write a push.
@@ -269,15 +272,15 @@ class EngineRendezvous(Rendezvous):
 
     def publish_complete(self, push_number: int) -> None:
         """Publish that this rank, of a set of several engines, has all of a push."""
-        if self.set_store.add(f"has/{push_number}", 1) == self._num_ranks:
-            self.set_store.set(f"complete/{push_number}", "1")
-            self.set_store.delete_key(f"has/{push_number}")
+        if self.engine_set_store.add(f"has/{push_number}", 1) == self._num_ranks:
+            self.engine_set_store.set(f"complete/{push_number}", "1")
+            self.engine_set_store.delete_key(f"has/{push_number}")
             # The previous push's key only: trainer rank 0 may not have read this one's yet.
-            self.set_store.delete_key(f"complete/{push_number - 1}")
+            self.engine_set_store.delete_key(f"complete/{push_number - 1}")
 
     def publish_rank_failure(
         self, rank: int, error: str, *, is_damaged: bool = False
-    ) -> SetFailure:
+    ) -> EngineSetFailure:
         """Publish a failure of this rank, so that no other waits for it; return the first failure.
 
         Args:
@@ -286,7 +289,7 @@ class EngineRendezvous(Rendezvous):
             is_damaged: whether what has arrived differs from what was sent.
         """
         error = f"engine {self.member} of the set, rank {rank}: {error}"
-        return self.publish_failure(SetFailure(error, [self.member], is_damaged))
+        return self.publish_failure(EngineSetFailure(error, [self.member], is_damaged))
 
 
 class TrainerRendezvous(Rendezvous):
@@ -311,7 +314,7 @@ class TrainerRendezvous(Rendezvous):
             engine_rank: the rank, by its number within each engine.
             plan: the chunks to it, by member.
             rounds: its sends and receives of every round, by member."""
-        write_value(self.set_store, f"plan/{engine_rank}", PublishedPlan(plan, rounds))
+        write_value(self.engine_set_store, f"plan/{engine_rank}", PublishedPlan(plan, rounds))
 
     def publish_prepared(self, num_senders: int, num_ranks: int) -> None:
         """Publish that this rank has published its plans and can be reached.
@@ -319,12 +322,12 @@ class TrainerRendezvous(Rendezvous):
         Args:
             num_senders: the trainer ranks that do so.
             num_ranks: the ranks of all engines of the set."""
-        if self.set_store.add("prepared", 1) == num_senders:  # the last ends the wait of all
-            self.set_store.set("ready", str(num_ranks))
+        if self.engine_set_store.add("prepared", 1) == num_senders:  # the last ends the wait of all
+            self.engine_set_store.set("ready", str(num_ranks))
 
     def publish_push_begun(self, push_number_in_set: int, push_number: int) -> None:
         """Publish that push `push_number_in_set` of the set, `push_number` of the run, begins."""
-        self.set_store.set(f"begun/{push_number_in_set}", str(push_number))
+        self.engine_set_store.set(f"begun/{push_number_in_set}", str(push_number))
 
     def read_memory(self, rank: int, push_number_in_set: int) -> list[str]:
         """Return where to write a push for engine rank `rank`, once that is published."""
@@ -335,15 +338,15 @@ class TrainerRendezvous(Rendezvous):
     def wait_complete(self, push_number: int) -> None:
         """Wait until all engine ranks have all of a push; called on trainer rank 0."""
         self._wait_for_keys(
-            self.set_store,
+            self.engine_set_store,
             [f"complete/{push_number}"],
             self.push_timeout_seconds + GRACE_AFTER_LIMIT_SECONDS,
         )
 
-    def report_error(self, error: str, *members: int) -> SetFailure:
+    def report_error(self, error: str, *members: int) -> EngineSetFailure:
         """Publish an error as the failure, with these members at fault, and return the first
         failure; where the store is lost, that of this error."""
-        failure = SetFailure(error, list(members))
+        failure = EngineSetFailure(error, list(members))
         try:
             return self.publish_failure(failure)
         except RuntimeError:
@@ -394,4 +397,4 @@ def report_failure(host: str, port: int, name: str, error: str) -> None:
     """
     timeout = datetime.timedelta(seconds=REPORT_SECONDS)
     store = TCPStore(host, port, is_master=False, timeout=timeout)
-    Rendezvous(store, name, REPORT_SECONDS).publish_failure(SetFailure(error))
+    Rendezvous(store, name, REPORT_SECONDS).publish_failure(EngineSetFailure(error))

@@ -18,23 +18,17 @@ import msgspec
 import torch
 from torch.distributed import PrefixStore, Store
 
-from megatron_r1.push.control_messages import SetFailure
+from megatron_r1.push.control_messages import EngineSetFailure
 from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES
-from megatron_r1.push.protocol import (
-    EngineRankChunks,
-    ReceiverInfo,
-    RelaySource,
-    SlotTable,
-    TensorChunk,
-    chunks_to,
-)
+from megatron_r1.push.protocol import EngineRankChunks, ReceiverInfo, RelaySource, chunks_to
 from megatron_r1.push.push_schedule import PayloadId, PushSchedule
 from megatron_r1.push.rendezvous import (
-    SET_FAILURE_ERRORS,
-    SetFailedError,
+    ENGINE_SET_FAILURE_ERRORS,
+    EngineSetFailedError,
     TrainerRendezvous,
     wait_for_keys,
 )
+from megatron_r1.push.slots import SlotTable, TensorChunk
 from megatron_r1.push.transports.nccl_communicator import Communicator, NCCLError
 from megatron_r1.push.transports.nccl_rounds import (
     BucketTransfer,
@@ -52,26 +46,26 @@ from megatron_r1.push.transports.shared_memory import open_ipc_handle
 
 
 @dataclass
-class SetRounds:
+class EngineSetRounds:
     """The part of trainer rank `rank` in the pushes to one set.
 
     Attributes:
         rendezvous: this rank's rendezvous with each engine of the set.
         schedule: the rounds of all sets that were connected together.
-        set_index: the number of the set in `schedule`.
+        engine_set_index: the number of the set in `schedule`.
         rank: the trainer rank.
         communicator: the set's communicator, if it has one.
         push_number_in_set: the latest push, by its number in the set; 0 before the first."""
 
     rendezvous: list[TrainerRendezvous]
     schedule: PushSchedule
-    set_index: int
+    engine_set_index: int
     rank: int
     communicator: Communicator | None = None
     push_number_in_set: int = 0
 
     def __post_init__(self) -> None:
-        self._colocated = self.schedule.colocated_engine_rank(self.set_index, self.rank)
+        self._colocated = self.schedule.colocated_engine_rank(self.engine_set_index, self.rank)
         """(member, engine rank) of the engine rank on this rank's GPU."""
         self._receive_plan: (
             tuple[SlotTable, Mapping[int | RelaySource, Sequence[TensorChunk]]] | None
@@ -84,19 +78,19 @@ class SetRounds:
         self.transfers = [
             transfer
             for transfer in self.schedule.transfers(self.rank)
-            if transfer.payload_id.set_index == self.set_index
+            if transfer.payload_id.engine_set_index == self.engine_set_index
         ]
         self.local_copies = [
             payload_id
             for payload_id in self.schedule.local_copies(self.rank)
-            if payload_id.set_index == self.set_index
+            if payload_id.engine_set_index == self.engine_set_index
         ]
 
     def is_on_gpu_of(self, engine_rank: int) -> bool:
         """Return whether that rank of an engine of the set is on this trainer rank's GPU."""
         return self._colocated is not None and self._colocated[1] == engine_rank
 
-    def set_receive_plan(self, receivers: Sequence[ReceiverInfo], plan: EngineRankChunks) -> None:
+    def prepare_receive(self, receivers: Sequence[ReceiverInfo], plan: EngineRankChunks) -> None:
         """Prepare to receive for the engine rank on this rank's GPU.
 
         Args:
@@ -108,7 +102,7 @@ class SetRounds:
 
     def create_communicator(self) -> None:
         """Begin to create the set's communicator, if it has one."""
-        if communicator_size := self.schedule.communicator_size(self.set_index):
+        if communicator_size := self.schedule.communicator_size(self.engine_set_index):
             self.communicator = Communicator(self.rendezvous[0], self.rank, communicator_size)
             self.communicator.create()
 
@@ -134,7 +128,7 @@ class SetRounds:
         """Prepare the payloads of a push."""
         self._buffer_payloads: dict[PayloadId, BufferPayload] = {}
         if self._mapped_memory is not None:
-            assert self._receive_plan is not None, "set_receive_plan() comes first"
+            assert self._receive_plan is not None, "prepare_receive() comes first"
             (table, chunks), (memory, checksums) = self._receive_plan, self._mapped_memory
             self._receive_payloads = ReceivePayloads(
                 table, chunks, table.buffer(memory, push_number), checksums
@@ -181,18 +175,18 @@ class SetRounds:
         if self._mapped_memory is not None:
             self._mapped_memory[1][-1] = self.push_number_in_set
 
-    def report_failure(self, error: Exception) -> SetFailure:
+    def report_failure(self, error: Exception) -> EngineSetFailure:
         """Report why the set's push broke, and return the failure that was reported first."""
-        if isinstance(error, SetFailedError):
+        if isinstance(error, EngineSetFailedError):
             return error.failure
         text = f"trainer rank {self.rank}: {type(error).__name__}: {error}"
         try:
             if self.communicator is not None and isinstance(error, (NCCLError, TimeoutError)):
-                rank_ids = self.schedule.communicator_rank_ids(self.set_index)
+                rank_ids = self.schedule.communicator_rank_ids(self.engine_set_index)
                 return self.rendezvous[0].diagnose_failure(rank_ids, self.push_number_in_set, text)
-            return self.rendezvous[0].publish_failure(SetFailure(text))
+            return self.rendezvous[0].publish_failure(EngineSetFailure(text))
         except RuntimeError:  # the store is lost
-            return SetFailure(text)
+            return EngineSetFailure(text)
 
     def close(self) -> None:
         """Abort the set's communicator, if it was made."""
@@ -221,38 +215,38 @@ class RoundSender:
         """The communicator of all trainer ranks."""
         self._streams: PushStreams | None = None
 
-    def connect(self, sets: Mapping[str, SetRounds]) -> dict[str, Exception]:
+    def connect(self, sets: Mapping[str, EngineSetRounds]) -> dict[str, Exception]:
         """Create the communicators of these sets, all at once; return the errors by set."""
         errors: dict[str, Exception] = {}
-        for call in (SetRounds.create_communicator, SetRounds.connect):
-            for name, set_rounds in sets.items():
+        for call in (EngineSetRounds.create_communicator, EngineSetRounds.connect):
+            for name, engine_set_rounds in sets.items():
                 if name not in errors:
                     try:
-                        call(set_rounds)
-                    except SET_FAILURE_ERRORS as error:
+                        call(engine_set_rounds)
+                    except ENGINE_SET_FAILURE_ERRORS as error:
                         errors[name] = error
         return errors
 
     def send(
-        self, push_number: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]
-    ) -> dict[str, SetFailure]:
+        self, push_number: int, sets: Mapping[str, tuple[EngineSetRounds, LinkPayloads]]
+    ) -> dict[str, EngineSetFailure]:
         """Send a push to these sets, and return the failures by set."""
-        sending_sets, failures = dict(sets), dict[str, SetFailure]()
+        sending_sets, failures = dict(sets), dict[str, EngineSetFailure]()
         try:
             for name in self._map_and_agree(
-                {name: set_rounds for name, (set_rounds, _) in sets.items()}
+                {name: engine_set_rounds for name, (engine_set_rounds, _) in sets.items()}
             ):
                 sending_sets.pop(name)
                 failures[name] = sets[name][0].report_failure(RuntimeError("an engine is gone"))
             self._run_push_rounds(push_number, sending_sets)
-        except SET_FAILURE_ERRORS as error:
-            for set_rounds, _ in sending_sets.values():
-                self._communicator_of_set(set_rounds).abort(error)
-        for name, (set_rounds, _) in sending_sets.items():
-            if (failure := self._communicator_of_set(set_rounds).error) is not None:
-                failures[name] = set_rounds.report_failure(failure)
-        for set_rounds, _ in sets.values():
-            set_rounds.unmap_memory()
+        except ENGINE_SET_FAILURE_ERRORS as error:
+            for engine_set_rounds, _ in sending_sets.values():
+                self._communicator_of_set(engine_set_rounds).abort(error)
+        for name, (engine_set_rounds, _) in sending_sets.items():
+            if (failure := self._communicator_of_set(engine_set_rounds).error) is not None:
+                failures[name] = engine_set_rounds.report_failure(failure)
+        for engine_set_rounds, _ in sets.values():
+            engine_set_rounds.unmap_memory()
         return failures
 
     def close(self) -> None:
@@ -260,27 +254,27 @@ class RoundSender:
         if self._trainer_communicator is not None:
             self._trainer_communicator.abort(RuntimeError("the trainer closes"))
 
-    def _communicator_of_set(self, set_rounds: SetRounds) -> Communicator:
-        communicator = set_rounds.communicator or self._trainer_communicator
+    def _communicator_of_set(self, engine_set_rounds: EngineSetRounds) -> Communicator:
+        communicator = engine_set_rounds.communicator or self._trainer_communicator
         assert communicator is not None, "_map_and_agree() comes first"
         return communicator
 
-    def _map_and_agree(self, sets: Mapping[str, SetRounds]) -> list[str]:
+    def _map_and_agree(self, sets: Mapping[str, EngineSetRounds]) -> list[str]:
         """Map the memory of the engine ranks for which trainer ranks receive, and create the
         trainer's own communicator where it is needed and missing. Return the sets whose engines
         have not published their memory, the same on all ranks."""
         shared_sets = {
-            name: set_rounds
-            for name, set_rounds in sets.items()
-            if set_rounds.schedule.has_shared_gpus(set_rounds.set_index)
+            name: engine_set_rounds
+            for name, engine_set_rounds in sets.items()
+            if engine_set_rounds.schedule.has_shared_gpus(engine_set_rounds.engine_set_index)
         }
         if not shared_sets:
             return []
-        for set_rounds in shared_sets.values():
+        for engine_set_rounds in shared_sets.values():
             try:
-                set_rounds.map_memory()
-            except SET_FAILURE_ERRORS as error:
-                set_rounds.report_failure(error)
+                engine_set_rounds.map_memory()
+            except ENGINE_SET_FAILURE_ERRORS as error:
+                engine_set_rounds.report_failure(error)
         seconds = next(iter(shared_sets.values())).rendezvous[0].push_timeout_seconds
         self._num_agreements += 1
         number, trainer_store = self._num_agreements, self._trainer_store
@@ -289,8 +283,8 @@ class RoundSender:
         if trainer_store.add(f"ready/{number}", 1) == self._world_size:  # the last decides for all
             failed_names = [
                 name
-                for name, set_rounds in shared_sets.items()
-                if set_rounds.rendezvous[0].has_failed()
+                for name, engine_set_rounds in shared_sets.items()
+                if engine_set_rounds.rendezvous[0].has_failed()
             ]
             decision = failed_names, trainer_store.check([f"new/{number}"])
             trainer_store.set(f"agreed/{number}", msgspec.msgpack.encode(decision))  # type: ignore[arg-type]
@@ -310,50 +304,56 @@ class RoundSender:
         return left_out
 
     def _run_push_rounds(
-        self, push_number: int, sets: Mapping[str, tuple[SetRounds, LinkPayloads]]
+        self, push_number: int, sets: Mapping[str, tuple[EngineSetRounds, LinkPayloads]]
     ) -> None:
         """Run this rank's rounds, and tell the engine rank on its GPU when all is there."""
         if self._streams is None:
             self._streams = PushStreams(torch.cuda.current_device())
         streams = self._streams
         streams.order_copies_after_current()
-        for set_rounds, payloads in sets.values():
-            set_rounds.prepare_payloads(push_number)
-            if set_rounds.communicator is not None:
-                set_rounds.communicator.set_timeout(set_rounds.rendezvous[0].push_timeout_seconds)
+        for engine_set_rounds, payloads in sets.values():
+            engine_set_rounds.prepare_payloads(push_number)
+            if engine_set_rounds.communicator is not None:
+                engine_set_rounds.communicator.set_timeout(
+                    engine_set_rounds.rendezvous[0].push_timeout_seconds
+                )
             with streams.copy_stream():
-                set_rounds.copy_local_payloads(payloads, streams.device)
+                engine_set_rounds.copy_local_payloads(payloads, streams.device)
         scatter, relay = (
             self._ordered_rounds(sets, is_relayed=is_relayed) for is_relayed in (False, True)
         )
         runner = RoundRunner(streams, [*scatter, *relay])
         runner.run(scatter)
         runner.run(relay)
-        for set_rounds, _ in sets.values():
-            if self._communicator_of_set(set_rounds).error is None:
+        for engine_set_rounds, _ in sets.values():
+            if self._communicator_of_set(engine_set_rounds).error is None:
                 with streams.copy_stream():
-                    set_rounds.write_push_number()
-                self._communicator_of_set(set_rounds).wait(streams.copies_ended())
+                    engine_set_rounds.write_push_number()
+                self._communicator_of_set(engine_set_rounds).wait(streams.copies_ended())
 
     def _ordered_rounds(
-        self, sets: Mapping[str, tuple[SetRounds, LinkPayloads]], *, is_relayed: bool
+        self, sets: Mapping[str, tuple[EngineSetRounds, LinkPayloads]], *, is_relayed: bool
     ) -> list[PushRound]:
         """Return this rank's rounds of all sets in one order."""
         rounds_by_key: dict[tuple[int, int, int], PushRound] = {}
-        for set_rounds, payloads in sets.values():
-            communicator = self._communicator_of_set(set_rounds)
-            group = 1 + set_rounds.set_index if set_rounds.communicator is not None else 0
-            for transfer in set_rounds.transfers:
+        for engine_set_rounds, payloads in sets.values():
+            communicator = self._communicator_of_set(engine_set_rounds)
+            group = (
+                1 + engine_set_rounds.engine_set_index
+                if engine_set_rounds.communicator is not None
+                else 0
+            )
+            for transfer in engine_set_rounds.transfers:
                 if transfer.is_relayed != is_relayed:
                     continue
-                key = transfer.round, set_rounds.schedule.schedule_number, group
+                key = transfer.round, engine_set_rounds.schedule.schedule_number, group
                 push_round = rounds_by_key.get(key) or PushRound(communicator, None, None)
                 payload: Payload
                 payload_id = transfer.payload_id
                 if transfer.is_send and payload_id.trainer_rank is not None:
                     payload = payloads[payload_id.member, payload_id.engine_rank]
                 else:
-                    payload = set_rounds.buffer_payload(payload_id)
+                    payload = engine_set_rounds.buffer_payload(payload_id)
                 start, end = payload.bucket_range(transfer.number, transfer.count)
                 bucket_transfer = BucketTransfer(transfer.peer, payload, start, end)
                 if transfer.is_send:

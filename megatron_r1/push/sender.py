@@ -16,20 +16,20 @@ from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats.published_layout import has_power_of_two_scales
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import WeightTable
-from megatron_r1.push.control_messages import ConnectedSets, SentWeights, SetFailure
+from megatron_r1.push.control_messages import ConnectedSets, EngineSetFailure, SentWeights
 from megatron_r1.push.link_planner import (
     ConnectedLink,
+    EngineSetLinks,
     HeldPieces,
     LinkPlanner,
-    SetLinks,
 )
 from megatron_r1.push.parameter_regions import EncodedRegions
 from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.tensors import pushed_tensors
-from megatron_r1.push.receivers import SetReceivers, read_receivers
+from megatron_r1.push.receivers import EngineSetReceivers, read_receivers
 from megatron_r1.push.rendezvous import (
-    SET_FAILURE_ERRORS,
-    SetFailedError,
+    ENGINE_SET_FAILURE_ERRORS,
+    EngineSetFailedError,
     TableStore,
     TrainerRendezvous,
 )
@@ -91,7 +91,7 @@ class WeightSender:
         self._planner = LinkPlanner(
             hf_config, grid, pieces, rank=rank, stages=stages, gpus=gpus, weight_table=adapters
         )
-        self._sets: dict[str, SetLinks] = {}
+        self._sets: dict[str, EngineSetLinks] = {}
         self._tables = TableStore(store)
         self._round_sender = RoundSender(store, rank, grid.world_size)
 
@@ -141,9 +141,9 @@ class WeightSender:
         for name, problem in problems.items():  # first, so that no other rank waits for this one
             rendezvous[name][0].report_error(f"trainer rank {self.rank}: {problem}")
         # Before any wait, which would block this rank's only client of the store.
-        for set_links in present_links.values():
-            num_ranks = len(set_links.rendezvous) * layout.num_ranks
-            set_links.rendezvous[0].publish_prepared(self.grid.world_size, num_ranks)
+        for engine_set_links in present_links.values():
+            num_ranks = len(engine_set_links.rendezvous) * layout.num_ranks
+            engine_set_links.rendezvous[0].publish_prepared(self.grid.world_size, num_ranks)
         problems |= self._connect_links(present_links)
         for name in problems:
             self.disconnect(name)
@@ -152,20 +152,26 @@ class WeightSender:
         }
         return ConnectedSets(
             problems=receivers.problems | problems,
-            num_links={name: len(set_links.links) for name, set_links in connected_links.items()},
-            num_bytes={name: set_links.num_bytes for name, set_links in connected_links.items()},
+            num_links={
+                name: len(engine_set_links.links)
+                for name, engine_set_links in connected_links.items()
+            },
+            num_bytes={
+                name: engine_set_links.num_bytes
+                for name, engine_set_links in connected_links.items()
+            },
         )
 
-    def _connect_links(self, sets: Mapping[str, SetLinks]) -> dict[str, str]:
+    def _connect_links(self, sets: Mapping[str, EngineSetLinks]) -> dict[str, str]:
         """Connect to all sets at once, and return the problems by set."""
         outcomes = run_in_threads(
-            [partial(self._connect_set, set_links) for set_links in sets.values()]
+            [partial(self._connect_set, engine_set_links) for engine_set_links in sets.values()]
         )
         problems = {name: text for name, text in zip(sets, outcomes, strict=True) if text}
         in_rounds = {
-            name: set_links.set_rounds
-            for name, set_links in sets.items()
-            if set_links.set_rounds is not None and name not in problems
+            name: engine_set_links.engine_set_rounds
+            for name, engine_set_links in sets.items()
+            if engine_set_links.engine_set_rounds is not None and name not in problems
         }
         for name, error in self._round_sender.connect(in_rounds).items():
             problems[name] = self._report_connect_error(sets[name], error)
@@ -190,21 +196,21 @@ class WeightSender:
         for name in closed_sets:
             self.disconnect(name)
         present_links = {name: self._sets[name] for name in sets if name in self._sets}
-        for set_links in present_links.values():
-            set_links.push_number_in_set += 1
+        for engine_set_links in present_links.values():
+            engine_set_links.push_number_in_set += 1
             if self.rank == 0:
-                set_links.rendezvous[0].publish_push_begun(
-                    set_links.push_number_in_set, push_number
+                engine_set_links.rendezvous[0].publish_push_begun(
+                    engine_set_links.push_number_in_set, push_number
                 )
         failures = self._send_in_rounds(push_number, present_links) | self._send_over_links(
             push_number, present_links
         )
-        for name, set_links in present_links.items():
-            if self.rank == 0 and len(set_links.rendezvous) > 1 and name not in failures:
-                rendezvous = set_links.rendezvous[0]
+        for name, engine_set_links in present_links.items():
+            if self.rank == 0 and len(engine_set_links.rendezvous) > 1 and name not in failures:
+                rendezvous = engine_set_links.rendezvous[0]
                 try:
                     rendezvous.wait_complete(push_number)
-                except SetFailedError as error:
+                except EngineSetFailedError as error:
                     failures[name] = error.failure
                 except RuntimeError as error:
                     failure_text = f"an engine has not relayed all of push {push_number}: {error}"
@@ -212,15 +218,15 @@ class WeightSender:
         return SentWeights(failures)
 
     def _send_over_links(
-        self, push_number: int, sets: Mapping[str, SetLinks]
-    ) -> dict[str, SetFailure]:
+        self, push_number: int, sets: Mapping[str, EngineSetLinks]
+    ) -> dict[str, EngineSetFailure]:
         """Send a push over all links at once, but those of sets that are sent to in rounds."""
-        failures: dict[str, SetFailure] = {}
+        failures: dict[str, EngineSetFailure] = {}
 
         def send_over(name: str, link: ConnectedLink) -> None:
             try:
                 link.sender.send(push_number, self._encoded_regions(link))
-            except SetFailedError as error:
+            except EngineSetFailedError as error:
                 failures.setdefault(name, error.failure)
             except (OSError, RuntimeError) as error:
                 receiver = f"rank {link.sender.engine_rank} of engine {link.member} of the set"
@@ -231,9 +237,9 @@ class WeightSender:
         run_in_threads(
             [
                 partial(send_over, name, link)
-                for name, set_links in sets.items()
-                for link in set_links.links
-                if set_links.set_rounds is None
+                for name, engine_set_links in sets.items()
+                for link in engine_set_links.links
+                if engine_set_links.engine_set_rounds is None
             ]
         )
         return failures
@@ -242,46 +248,48 @@ class WeightSender:
         return EncodedRegions(link.regions, power_of_two=self._power_of_two_scales)
 
     def _send_in_rounds(
-        self, push_number: int, sets: Mapping[str, SetLinks]
-    ) -> dict[str, SetFailure]:
+        self, push_number: int, sets: Mapping[str, EngineSetLinks]
+    ) -> dict[str, EngineSetFailure]:
         """Send a push in the rounds that the plan has for it."""
         rounds_of_sets = {}
-        for name, set_links in sets.items():
-            if set_links.set_rounds is not None:
+        for name, engine_set_links in sets.items():
+            if engine_set_links.engine_set_rounds is not None:
                 payloads = {
                     (link.member, link.sender.engine_rank): LinkPayload(
                         link.sender.table, link.sender.chunks, self._encoded_regions(link)
                     )
-                    for link in set_links.links
+                    for link in engine_set_links.links
                 }
-                set_links.set_rounds.push_number_in_set = set_links.push_number_in_set
-                rounds_of_sets[name] = set_links.set_rounds, payloads
+                engine_set_links.engine_set_rounds.push_number_in_set = (
+                    engine_set_links.push_number_in_set
+                )
+                rounds_of_sets[name] = engine_set_links.engine_set_rounds, payloads
         return self._round_sender.send(push_number, rounds_of_sets) if rounds_of_sets else {}
 
     def _read_receivers(
         self, rendezvous: dict[str, list[TrainerRendezvous]], ranks_per_engine: int
-    ) -> SetReceivers:
+    ) -> EngineSetReceivers:
         """Return what the engine ranks receive, which rank 0 reads for all."""
         if self.rank:
-            return msgspec.msgpack.decode(self.broadcast(None), type=SetReceivers)
-        by_set = [set_links.sent_bytes for set_links in self._sets.values()]
+            return msgspec.msgpack.decode(self.broadcast(None), type=EngineSetReceivers)
+        by_set = [engine_set_links.sent_bytes for engine_set_links in self._sets.values()]
         sent_bytes = [sum(bytes_of_rank) for bytes_of_rank in zip(*by_set, strict=True)]
         tensor_names = [name for name, _ in self._tensors]
         receivers = read_receivers(rendezvous, ranks_per_engine, tensor_names, sent_bytes)
         self.broadcast(msgspec.msgpack.encode(receivers))
         return receivers
 
-    def _connect_set(self, set_links: SetLinks) -> str:
+    def _connect_set(self, engine_set_links: EngineSetLinks) -> str:
         """Connect to a set, all links at once, and return the problem if there is one."""
         try:
-            set_links.rendezvous[0].wait_prepared()
-            run_in_threads([link.sender.connect for link in set_links.links])
-        except SET_FAILURE_ERRORS as error:
-            return self._report_connect_error(set_links, error)
+            engine_set_links.rendezvous[0].wait_prepared()
+            run_in_threads([link.sender.connect for link in engine_set_links.links])
+        except ENGINE_SET_FAILURE_ERRORS as error:
+            return self._report_connect_error(engine_set_links, error)
         return ""
 
-    def _report_connect_error(self, set_links: SetLinks, error: Exception) -> str:
+    def _report_connect_error(self, engine_set_links: EngineSetLinks, error: Exception) -> str:
         """Report to a set that this rank cannot connect, and return why."""
         text = f"{type(error).__name__}: {error}"
-        set_links.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")
+        engine_set_links.rendezvous[0].report_error(f"trainer rank {self.rank}: {text}")
         return text

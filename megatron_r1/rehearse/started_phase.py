@@ -19,7 +19,17 @@ writes the rank before each line."""
 
 @dataclass
 class StartedPhase:
-    """A started command. stacks_path: the stacks of a controller that does not answer."""
+    """A started command.
+
+    Attributes:
+        title: the phase's name.
+        process: the command.
+        log: the file of its output.
+        stacks_path: the stacks of a controller that does not answer.
+        timeout_seconds: the longest that it may take.
+        started_at: `time.monotonic()` at its start.
+        seconds: wall time that it took.
+        cpu_seconds: CPU time of it and its children."""
 
     title: str
     process: subprocess.Popen[bytes]

@@ -1,6 +1,6 @@
 """The output of a run for people.
 
-- `run_folder`: the folder of a run.
+- `run_folder`: the folder of a run; `folder_lock`: keeps it to one process.
 - `live`, `live_frame`, `text_bars`: the live view.
 - `trackers`: the curves in TensorBoard, Weights & Biases and others.
 - `outcome`: the held-out result as a sentence.

@@ -13,12 +13,12 @@ from yaml import YAMLError
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import access, atomic_write
 from megatron_r1.base.files.access import READ_ONLY
-from megatron_r1.base.files.folder_lock import LOCK, FolderLock
 from megatron_r1.base.files.json_lines import append_lines, filter_lines, read_lines
 from megatron_r1.config.former_keys import REMOVED_KEYS
 from megatron_r1.config.recipe import SCHEDULED
 from megatron_r1.config.setting_keys import changed_keys, flatten_sections, is_within, value_text
 from megatron_r1.config.yaml_text import dump_yaml, format_value, parse_value
+from megatron_r1.reporting.folder_lock import LOCK, FolderLock
 
 NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class PackedBatch:
+class PackedMicrobatch:
     """T tokens of S samples laid end to end: a whole micro-batch, or a context rank's part of one.
 
     Tensors of (T,) are indexed by the predicting position."""

@@ -1,8 +1,8 @@
-"""PPO's critic: a score model on the policy's ranks, with its loss and an optimizer of its own.
+"""PPO's critic: a score model on the policy's ranks, with an optimizer of its own.
 
 Its score after token t is V(s_t), the value of the text up to and including t, from which the
 policy chooses token t + 1. It is read at the positions where the policy predicts a response token.
-"""
+Its loss is in `value_loss`."""
 
 from functools import partial
 
@@ -16,15 +16,11 @@ from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.megatron_config import transformer_config
 from megatron_r1.models.routing_replay import replay_recomputations
 from megatron_r1.trainer import construction
-from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.batch import PackedMicrobatch
 from megatron_r1.trainer.distributed import GridPosition
-from megatron_r1.trainer.losses import LossSum
-from megatron_r1.trainer.metrics import Mean, merge_reports, reduce_over_data
+from megatron_r1.trainer.metrics import merge_reports, reduce_over_data
 from megatron_r1.trainer.passes import optimizer_step, run_passes
-
-EQUAL_RETURNS = 1e-6
-"""Returns count as equal up to this standard deviation, divided by their root mean square: the
-rounding of R = A + V to fp32 is 6e-8."""
+from megatron_r1.trainer.value_loss import explained_variance, value_loss
 
 
 def needs_critic(config: Config) -> bool:
@@ -61,14 +57,14 @@ class Critic:
         )
         replay_recomputations(self.model_chunks)
 
-    def compute_values(self, batches: list[PackedBatch]) -> None:
-        """Fill `PackedBatch.values`, (T,) fp32 each, on the last stage."""
+    def compute_values(self, batches: list[PackedMicrobatch]) -> None:
+        """Fill `PackedMicrobatch.values`, (T,) fp32 each, on the last stage."""
         run_passes(self.ddp_chunks, batches, _store_values, forward_only=True)
 
     def update(
-        self, batches: list[PackedBatch], learning_rate: float, is_last: bool = True
+        self, batches: list[PackedMicrobatch], learning_rate: float, is_last: bool = True
     ) -> dict[str, float]:
-        """Make one optimizer step towards `PackedBatch.returns`.
+        """Make one optimizer step towards `PackedMicrobatch.returns`.
 
         Args:
             batches: the micro-batches of the mini-batch.
@@ -91,53 +87,5 @@ class Critic:
         return metrics | {f"value/{name}": value for name, value in step_metrics.items()}
 
 
-def _store_values(batch: PackedBatch, scores: Tensor) -> None:
+def _store_values(batch: PackedMicrobatch, scores: Tensor) -> None:
     batch.values = torch.where(batch.is_response, scores.view(-1), 0.0)
-
-
-def value_loss(batch: PackedBatch, scores: Tensor, clip: float | None) -> LossSum:
-    """Return the clipped squared error of values, summed over response tokens.
-
-    Σ ½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²), with their number as the denominator.
-    V_old is `batch.values`, R `batch.returns`, ε `clip`. The clipped term is that of PPO's first
-    implementation (arXiv 2005.12729, section 3).
-
-    Args:
-        batch: the micro-batch, with `values` and `returns`.
-        scores: (1, T) fp32, V at every position.
-        clip: ε; None for ∞."""
-    assert batch.values is not None and batch.returns is not None, "values and returns come first"
-    rows, values = batch.response_positions, scores.view(-1)
-    new_values, old_values, returns = values[rows], batch.values[rows], batch.returns[rows]
-    # V_old + (V - V_old) differs from V by rounding and would be counted as clipped, so without a
-    # limit V itself is taken.
-    clipped_values = (
-        new_values if clip is None else old_values + (new_values - old_values).clamp(-clip, clip)
-    )
-    losses, clipped_losses = (new_values - returns).square(), (clipped_values - returns).square()
-    count = torch.full((), len(rows), dtype=torch.int, device=values.device)
-    token_values = {
-        "value/loss": 0.5 * torch.maximum(losses, clipped_losses),
-        "value/clip_fraction": clipped_losses > losses,
-        "value/mean": new_values,
-        "return": returns,
-        "return_squared": returns.double().square(),
-        "error": returns - old_values,
-        "error_squared": (returns - old_values).double().square(),
-    }
-    # fp64: the explained variance is a difference of mean squares and squared means.
-    means = {name: Mean(x.detach().double().sum(), count) for name, x in token_values.items()}
-    return LossSum(token_values["value/loss"].sum(), count, means)
-
-
-def explained_variance(metrics: dict[str, float]) -> float:
-    """Return 1 - Var(R - V) / Var(R), and 0 for equal returns.
-
-    Args:
-        metrics: the metrics of the value loss, reduced over all ranks; the moments among them are
-            removed."""
-    min_returns = EQUAL_RETURNS**2 * metrics["return_squared"]
-    returns, errors = (
-        metrics.pop(f"{name}_squared") - metrics.pop(name) ** 2 for name in ("return", "error")
-    )
-    return 1 - errors / returns if returns > min_returns else 0.0

@@ -4,7 +4,7 @@ and score the loaded samples with a reward model."""
 import torch
 from torch import Tensor
 
-from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.batch import PackedMicrobatch
 from megatron_r1.trainer.logprob_metrics import logprob_diff
 from megatron_r1.trainer.metrics import reduce_over_data
 from megatron_r1.trainer.operations import SampleScores
@@ -17,7 +17,7 @@ class EvaluationPasses:
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
-        self._probed: list[PackedBatch] = []
+        self._probed: list[PackedMicrobatch] = []
 
     def probe(self, samples: list[Sample]) -> dict[str, float]:
         """Return the mean and the largest difference of an engine's log-probabilities, at
@@ -61,5 +61,5 @@ class EvaluationPasses:
             scores.append(reports if self.trainer.grid_position.is_last_stage else [])
         return {"scores": scores}
 
-    def _scores_only(self, batch: PackedBatch, out: Tensor) -> list[float]:
+    def _scores_only(self, batch: PackedMicrobatch, out: Tensor) -> list[float]:
         return self.trainer.heads.scores(batch, out).last_token_scores().tolist()

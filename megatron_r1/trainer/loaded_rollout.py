@@ -11,7 +11,7 @@ from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.models import fp8, platform
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.routing_replay import RoutingReplay
-from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.batch import PackedMicrobatch
 from megatron_r1.trainer.distributed import GridPosition
 from megatron_r1.trainer.logprob_metrics import logprob_diff, teacher_kl
 from megatron_r1.trainer.metrics import Maximum, Mean, reduce_over_data
@@ -50,7 +50,7 @@ class LoadedRollout:
             replay: the replay in this rank's routers.
             num_chunks: the virtual pipeline stages of this rank.
             num_mtp_layers: the MTP layers that are trained."""
-        self.minibatches: list[list[PackedBatch]] = []
+        self.minibatches: list[list[PackedMicrobatch]] = []
         self.split = TokenSplit(
             tensor_size=config.parallel.tensor,
             tensor_rank=grid_position.tensor_rank,
@@ -64,7 +64,7 @@ class LoadedRollout:
         self._num_chunks, self._num_mtp_layers = num_chunks, num_mtp_layers
 
     @property
-    def batches(self) -> list[PackedBatch]:
+    def batches(self) -> list[PackedMicrobatch]:
         """The micro-batches of all mini-batches, one after the other."""
         return [batch for minibatch in self.minibatches for batch in minibatch]
 
@@ -105,7 +105,7 @@ class LoadedRollout:
             metrics["packing/shared"] = Mean(num_shared, num_tokens)
         return reduce_over_data(self._grid_position, metrics)
 
-    def pack_probe(self, samples: list[Sample]) -> list[PackedBatch]:
+    def pack_probe(self, samples: list[Sample]) -> list[PackedMicrobatch]:
         """Return samples that are not loaded, as the micro-batches of one pass.
 
         Args:
@@ -125,7 +125,7 @@ class LoadedRollout:
         )
         return microbatches + [[]] * num_missing
 
-    def first_batches(self) -> list[PackedBatch]:
+    def first_batches(self) -> list[PackedMicrobatch]:
         """Return the first micro-batches, as few as the schedule runs."""
         return self.batches[: len(self._pad_to_schedule([[]]))]
 

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.batch import PackedBatch
+    from megatron_r1.trainer.batch import PackedMicrobatch
 from megatron_r1.trainer.metrics import Maximum, Mean, Metrics, merge_reports, read_scalars
 
 
-def logprob_diff(batches: Sequence[PackedBatch], name: str) -> tuple[Mean, Maximum]:
+def logprob_diff(batches: Sequence[PackedMicrobatch], name: str) -> tuple[Mean, Maximum]:
     """Return mean and maximum of |trainer's - engine's log-probability| over response tokens.
 
     Args:
         batches: the micro-batches, each with the log-probabilities `name`.
-        name: the key of the trainer's log-probabilities in `PackedBatch.logprobs`.
+        name: the key of the trainer's log-probabilities in `PackedMicrobatch.logprobs`.
     """
     reports: list[Metrics] = [{"mean": Mean(0.0, 0), "largest": Maximum(0.0)}]
     for batch in batches:
@@ -31,7 +31,7 @@ def logprob_diff(batches: Sequence[PackedBatch], name: str) -> tuple[Mean, Maxim
     return mean, max_diff
 
 
-def teacher_kl(batches: Sequence[PackedBatch]) -> Mean:
+def teacher_kl(batches: Sequence[PackedMicrobatch]) -> Mean:
     """Return the sampled estimate of KL(π_old ‖ teacher).
 
     It is the mean of log π_old - log π_teacher over the response tokens of `batches`."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.config.loss_settings import RatioLevel
-from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.batch import PackedMicrobatch
 
 
 class TokenAveraging(NamedTuple):
@@ -58,7 +58,7 @@ class LossHead:
             there is none: in the update of a policy, which starts at π_old (`policy_loss` always
             does)."""
 
-    batch: PackedBatch
+    batch: PackedMicrobatch
     hidden: Tensor
     weight: Tensor
     temperature: float

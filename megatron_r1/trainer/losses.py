@@ -1,10 +1,10 @@
 """The interface of losses, the two places of averaging, and the supervised loss.
 
 Policy losses are in `controller.algorithms`, those of reward models in `reward_losses`, that of
-PPO's critic in `critic`.
+PPO's critic in `value_loss`.
 
-A loss takes the packed batch and the head behind its hidden states and returns a *sum* with its
-denominator. The trainer divides by the denominator of the whole optimizer step, over all
+A loss takes the packed micro-batch and the head behind its hidden states and returns a *sum* with
+its denominator. The trainer divides by the denominator of the whole optimizer step, over all
 micro-batches and data-parallel ranks, so that the result does not depend on how samples were
 packed. It is named by an algorithm, or by the command that trains, as "module:function".
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.config.loss_settings import LossAverage, LossSettings
-from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.batch import PackedMicrobatch
 from megatron_r1.trainer.loss_head import LossHead, TokenAveraging
 from megatron_r1.trainer.metrics import Mean, Metrics
 
@@ -38,11 +38,11 @@ class LossSum(NamedTuple):
     metrics: Metrics
 
 
-Loss = Callable[[PackedBatch, LossHead, LossSettings | None], LossSum]
+Loss = Callable[[PackedMicrobatch, LossHead, LossSettings | None], LossSum]
 """(batch, its head, settings) → LossSum. settings: of a policy loss; None for the others."""
 
 
-def loss_denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
+def loss_denominator(batch: PackedMicrobatch, average: LossAverage) -> Tensor:
     """Return the denominator, () int32, of a sum of the batch's losses.
 
     All branches of an episode are one response.
@@ -64,7 +64,7 @@ def loss_denominator(batch: PackedBatch, average: LossAverage) -> Tensor:
 
 
 def make_token_averaging(
-    batch: PackedBatch, average: LossAverage, max_response_tokens: int | None = None
+    batch: PackedMicrobatch, average: LossAverage, max_response_tokens: int | None = None
 ) -> TokenAveraging:
     """Return the weights of tokens in `LossHead.policy_loss`.
 
@@ -86,7 +86,7 @@ def make_token_averaging(
     return TokenAveraging(batch.is_response)
 
 
-def supervised_loss(batch: PackedBatch, head: LossHead, settings: object = None) -> LossSum:
+def supervised_loss(batch: PackedMicrobatch, head: LossHead, settings: object = None) -> LossSum:
     """Return the SFT loss, -Σ log p over response tokens, () fp32, with their number.
 
     Args:

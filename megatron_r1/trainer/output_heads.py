@@ -15,7 +15,7 @@ from megatron_r1 import models
 from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.models.gradients import fp32_main_grad
 from megatron_r1.models.hf_config import HFConfig, has_score_head
-from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.batch import PackedMicrobatch
 from megatron_r1.trainer.loss_head import LossHead
 from megatron_r1.trainer.losses import Loss, LossSum
 
@@ -27,7 +27,7 @@ class ScoreHeadOutput:
     A reward model's score of a text is read at its last token. That position may be on any rank of
     the context group. All these ranks compute the same loss from the same scores; the gradient
     reaches the rank that has the position, and the sample is counted on the first context rank
-    (`PackedBatch.num_responses`).
+    (`PackedMicrobatch.num_responses`).
 
     Attributes:
         batch: the micro-batch, whose samples say which tokens are a text's last.
@@ -35,7 +35,7 @@ class ScoreHeadOutput:
         context_group: the ranks that hold the other tokens.
     """
 
-    batch: PackedBatch
+    batch: PackedMicrobatch
     token_scores: Tensor
     context_group: ProcessGroup
 
@@ -68,12 +68,12 @@ class OutputHeads:
         self._model_chunks, self._hf_config, self._groups = model_chunks, hf_config, groups
 
     def store_logprobs(
-        self, name: str, temperature: float, batch: PackedBatch, out: Tensor
+        self, name: str, temperature: float, batch: PackedMicrobatch, out: Tensor
     ) -> None:
         """Store the log-probabilities of the response tokens as `batch.logprobs[name]`.
 
         Args:
-            name: the key in `PackedBatch.logprobs`.
+            name: the key in `PackedMicrobatch.logprobs`.
             temperature: the logits are divided by it.
             batch: the micro-batch.
             out: (1, T, H), its hidden states."""
@@ -84,7 +84,7 @@ class OutputHeads:
         loss: Loss,
         settings: LossSettings | None,
         temperature: float,
-        batch: PackedBatch,
+        batch: PackedMicrobatch,
         out: Tensor,
     ) -> LossSum:
         """Return the loss of a micro-batch.
@@ -103,13 +103,13 @@ class OutputHeads:
             batch, self._loss_head(batch, out, temperature, stores_old_logprobs=is_policy), settings
         )
 
-    def scores(self, batch: PackedBatch, out: Tensor) -> ScoreHeadOutput:
+    def scores(self, batch: PackedMicrobatch, out: Tensor) -> ScoreHeadOutput:
         """Return a score model's scores, `out` (1, T), of a micro-batch."""
         return ScoreHeadOutput(batch, out.view(-1), self._groups.cp)
 
     def _loss_head(
         self,
-        batch: PackedBatch,
+        batch: PackedMicrobatch,
         out: Tensor,
         temperature: float,
         *,

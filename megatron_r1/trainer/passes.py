@@ -14,20 +14,20 @@ from torch import Tensor
 from megatron_r1.base.processes import timeline
 from megatron_r1.models import platform
 from megatron_r1.models.build import process_groups
-from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.batch import PackedMicrobatch
 from megatron_r1.trainer.stage_communication import KnownShapesCommunicator
 
-OutputFunction = Callable[[PackedBatch, Tensor], Any]
+OutputFunction = Callable[[PackedMicrobatch, Tensor], Any]
 """(batch, output of the last stage) → (loss, denominator, report), as Megatron's loss function; in
 a forward-only pass the report alone."""
 
-ModelInputs = Callable[[torch.nn.Module, PackedBatch], dict[str, Tensor]]
+ModelInputs = Callable[[torch.nn.Module, PackedMicrobatch], dict[str, Tensor]]
 """Called before every forward pass; returns further arguments of the model."""
 
 
 def run_passes(
     chunks: Sequence[torch.nn.Module],
-    batches: Sequence[PackedBatch],
+    batches: Sequence[PackedMicrobatch],
     output_fn: OutputFunction,
     *,
     forward_only: bool,
@@ -85,7 +85,9 @@ def _forward_step(
     """Return the function that Megatron's schedule calls for one forward pass."""
 
     def forward_step(
-        iterator: Iterator[PackedBatch], model: torch.nn.Module, return_schedule_plan: bool = False
+        iterator: Iterator[PackedMicrobatch],
+        model: torch.nn.Module,
+        return_schedule_plan: bool = False,
     ) -> tuple[Any, Callable[[Tensor], Any]]:
         batch = next(iterator)
         arguments = make_model_inputs(model, batch) if make_model_inputs else {}
@@ -100,7 +102,7 @@ def _forward_step(
         )
         return out, partial(loss, batch)
 
-    def loss(batch: PackedBatch, out: Tensor) -> Any:
+    def loss(batch: PackedMicrobatch, out: Tensor) -> Any:
         if not forward_only:
             return output_fn(batch, out)
         zero = torch.zeros((), device=out.device)

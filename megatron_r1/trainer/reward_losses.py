@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
-from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.batch import PackedMicrobatch
 from megatron_r1.trainer.losses import LossSum
 from megatron_r1.trainer.metrics import Mean
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron_r1.trainer.output_heads import ScoreHeadOutput
 
 
-def pairwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossSum:
+def pairwise(batch: PackedMicrobatch, scores: ScoreHeadOutput, settings: object = None) -> LossSum:
     """Return Σ -log sigmoid(s_chosen - s_rejected) over pairs, () fp32, with their number.
 
     Bradley-Terry (arXiv 2203.02155, equation 1, with one pair per question). Samples 2i and 2i + 1
@@ -33,7 +33,7 @@ def pairwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = Non
     return _reward_terms(batch, -logsigmoid(margins), pair_values, batch.num_responses // 2)
 
 
-def pointwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = None) -> LossSum:
+def pointwise(batch: PackedMicrobatch, scores: ScoreHeadOutput, settings: object = None) -> LossSum:
     """Return the sum over samples of the binary cross entropy of their scores and labels.
 
     Σ BCE(sigmoid(score), `batch.labels`), () fp32, with the number of samples. Metrics: accuracy,
@@ -52,7 +52,7 @@ def pointwise(batch: PackedBatch, scores: ScoreHeadOutput, settings: object = No
 
 
 def _reward_terms(
-    batch: PackedBatch, losses: Tensor, measured: dict[str, Tensor], count: int
+    batch: PackedMicrobatch, losses: Tensor, measured: dict[str, Tensor], count: int
 ) -> LossSum:
     # Every context rank has all the losses; the first one reports them.
     reports = batch.num_responses > 0

@@ -26,7 +26,7 @@ from megatron_r1.models.platform import to_device
 from megatron_r1.models.routing_replay import RecordedRouting
 from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.models.shared_prefixes import WholeSequences, mark_prefixes, whole_sequences
-from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.batch import PackedMicrobatch
 from megatron_r1.trainer.routing import RoutingShard, pack_routing
 from megatron_r1.trainer.token_split import PackedLayout, TokenSplit, packed_layout
 from megatron_r1.trainer.training_sample import Sample
@@ -39,7 +39,7 @@ def pack_batch(
     routing: RoutingShard | RecordedRouting | None = None,
     share_prompts: bool = False,
     num_mtp_layers: int = 0,
-) -> PackedBatch:
+) -> PackedMicrobatch:
     """Pack `samples`, possibly none, and return this rank's part, T tokens on `device`.
 
     The batch is padded to `split.batch_multiple` by a sample without response.
@@ -83,7 +83,7 @@ def pack_batch(
     # One tensor for two fields: `advantages` is replaced, never written into, once the rollout
     # has log-probabilities, and the algorithm computes what replaces it from the other.
     outcome_advantages = on_device(advantages)
-    return PackedBatch(
+    return PackedMicrobatch(
         input_ids=on_device(tokens[local_positions][None]),
         position_ids=positions[None],
         packed_seq_params=params,
@@ -177,7 +177,7 @@ def _packed_tokens(samples: list[Sample], layout: PackedLayout) -> Tensor:
 
 def _response_values(samples: list[Sample], layout: PackedLayout) -> tuple[Tensor, ...]:
     """Return the whole micro-batch's is_response (bool), outcome_advantages, rollout_logprobs,
-    teacher and sequence_weights (fp32), (T,) each, 0 outside responses; see `PackedBatch`."""
+    teacher and sequence_weights (fp32), (T,) each, 0 outside responses; see `PackedMicrobatch`."""
     total = int(layout.cu_seqlens[-1])
     is_response = torch.zeros(total, dtype=torch.bool)
     advantages, rollout_logprobs, teacher, weights = per_token = torch.zeros(4, total)

@@ -27,7 +27,7 @@ from megatron_r1.models.parallel_checks import check_shared_prompts
 from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.trainer import construction
-from megatron_r1.trainer.batch import PackedBatch
+from megatron_r1.trainer.batch import PackedMicrobatch
 from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
@@ -209,7 +209,7 @@ class Trainer:
         return reduce_over_data(self.grid_position, merge_reports(reports)) | step_metrics
 
     def compute_values(self) -> None:
-        """Compute the critic's values of all loaded samples, into `PackedBatch.values`."""
+        """Compute the critic's values of all loaded samples, into `PackedMicrobatch.values`."""
         assert self.critic is not None, "the recipe has no critic"
         self.critic.compute_values(self.rollout.batches)
 
@@ -248,19 +248,19 @@ class Trainer:
         critic = Network(self.critic.model_chunks, self.critic.optimizer) if self.critic else None
         return Networks(Network(self.model_chunks, self.optimizer), self.reference, critic)
 
-    def fill_logprobs(self, batches: list[PackedBatch], name: str, temperature: float) -> None:
-        """Compute the log-probabilities of the tokens, into `PackedBatch.logprobs[name]`.
+    def fill_logprobs(self, batches: list[PackedMicrobatch], name: str, temperature: float) -> None:
+        """Compute the log-probabilities of the tokens, into `PackedMicrobatch.logprobs[name]`.
 
         Args:
             batches: the micro-batches.
-            name: the key in `PackedBatch.logprobs`.
+            name: the key in `PackedMicrobatch.logprobs`.
             temperature: the logits are divided by it."""
         if batches:
             output_fn = partial(self.heads.store_logprobs, name, temperature)
             self.run_batches(batches, output_fn, forward_only=True)
 
     def run_batches(
-        self, batches: list[PackedBatch], output_fn: OutputFunction, forward_only: bool
+        self, batches: list[PackedMicrobatch], output_fn: OutputFunction, forward_only: bool
     ) -> list[Any]:
         """Run Megatron's schedule over `batches`, with routing replay and MTP labels; returns the
         reports of `output_fn` on the last stage.
@@ -271,7 +271,7 @@ class Trainer:
             forward_only: whether gradients are left out."""
         train_mtp = self.config.model.mtp == "train" and not forward_only
 
-        def make_model_inputs(model: nn.Module, batch: PackedBatch) -> dict[str, Tensor]:
+        def make_model_inputs(model: nn.Module, batch: PackedMicrobatch) -> dict[str, Tensor]:
             self.replay.begin(model, batch.routing)
             # Without labels the MTP layers are not run, which saves their part of a forward pass.
             if not train_mtp:

@@ -263,7 +263,7 @@ def test_a_sampling_stage_has_its_engine_on_several_nodes(stage, tmp_path):
         HOSTS_PER_ENGINE="2",
     )
     assert "the run is over" in said
-    samples = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    samples = list((tmp_path / "run" / "samples.jsonl").open())
     assert len(samples) == 2 * len(SUMS)
     logs = {log.name for log in (tmp_path / "run" / "logs").glob("engine-*.log")}
     assert logs == {"engine-0.log", "engine-0-part-1.log"}

@@ -5,8 +5,8 @@ import multiprocessing
 import torch
 from torch.distributed import TCPStore
 
-from megatron_r1.push.protocol import Slot, SlotTable, TensorChunk, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous, TrainerRendezvous
+from megatron_r1.push.slots import Slot, SlotTable, TensorChunk, slot_view
 from megatron_r1.push.transports import receiver_class, sender_class
 
 ENGINE = "ipc.0"

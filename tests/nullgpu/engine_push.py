@@ -22,7 +22,7 @@ from host_compute import compute_everywhere
 from random_weights import write_random
 from vllm_needs import QWEN
 
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from tools.null_gpu.launch import ON_HOST
 
 EVERYWHERE = Path(__file__).parents[2] / "tools" / "null_gpu" / "everywhere"
@@ -49,7 +49,7 @@ def settings(transport: str) -> dict:
     }
 
 
-async def checksums(fleet: RolloutFleet) -> list[dict]:
+async def checksums(fleet: EngineFleet) -> list[dict]:
     """Return vLLM's own checksums of the tensors that each engine computes with."""
     found = []
     for engine in fleet.engines:
@@ -58,7 +58,7 @@ async def checksums(fleet: RolloutFleet) -> list[dict]:
     return found
 
 
-async def asleep(fleet: RolloutFleet, gib_left_awake: float) -> float:
+async def asleep(fleet: EngineFleet, gib_left_awake: float) -> float:
     """Have the engines sleep; return the GiB that are left then, of which a trainer on the same GPU
     can take more than was left before."""
     await fleet.sleep()
@@ -85,7 +85,7 @@ async def main(folder: Path, transport: str, num_engines: int) -> None:
     first, other = (
         write_random(folder / f"model{seed}", QWEN, seed, torch.bfloat16) for seed in range(2)
     )
-    async with RolloutFleet(num_engines, folder / "fleet", **settings(transport)) as fleet:
+    async with EngineFleet(num_engines, folder / "fleet", **settings(transport)) as fleet:
         await fleet.start(first)
         # Over NCCL the receive buffer is on a shared GPU only during a push.
         colocated = transport == "nccl" and num_engines == 1

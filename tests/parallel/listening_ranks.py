@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_r1.config import RolloutConfig
 from megatron_r1.models import platform
-from megatron_r1.push.rank_push import open_store
+from megatron_r1.push.store import open_store
 
 rollout = RolloutConfig(**json.loads(sys.argv[1]))
 os.environ["MASTER_ADDR"] = sys.argv[2]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from ranks import run_ranks
 
-from megatron_r1.plan.assumed_numbers import apply_calibration
-from megatron_r1.plan.hardware import HARDWARE, Assumptions, link_rate
+from megatron_r1.plan.assumptions import Assumptions, link_rate
+from megatron_r1.plan.calibration_file import apply_calibration
+from megatron_r1.plan.hardware import HARDWARE
 
 pytestmark = pytest.mark.more
 

@@ -47,7 +47,7 @@ class Ended:
     @property
     def metrics(self) -> list[dict]:
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.open()] if path.exists() else []
 
     @property
     def checkpoints(self) -> list[str]:

@@ -24,4 +24,4 @@ def write_base(folder: Path) -> None:
 def lines(path: Path) -> list[dict]:
     """Return the whole lines of a file of JSON; an empty list if there is none."""
     text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in text.split("\n") if line.endswith("}")]

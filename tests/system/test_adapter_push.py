@@ -22,7 +22,7 @@ from sampled import (
 from tiny_models import DEEPSEEK, GPT_OSS, QWEN, write_model
 
 from megatron_r1.config.model import LoraConfig
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.models.hf_config_names import resolve_aliases
 from megatron_r1.models.weights.adapter_table import (
     PEFT_PREFIX,
@@ -118,7 +118,7 @@ def test_an_engine_computes_with_the_adapter_of_the_last_push(
     settings = {**ENGINE, **layout, "lora": adapted(config, lora)}
 
     async def run():
-        async with RolloutFleet(1, tmp_path / "logs", **settings) as fleet:
+        async with EngineFleet(1, tmp_path / "logs", **settings) as fleet:
             await fleet.start(tmp_path / "base")
             pusher = FilePusher(resolve_aliases(config), fleet, layout=layout, lora=lora)
             base = await checksums(fleet)
@@ -149,7 +149,7 @@ def test_a_swap_amid_responses_and_a_damaged_push(adapted, oracle, tmp_path):
     settings = {**ENGINE, "lora": adapted(QWEN, LORA)}
 
     async def run():
-        async with RolloutFleet(1, tmp_path / "logs", **settings) as fleet:
+        async with EngineFleet(1, tmp_path / "logs", **settings) as fleet:
             await fleet.start(tmp_path / "base")
             pusher = FilePusher(QWEN, fleet, lora=LORA)
             before, after = tmp_path / "a", tmp_path / "b"

@@ -36,7 +36,7 @@ from tiny_models import (
     write_model,
 )
 
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.client import GENERATE_PATH, EngineClient
 from megatron_r1.engines.server.errors import EngineError, EngineLacksPush
 from megatron_r1.engines.server.json_replies import parse_responses
@@ -63,7 +63,7 @@ def models(tmp_path_factory, oracle):
 @pytest.fixture(scope="module")
 def fleet(models, loop, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
-    fleet = RolloutFleet(1, logs, max_restarts=2, return_routing=True, **ENGINE)
+    fleet = EngineFleet(1, logs, max_restarts=2, return_routing=True, **ENGINE)
     loop(fleet.start(models / "a", policy_version=0))
     yield fleet
     loop(fleet.close())
@@ -259,7 +259,7 @@ def test_an_engine_that_dies_or_hangs_is_replaced_and_its_calls_are_answered(
 @pytest.mark.slow  # without an engine: tests/unit/engines/fleet/test_fleet.py
 def test_without_a_restart_left_a_death_fails_its_calls_with_the_reason(models, loop, tmp_path):
     async def run():
-        async with RolloutFleet(1, tmp_path, **ENGINE) as fleet:
+        async with EngineFleet(1, tmp_path, **ENGINE) as fleet:
             await fleet.start(models / "a")
             running = asyncio.ensure_future(sample(fleet, max_tokens=100))
             await asyncio.sleep(0.3)

@@ -14,9 +14,9 @@ from waiting import until
 from megatron_r1.base.processes.authentication import known_token
 from megatron_r1.base.processes.fork_server import SERVERS
 from megatron_r1.config import RolloutConfig
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.fleet.joining_hosts import accepting_hosts
 from megatron_r1.engines.fleet.placement import open_host_pool, server_maker
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.settings import SERVER_MODULE
 
@@ -58,7 +58,7 @@ def test_hosts_join_vanish_and_bring_engines_again(model, tmp_path):
         rollout = RolloutConfig(placement="hosts", hosts_address="127.0.0.1")
         async with open_host_pool(rollout, tmp_path, True, messages.append) as pool:
             agents.append(agent(tmp_path))
-            fleet = RolloutFleet(
+            fleet = EngineFleet(
                 1,
                 tmp_path,
                 make_server=server_maker(pool),
@@ -112,7 +112,7 @@ def test_no_host_is_an_error_and_no_hang(model, tmp_path):
         rollout = RolloutConfig(placement="hosts", hosts_address="127.0.0.1")
         async with open_host_pool(rollout, tmp_path, True, print) as pool:
             make = server_maker(pool)
-            async with RolloutFleet(
+            async with EngineFleet(
                 1, tmp_path, make_server=make, start_timeout_seconds=0.5, **SMALL
             ) as fleet:
                 with pytest.raises(EngineError, match="no host had room for it .no host has come"):

@@ -21,7 +21,7 @@ from sampled import (
 from tiny_models import DEEPSEEK, QWEN, reference_routing, write_model
 
 from megatron_r1.base.processes.scratch import shared_files
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.models.routing_shape import routing_shape
 
 pytestmark = pytest.mark.more
@@ -53,7 +53,7 @@ def test_an_engine_of_two_ranks_samples_as_transformers_would(family, layout, or
 
     async def start_and_sample():
         settings = {"max_model_len": 256, "max_num_seqs": 64, "return_routing": replays}
-        async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
+        async with EngineFleet(1, tmp_path, **settings, **layout) as fleet:
             await fleet.start(model)
             [engine] = fleet.engines
             return await sample(fleet, n=8, **routing), shared_files(engine.server.process.pid)
@@ -74,7 +74,7 @@ def test_the_last_sequence_of_a_data_rank_is_sampled_as_transformers_would(oracl
 
     async def start_and_sample():
         settings = {"max_model_len": 256, "max_num_seqs": 64, "return_routing": True}
-        async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
+        async with EngineFleet(1, tmp_path, **settings, **layout) as fleet:
             await fleet.start(model)
             return await sample(fleet, n=1, routing=routing_shape(DEEPSEEK))
 
@@ -115,7 +115,7 @@ def test_a_push_amid_responses_stamps_each_token_with_its_policy(family, layout,
 
     async def start_and_push():
         settings = {"max_model_len": 256, "max_num_seqs": 64}
-        async with RolloutFleet(1, tmp_path, **settings, **layout) as fleet:
+        async with EngineFleet(1, tmp_path, **settings, **layout) as fleet:
             await fleet.start(before)
             pusher = FilePusher(MODELS[family], fleet, layout=layout)
             return await sample_amid_a_push(fleet, pusher.push, before, after)
@@ -133,7 +133,7 @@ def test_a_rank_that_dies_or_hangs_takes_its_engine_with_it(how, oracle, tmp_pat
 
     async def stop_amid():
         settings = {"max_model_len": 256, "tensor_parallel": 2, "max_restarts": 1}
-        async with RolloutFleet(1, tmp_path, unresponsive_seconds=5.0, **settings) as fleet:
+        async with EngineFleet(1, tmp_path, unresponsive_seconds=5.0, **settings) as fleet:
             await fleet.start(model)
             first = processes_under(fleet.engines[0].server.process.pid)
             [rank] = [pid for pid, name in first.items() if name == "VLLM::Worker_TP1"]

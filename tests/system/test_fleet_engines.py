@@ -9,7 +9,7 @@ from sampled import TOLERANCE, largest_difference, sample
 from tiny_models import QWEN, write_model, write_nan
 from waiting import until
 
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.server import EngineServer
 
 pytestmark = (
@@ -40,7 +40,7 @@ def fleet(models, loop, tmp_path_factory):
         return EngineServer(model, log, **settings)
 
     logs = tmp_path_factory.mktemp("logs")
-    fleet = RolloutFleet(2, logs, max_restarts=2, make_server=make_server, **ENGINES)
+    fleet = EngineFleet(2, logs, max_restarts=2, make_server=make_server, **ENGINES)
     loop(fleet.start(models / "good"))
     yield fleet
     loop(fleet.close())

@@ -17,7 +17,7 @@ from tiny_models import QWEN, write_model
 from megatron_r1.agents.gateway import Gateway, SessionLimits, TurnSampling
 from megatron_r1.agents.parser_pool import ParserPool
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from tests.harness.chat_tokenizer import chat_tokenizer
 
 pytestmark = pytest.mark.more  # three starts of vLLM
@@ -38,7 +38,7 @@ def model(tmp_path_factory, oracle):
 @pytest.fixture(scope="module")
 def fleet(model, loop, tmp_path_factory):
     settings = {"max_model_len": ROOM, "max_num_seqs": 16, "num_threads": 1}
-    fleet = RolloutFleet(1, tmp_path_factory.mktemp("logs"), max_restarts=1, **settings)
+    fleet = EngineFleet(1, tmp_path_factory.mktemp("logs"), max_restarts=1, **settings)
     loop(fleet.start(model))
     yield fleet
     loop(fleet.close())

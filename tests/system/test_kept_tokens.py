@@ -17,7 +17,7 @@ from tiny_models import (
     write_model,
 )
 
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.client import GENERATE_PATH
 from megatron_r1.engines.server.json_replies import parse_responses
 from megatron_r1.models.sampling_mask import decode_mask
@@ -41,7 +41,7 @@ def models(tmp_path_factory, oracle):
 
 @pytest.fixture(scope="module")
 def fleet(models, loop, tmp_path_factory):
-    fleet = RolloutFleet(1, tmp_path_factory.mktemp("logs"), **ENGINE)
+    fleet = EngineFleet(1, tmp_path_factory.mktemp("logs"), **ENGINE)
     loop(fleet.start(models / "a", policy_version=0))
     yield fleet
     loop(fleet.close())
@@ -144,7 +144,7 @@ def test_a_response_that_a_push_interrupts_has_the_sets_of_both_policies(
 def test_accepted_drafts_have_the_sets_of_the_model_itself(oracle, loop, tmp_path):
     oracle(write_drafting_model, tmp_path / "a", 0)
     drafts = {"speculative": {"method": "mtp", "num_speculative_tokens": 2}}
-    fleet = RolloutFleet(1, tmp_path, **ENGINE, **drafts)
+    fleet = EngineFleet(1, tmp_path, **ENGINE, **drafts)
     loop(fleet.start(tmp_path / "a", policy_version=0))
     try:
         assert DRAFTING["vocab_size"] > 8

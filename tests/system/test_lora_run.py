@@ -12,7 +12,7 @@ LORA = ["--model.lora.rank", str(RANK), "--model.lora.alpha", str(ALPHA)]
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.open()]
 
 
 SERVED = ["--push.adapter_only", "true", "--model.lora.targets"]

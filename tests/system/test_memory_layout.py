@@ -9,7 +9,7 @@ from megatron_r1.engines.plugin.memory_layout import (
     lay_out,
     with_gaps,
 )
-from megatron_r1.push.protocol import slot_view
+from megatron_r1.push.slots import slot_view
 
 TENSORS = {
     "gate": torch.randn(4, 8).bfloat16(),

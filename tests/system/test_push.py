@@ -30,7 +30,7 @@ from megatron_r1.controller.push.prober import Prober
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.supervision.hang_diagnosis import inspect_trainer
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.models.hf_config_names import resolve_aliases
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push import link_planner
@@ -127,13 +127,13 @@ def test_after_a_push_an_engine_is_as_if_started_on_the_trainers_weights(
     before, trained = tmp_path / "a", tmp_path / "b"
 
     async def run():
-        async with RolloutFleet(1, tmp_path / "started", **ENGINE, **layout) as fleet:
+        async with EngineFleet(1, tmp_path / "started", **ENGINE, **layout) as fleet:
             await fleet.start(trained)
             expected = await checksums(fleet)
         backend = f"megatron_r1_{push['transport']}"
         settings = ENGINE | layout | {"weight_transfer_backend": backend}
         settings["extra_args"] = ["--load-format", "dummy"]  # as rl starts engines
-        async with RolloutFleet(1, tmp_path / "pushed", **settings) as fleet:
+        async with EngineFleet(1, tmp_path / "pushed", **settings) as fleet:
             await fleet.start(before)
             for parallel in trainers:
                 # So that every trainer finds other weights than its own.

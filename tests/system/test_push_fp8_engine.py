@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sampled import PROMPTS, sample
 from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
 
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.models.weights.formats import published_layout
 from megatron_r1.push.plan.tensors import pushed_tensors
 
@@ -96,11 +96,11 @@ def test_after_an_fp8_push_an_engine_is_as_if_started_on_the_fp8_checkpoint(
     }
 
     async def run():
-        async with RolloutFleet(1, tmp_path / "started", **ENGINE, **layout) as fleet:
+        async with EngineFleet(1, tmp_path / "started", **ENGINE, **layout) as fleet:
             await fleet.start(tmp_path / "stored")
             expected = await checksums(fleet)
         settings = ENGINE | layout | {"weight_transfer_backend": f"megatron_r1_{transport}"}
-        async with RolloutFleet(1, tmp_path / "pushed", **settings, **dummy) as fleet:
+        async with EngineFleet(1, tmp_path / "pushed", **settings, **dummy) as fleet:
             await fleet.start(before)
             tensors = pushed_tensors(config, fp8=True)
             push = {"transport": transport, "fp8": True}

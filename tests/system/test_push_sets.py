@@ -14,7 +14,7 @@ from file_trainer import FilePusher
 from tiny_models import DEEPSEEK, write_model
 from waiting import until
 
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.push.transports.payloads import LinkPayload
 
 pytestmark = pytest.mark.more  # in `make test` the rehearsal of r1_zero pushes through sets
@@ -33,7 +33,7 @@ def models(tmp_path_factory, oracle):
 
 @pytest.fixture(scope="module")
 def fleet(models, loop, tmp_path_factory):
-    fleet = RolloutFleet(2, tmp_path_factory.mktemp("logs"), **ENGINES, **LAYOUT, **BACKEND)
+    fleet = EngineFleet(2, tmp_path_factory.mktemp("logs"), **ENGINES, **LAYOUT, **BACKEND)
     loop(fleet.start(models / "a"))
     yield fleet
     loop(fleet.close())

@@ -8,7 +8,7 @@ import torch
 
 from megatron_r1.engines.plugin.pushed_adapter import REQUEST, PushedAdapter
 from megatron_r1.push.control_messages import AdapterSettings, UnusedPush
-from megatron_r1.push.protocol import slot_view
+from megatron_r1.push.slots import slot_view
 
 RANK, SIZE = 2, 6
 CONFIG = {"r": RANK, "lora_alpha": 3.0, "target_modules": "all", "bias": "none"}

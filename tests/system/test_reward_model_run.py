@@ -36,7 +36,7 @@ checkpoint: {{every: 8}}
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.open()]
 
 
 @pytest.fixture(scope="module")

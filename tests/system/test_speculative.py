@@ -22,7 +22,7 @@ from tiny_models import (
 )
 
 from megatron_r1.engines.fleet.draft_acceptance import AcceptanceMeter
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.models.routing_shape import routing_shape
 
 pytestmark = pytest.mark.more
@@ -45,7 +45,7 @@ def models(tmp_path_factory, oracle):
 @pytest.fixture(scope="module")
 def fleet(models, loop, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
-    fleet = RolloutFleet(1, logs, return_routing=True, **ENGINE, **SPECULATIVE)
+    fleet = EngineFleet(1, logs, return_routing=True, **ENGINE, **SPECULATIVE)
     loop(fleet.start(models / "a", policy_version=0))
     yield fleet
     loop(fleet.close())
@@ -151,7 +151,7 @@ def test_a_push_brings_the_drafter_its_weights(models, oracle, loop, fleet, push
     """After it the engine equals, tensor for tensor, one that was started on the same weights."""
 
     async def started():
-        async with RolloutFleet(1, tmp_path, **ENGINE, **SPECULATIVE) as other:
+        async with EngineFleet(1, tmp_path, **ENGINE, **SPECULATIVE) as other:
             await other.start(models / "b")
             return await checksums(other)
 

@@ -15,8 +15,8 @@ from sampled import TOLERANCE, largest_difference, sample, stamped
 from tiny_models import DEEPSEEK, QWEN, write_model
 
 from megatron_r1.config import RolloutConfig
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.fleet.placement import open_host_pool, server_maker
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64, "num_threads": 2}
 ADDRESSES = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
@@ -47,7 +47,7 @@ class Hosts:
             placement="hosts", hosts_address="127.0.0.1", hosts_per_engine=2, data_parallel=2
         )
         async with open_host_pool(rollout, self.folder, False, self.messages.append) as pool:
-            fleet = RolloutFleet(
+            fleet = EngineFleet(
                 1,
                 self.folder,
                 make_server=server_maker(pool),

@@ -36,7 +36,7 @@ def start(verb: str, recipe: Path, folder: Path, *more: object) -> subprocess.Po
 def metrics_of(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in text.split("\n") if line.endswith("}")]
 
 
 def of_the_samples(line: dict) -> dict:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from megatron_r1.config.rollout import SpeculativeConfig
 from megatron_r1.engines.fleet.draft_acceptance import AcceptanceMeter
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.engines.server.settings import speculative_settings
 from megatron_r1.models.weights.layout import hf_tensors
@@ -143,7 +143,7 @@ async def _measure_variants(args: argparse.Namespace, folder: Path) -> list[dict
         "max_model_len": PROMPT_TOKENS + args.tokens,
     }
     fleets = {
-        name: RolloutFleet(
+        name: EngineFleet(
             1,
             folder / name,
             speculative=speculative_settings(SpeculativeConfig(method=method, tokens=tokens)),
@@ -165,7 +165,7 @@ async def _measure_variants(args: argparse.Namespace, folder: Path) -> list[dict
 
 
 async def _measure_turns(
-    fleets: dict[str, RolloutFleet], sequences: int, args: argparse.Namespace
+    fleets: dict[str, EngineFleet], sequences: int, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Return a row for each engine, of its turns with so many sequences at once."""
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in fleets}
@@ -196,7 +196,7 @@ async def _measure_turns(
 
 
 async def _time_generation(
-    fleet: RolloutFleet, sequences: int, tokens: int, temperature: float
+    fleet: EngineFleet, sequences: int, tokens: int, temperature: float
 ) -> float:
     """Return the seconds in which these sequences are sampled, the same prompts in every call."""
     draw = random.Random(0)

@@ -99,8 +99,8 @@ class Version(NamedTuple):
         renames = []
         for text, new_text in pairs:
             own = find_file_renames(text or "", (new_text or "",), names)
-            moved = defined_in(text or "") - defined_in(new_text or "")
-            texts = [each for each in new_files if moved & defined_in(each)]
+            moved_names = defined_in(text or "") - defined_in(new_text or "")
+            texts = [each for each in new_files if moved_names & defined_in(each)]
             if texts:
                 own |= find_file_renames(text or "", (new_text or "", *texts), names)
             renames.append(own)

@@ -13,7 +13,7 @@ from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config, load_recipe
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.hf_config_file import read_hf_config
-from megatron_r1.plan.assumed_numbers import RELATIVE_TO
+from megatron_r1.plan.calibration_file import RELATIVE_TO
 from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.rehearse import miniature
 from megatron_r1.rehearse.settings import RehearsalDevice

@@ -10,7 +10,7 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.commands.check_model.results import NotCompared, ReferenceResult
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
 from megatron_r1.engines.server.errors import EngineError, with_log_excerpt
 from megatron_r1.engines.server.model_config import max_positions
@@ -78,7 +78,7 @@ async def compare_with_vllm(
     length = min(MAX_LENGTH, max_positions(folder))
     settings = engine_settings(config.rollout) | {"max_model_len": length, "max_num_seqs": 16}
     async with contextlib.AsyncExitStack() as stack:
-        fleet = await stack.enter_async_context(RolloutFleet(1, scratch, **settings))
+        fleet = await stack.enter_async_context(EngineFleet(1, scratch, **settings))
         try:
             await fleet.start(folder)
             client = fleet.engines[0].client

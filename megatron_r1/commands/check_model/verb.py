@@ -48,7 +48,7 @@ OPTIONS = {"json": "FILE"}
 
 def _training_bytes(dtype: str = "float32") -> int:
     """Return bytes of RL per parameter: weights, gradients, optimizer, reference and engine, but no
-    activations, KV caches and processes (`commands.cpu_memory` counts them)."""
+    activations, KV caches and processes (`parts.cpu_memory` counts them)."""
     sizes = parameter_bytes(dtype)
     return sizes.total + sizes.value + round(engine_bytes(1, dtype))
 

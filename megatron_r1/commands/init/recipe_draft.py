@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.commands.guessed_settings import Guess, yaml_value_text
-from megatron_r1.commands.node_resources import NodeResources
+from megatron_r1.commands.parts.guessed_settings import Guess, yaml_value_text
+from megatron_r1.commands.parts.node_resources import NodeResources
 from megatron_r1.models.hf_config import HFConfig
 
 LINE_WIDTH = 100

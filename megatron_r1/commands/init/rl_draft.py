@@ -15,14 +15,15 @@ from r1_grading.terms import DEFAULT_WEIGHTS
 from r1_grading.truths import accepted_answers, is_missing, math_truth
 
 from megatron_r1 import config as configuration
-from megatron_r1.commands import guessed_settings, rl
-from megatron_r1.commands.cpu_memory import cpu_memory
-from megatron_r1.commands.guessed_settings import Guess
+from megatron_r1.commands import rl
 from megatron_r1.commands.init.recipe_draft import QuestionSource, RecipeDraft
-from megatron_r1.commands.node_resources import NodeResources
-from megatron_r1.commands.rl_prompts import check_and_read_prompts, explain_renamed_columns
-from megatron_r1.commands.trained_model import trained_recipe
-from megatron_r1.commands.trained_template import template_of_model
+from megatron_r1.commands.parts import guessed_settings
+from megatron_r1.commands.parts.cpu_memory import cpu_memory
+from megatron_r1.commands.parts.guessed_settings import Guess
+from megatron_r1.commands.parts.node_resources import NodeResources
+from megatron_r1.commands.parts.rl_prompts import check_and_read_prompts, explain_renamed_columns
+from megatron_r1.commands.parts.trained_model import trained_recipe
+from megatron_r1.commands.parts.trained_template import template_of_model
 from megatron_r1.config import infer_verb
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, guess_columns

@@ -9,9 +9,10 @@ from typing import Any
 from r1_grading.truths import is_missing
 
 from megatron_r1 import config as configuration
-from megatron_r1.commands import guessed_settings, reward_model, sft
-from megatron_r1.commands.guessed_settings import Guess
+from megatron_r1.commands import reward_model, sft
 from megatron_r1.commands.init.recipe_draft import QuestionSource, RecipeDraft
+from megatron_r1.commands.parts import guessed_settings
+from megatron_r1.commands.parts.guessed_settings import Guess
 from megatron_r1.data.columns import columns_by_name
 from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
 from megatron_r1.data.preferences import Kind, kind_of_rows, read_preferences

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.guessed_settings import Guess, yaml_value_text
 from megatron_r1.commands.init.recipe_draft import QuestionSource, RecipeDraft, recipe_text
 from megatron_r1.commands.init.rl_draft import MAX_ROWS, MODEL_ARGUMENT, rl_recipe
 from megatron_r1.commands.init.supervised_drafts import supervised_recipe
-from megatron_r1.commands.node_resources import detect_node_resources
-from megatron_r1.commands.trained_model import find_exported
+from megatron_r1.commands.parts.guessed_settings import Guess, yaml_value_text
+from megatron_r1.commands.parts.node_resources import detect_node_resources
+from megatron_r1.commands.parts.trained_model import find_exported
 from megatron_r1.config import Config
 from megatron_r1.data.rows import read_canonical_rows
 from megatron_r1.evaluation.model_folder import require_weights

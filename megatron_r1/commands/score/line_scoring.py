@@ -41,7 +41,15 @@ FAILURES = {
 
 async def score_lines(config: Config, lines: BinaryIO, output: BinaryIO) -> LineScoring:
     """Grade lines as they are read and write them in their order. Only so many lines wait at a time
-    that memory stays bounded. Returns the counts."""
+    that memory stays bounded.
+
+    Args:
+        config: the recipe, of which `rewards` and `data.kind` count.
+        lines: JSONL, read as it comes.
+        output: where the graded lines are written.
+
+    Returns:
+        The counts of what was graded."""
     settings = config.rewards
     cores = len(os.sched_getaffinity(0))
     workers = settings.workers if "workers" in settings.model_fields_set else cores

@@ -17,12 +17,12 @@ from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.controller.algorithms import grpo
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.batch import PackedBatch
+    from megatron_r1.trainer.batch import PackedMicrobatch
     from megatron_r1.trainer.loss_head import LossHead
     from megatron_r1.trainer.losses import LossSum
 
 
-def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
+def loss(batch: PackedMicrobatch, head: LossHead, settings: LossSettings) -> LossSum:
     """Return -J; `clip_fraction` counts the tokens whose weight is clipped.
 
     Args:

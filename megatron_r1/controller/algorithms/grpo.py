@@ -25,7 +25,7 @@ from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.controller.advantages import divide_by_batch_std, group_advantages
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.batch import PackedBatch
+    from megatron_r1.trainer.batch import PackedMicrobatch
     from megatron_r1.trainer.loss_head import LossHead
     from megatron_r1.trainer.losses import LossSum
 
@@ -88,7 +88,7 @@ def advantages(groups: list[list[float | None]], rl: RLConfig) -> list[list[floa
     return by_group
 
 
-def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
+def loss(batch: PackedMicrobatch, head: LossHead, settings: LossSettings) -> LossSum:
     """Return -J for the advantages in `batch`, as a sum over response tokens and its denominator.
 
     The denominator is N with `loss_average` sequence (each response's terms are divided by |o_i|

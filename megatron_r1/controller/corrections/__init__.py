@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from megatron_r1.config.loss_settings import LossSettings
 
 if TYPE_CHECKING:
-    from megatron_r1.trainer.batch import PackedBatch
+    from megatron_r1.trainer.batch import PackedMicrobatch
     from megatron_r1.trainer.loss_head import LossHead
     from megatron_r1.trainer.losses import LossSum
 
@@ -46,7 +46,7 @@ def wrap_loss(loss: str, settings: LossSettings) -> tuple[str, LossSettings]:
     return names[0], replace(settings, inner=(*names[1:], loss))
 
 
-def call_inner_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
+def call_inner_loss(batch: PackedMicrobatch, head: LossHead, settings: LossSettings) -> LossSum:
     """Return the result of the first loss of `settings.inner`.
 
     Args:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megatron_r1.config.engine_mask import EngineMaskSettings
-    from megatron_r1.trainer.batch import PackedBatch
+    from megatron_r1.trainer.batch import PackedMicrobatch
     from megatron_r1.trainer.loss_head import LossHead
     from megatron_r1.trainer.losses import LossSum
     from megatron_r1.trainer.rollout_batches import RolloutBatches
@@ -77,7 +77,7 @@ def sequence_mask(rollout: RolloutBatches, settings: EngineMaskSettings) -> list
     return masks
 
 
-def divergence_loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
+def divergence_loss(batch: PackedMicrobatch, head: LossHead, settings: LossSettings) -> LossSum:
     """Return the algorithm's loss of the batch with masked advantages.
 
     Args:

@@ -23,12 +23,12 @@ from megatron_r1.controller.corrections import call_inner_loss
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_r1.trainer.batch import PackedBatch
+    from megatron_r1.trainer.batch import PackedMicrobatch
     from megatron_r1.trainer.loss_head import LossHead
     from megatron_r1.trainer.losses import LossSum
 
 
-def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
+def loss(batch: PackedMicrobatch, head: LossHead, settings: LossSettings) -> LossSum:
     """Return the algorithm's loss with this KL term in place of its own.
 
     The term is averaged as `loss_average` says, which an algorithm's own loss has to do as well.
@@ -60,10 +60,10 @@ def loss(batch: PackedBatch, head: LossHead, settings: LossSettings) -> LossSum:
     return loss_sum._replace(loss=total_loss, metrics={**loss_sum.metrics, **metrics})
 
 
-def _weights_in_sum(batch: PackedBatch, head: LossHead, settings: LossSettings) -> Tensor:
+def _weights_in_sum(batch: PackedMicrobatch, head: LossHead, settings: LossSettings) -> Tensor:
     """Return (T,) fp64, what a response token weighs in the sum."""
     from megatron_r1.trainer.losses import make_token_averaging
-    from megatron_r1.trainer.rollout_batches import WholeMicrobatch
+    from megatron_r1.trainer.whole_microbatch import WholeMicrobatch
 
     token_averaging = make_token_averaging(
         batch, settings.loss_average, settings.max_response_tokens

@@ -14,8 +14,8 @@ from megatron_r1.engines.server.errors import EngineDied, EngineError
 from megatron_r1.push.control_messages import (
     AdapterSettings,
     ConnectedSets,
+    EngineSetFailure,
     PushInitInfo,
-    SetFailure,
     StoreUnreachable,
 )
 from megatron_r1.push.plan.layouts import EngineLayout
@@ -142,7 +142,8 @@ class EngineLinks:
             resume: engines may compute afterwards."""
         self._drop_sets([s for s in self.sets if set(s.engines) & set(engines)])
         groups = self._engines_by_set(engines)
-        set_problems: dict[Engine, str] = {}  # why the engine's set of several could not connect
+        # Why the engine's set of several could not connect.
+        engine_set_problems: dict[Engine, str] = {}
         while groups:
             sets = [self._new_set(group) for group in groups]
             problems, deaths = await self.connect(sets, resume=resume)
@@ -161,14 +162,14 @@ class EngineLinks:
                     groups += [living_engines] if living_engines else []
                 elif len(living_engines) > 1:
                     self._count_unattributed_failure(problem)
-                    set_problems |= dict.fromkeys(living_engines, problem)
+                    engine_set_problems |= dict.fromkeys(living_engines, problem)
                     groups += [[engine] for engine in living_engines]
                 else:
                     # The first problem may have left the engine unable to connect again.
                     [engine] = living_engines
-                    set_problem = set_problems.get(engine)
-                    if set_problem not in (None, problem):
-                        problem = f"{set_problem}; then, alone: {problem}"
+                    engine_set_problem = engine_set_problems.get(engine)
+                    if engine_set_problem not in (None, problem):
+                        problem = f"{engine_set_problem}; then, alone: {problem}"
                     on_engine_lost(engine, EngineError(f"{engine.name}: {problem}"))
 
     async def send(
@@ -195,7 +196,7 @@ class EngineLinks:
             sets=[s.name for s in sets],
             closed_sets=closed_sets,
         )
-        failures: dict[str, list[SetFailure]] = {}
+        failures: dict[str, list[EngineSetFailure]] = {}
         for result in replies:
             for name, failure in result.failures.items():
                 failures.setdefault(name, []).append(failure)
@@ -309,7 +310,10 @@ class EngineLinks:
             await asyncio.to_thread(_report_failure, *self.store, engine_set.name, error)
 
     def _drop_at_fault(
-        self, engine_set: EngineSet, on_engine_lost: OnEngineLost, failures: Sequence[SetFailure]
+        self,
+        engine_set: EngineSet,
+        on_engine_lost: OnEngineLost,
+        failures: Sequence[EngineSetFailure],
     ) -> list[Engine]:
         """Drop the engines at fault of a set that has failed, and return its other engines.
 
@@ -380,8 +384,10 @@ def _with_problems_of_engines(
     """Return by set the problems of the trainer's ranks, and of the engines where these have none
     or know less."""
     problems = dict(problems)
-    set_names = {engine: engine_set.name for engine_set in sets for engine in engine_set.engines}
-    for engine, name in set_names.items():
+    engine_set_names = {
+        engine: engine_set.name for engine_set in sets for engine in engine_set.engines
+    }
+    for engine, name in engine_set_names.items():
         if engine not in errors:
             continue
         error = str(errors[engine])

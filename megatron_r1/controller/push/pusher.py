@@ -20,8 +20,8 @@ from megatron_r1.controller.push.engine_links import EngineLinks, OnEngineLost
 from megatron_r1.controller.push.prober import EXACT_TOLERANCE, TOLERANCE, OffloadedProber, Prober
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet, weight_update_calls
 from megatron_r1.engines.fleet.placement import hosts_address
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, weight_update_calls
 from megatron_r1.engines.server.errors import EngineDied, EngineError, WeightsUnavailable
 from megatron_r1.models import read_hf_config
 from megatron_r1.push.control_messages import PushUpdateInfo
@@ -32,7 +32,7 @@ from megatron_r1.trainer.operations import ModelOperations
 
 
 def create_pusher(
-    config: Config, trainer: TrainerClient, fleet: RolloutFleet, probes: Sequence[Sequence[int]]
+    config: Config, trainer: TrainerClient, fleet: EngineFleet, probes: Sequence[Sequence[int]]
 ) -> WeightPusher:
     """Return the pusher of a run.
 
@@ -83,7 +83,7 @@ class WeightPusher:
 
     def __init__(
         self,
-        fleet: RolloutFleet,
+        fleet: EngineFleet,
         links: EngineLinks,
         prober: Prober | None = None,
         *,

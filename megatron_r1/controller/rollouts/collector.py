@@ -24,7 +24,7 @@ from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.episodes import Episode, EpisodeResult, Generate, Player
 from megatron_r1.engines.fleet.dispatch import Affinity
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.engines.server.stop_strings import truncate_at_stop
 
@@ -56,7 +56,7 @@ class RolloutCollector:
 
     def __init__(
         self,
-        fleet: RolloutFleet,
+        fleet: EngineFleet,
         pool: RewardPool,
         tokenizer: PromptTokenizer,
         rewards: RewardsConfig,

@@ -1,5 +1,5 @@
 """The engines of a run's teachers, which only compute log-probabilities of what the student sampled
-(`RolloutFleet.compute_logprobs`).
+(`EngineFleet.compute_logprobs`).
 
 Their weights never change. One teacher has all questions, further ones have single sources
 (multi-teacher on-policy distillation, MOPD: arXiv 2606.30406)."""
@@ -20,8 +20,8 @@ from megatron_r1.config import Config
 from megatron_r1.config.teacher import DEFAULT, OTHER_SOURCES, TeacherConfig, source_key
 from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.data.prompt import Prompt
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.fleet.external_fleet import ExternalFleet
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu, model_config, settings
 
 NUM_SHOWN = 8
@@ -35,7 +35,7 @@ class TeacherFleets:
         fleets: the engines by source; `DEFAULT`: of all other sources.
         paths: the model folder of each."""
 
-    def __init__(self, fleets: Mapping[str, RolloutFleet], paths: Mapping[str, str]):
+    def __init__(self, fleets: Mapping[str, EngineFleet], paths: Mapping[str, str]):
         self.fleets, self._paths = dict(fleets), dict(paths)
 
     async def start(self) -> None:
@@ -94,7 +94,7 @@ class TeacherFleets:
 
 def teacher_fleet(
     config: Config, logs: Path, notify: Callable[[str], None], source: str = DEFAULT
-) -> RolloutFleet:
+) -> EngineFleet:
     """Return the engines of a teacher, to be started with the model of its path.
 
     Args:
@@ -110,7 +110,7 @@ def teacher_fleet(
     max_model_len = model_config.max_model_len(config) + 1
     if teacher.url:
         return ExternalFleet(teacher.url, logs, max_model_len=max_model_len, **supervision)
-    return RolloutFleet(
+    return EngineFleet(
         teacher.engines,
         logs,
         device=gpu.engine_device(),

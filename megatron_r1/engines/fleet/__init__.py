@@ -1,4 +1,4 @@
-"""Several rollout engines, as the one object that samples (`rollout_fleet`).
+"""Several engines, as the one object that samples (`engine_fleet`).
 
 - `engine` is one of them, `fleet_state` which of them are up.
 - `dispatch` divides requests among them, `request_retries` repeats requests that fail.

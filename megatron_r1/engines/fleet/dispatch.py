@@ -3,7 +3,7 @@
 Groups wait here, not in the engines: an engine gets a little more than it can decode at once, and
 more as it finishes. So a slow engine gets fewer groups by itself, and the share of a dead one goes
 to the others. A group is one request to one engine, which computes its prompt once; a group above
-`max_num_seqs` is several, each assigned by itself (`RolloutFleet.generate`).
+`max_num_seqs` is several, each assigned by itself (`EngineFleet.generate`).
 
 Of the waiting groups, those of the earlier batch come first, and in it those expected to take
 longest, so that what is left for the end of a batch is short. Each goes to the engine with the

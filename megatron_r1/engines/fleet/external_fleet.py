@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.client import GENERATE_PATH, EngineClient
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.server import RunningServer
@@ -17,7 +17,7 @@ EXTERNAL_ANSWER_SECONDS = 30.0
 """The time limit of a request that checks a server."""
 
 
-class ExternalFleet(RolloutFleet):
+class ExternalFleet(EngineFleet):
     """A fleet of servers that run already. A lost one may return within the time that an engine
     gets to start; the others go on meanwhile.
 
@@ -25,7 +25,7 @@ class ExternalFleet(RolloutFleet):
         urls: the addresses of the servers.
         log_folder: the folder for what the fleet writes of them.
         max_model_len: the tokens that each server must have room for.
-        **settings: arguments of `RolloutFleet`.
+        **settings: arguments of `EngineFleet`.
     """
 
     def __init__(

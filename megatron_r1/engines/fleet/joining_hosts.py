@@ -5,8 +5,8 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from megatron_r1.engines.fleet.engine import Engine
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.fleet.host_pool import HostPool
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server.errors import EngineError
 
 POLL_SECONDS = 1.0
@@ -15,7 +15,7 @@ RETRY_SECONDS = 60.0
 
 
 @contextlib.asynccontextmanager
-async def accepting_hosts(fleet: RolloutFleet, pool: HostPool | None) -> AsyncIterator[None]:
+async def accepting_hosts(fleet: EngineFleet, pool: HostPool | None) -> AsyncIterator[None]:
     """Add an engine to the fleet whenever a host has room for one, until the end of the block."""
     task = asyncio.create_task(_add_engines(fleet, pool)) if pool is not None else None
     try:
@@ -27,7 +27,7 @@ async def accepting_hosts(fleet: RolloutFleet, pool: HostPool | None) -> AsyncIt
                 await task
 
 
-async def _add_engines(fleet: RolloutFleet, pool: HostPool) -> None:
+async def _add_engines(fleet: EngineFleet, pool: HostPool) -> None:
     while True:
         await asyncio.sleep(POLL_SECONDS)
         new_engines = (fleet.add_engine() for _ in range(pool.num_free))

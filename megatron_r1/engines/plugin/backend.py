@@ -32,8 +32,8 @@ from megatron_r1.push.control_messages import (
     PushUpdateInfo,
     StoreUnreachable,
 )
-from megatron_r1.push.protocol import SlotTable
 from megatron_r1.push.rendezvous import EngineRendezvous
+from megatron_r1.push.slots import SlotTable
 from megatron_r1.push.transports import receiver_class
 from megatron_r1.push.transports.base import Receiver
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_r1.engines.plugin.loader_copies import CheckpointParameter, LoaderCopy
-from megatron_r1.push.protocol import Slot, SlotTable
+from megatron_r1.push.slots import Slot, SlotTable
 
 ALIGNMENT_BYTES = 64
 """Bytes; parameters begin at multiples of these: they are views of the memory while their layers

@@ -19,7 +19,7 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 
 from megatron_r1.engines.plugin.memory_layout import ALIGNMENT_BYTES
 from megatron_r1.push.control_messages import AdapterSettings, UnusedPush
-from megatron_r1.push.protocol import Slot, SlotTable, slot_view
+from megatron_r1.push.slots import Slot, SlotTable, slot_view
 
 REQUEST = LoRARequest(lora_name="pushed", lora_int_id=1, lora_path="pushed")
 """What every request is computed with."""

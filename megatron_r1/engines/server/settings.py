@@ -250,7 +250,7 @@ SUPERVISION_KEYS = {
 
 
 def fleet_settings(engines: RolloutConfig | TeacherEngineConfig) -> dict[str, Any]:
-    """Return the arguments of `RolloutFleet` that a recipe sets."""
+    """Return the arguments of `EngineFleet` that a recipe sets."""
     return engines.model_dump(include=SUPERVISION_KEYS)
 
 

@@ -1,6 +1,8 @@
-"""The table of which Hugging Face tensors form each Megatron parameter (`table`) and how they are
-split over ranks (`splits`), read by import (`loading`), export (`export`), conversion, the push to
-the engines and the memory planner. `parameter_layout` has every parameter of a rank from
+"""The table of which Hugging Face tensors form each Megatron parameter (`table`), and how they are
+split over ranks (`splits`).
+
+Import (`loading`), export (`export`), conversion, the push to the engines and the memory planner
+read it. `parameter_layout` has every parameter of a rank from
 `config.json`, without torch; `adapter_table`, `adapter_module` and `adapters` are the same of
 low-rank adapters, and `formats` has the formats on disk.
 

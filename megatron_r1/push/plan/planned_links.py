@@ -75,7 +75,7 @@ class PlannedLink:
         return total_bytes(self.regions)
 
 
-SetPlan = list[list[PlannedLink]]
+EngineSetPlan = list[list[PlannedLink]]
 """The links of a set, by engine rank."""
 RegionsByReplicas = dict[range, list[TensorRegion]]
 """Regions by the trainer ranks that hold them, in order of pipeline stages."""
@@ -144,7 +144,7 @@ def plan_sets(
     sets: Sequence[range],
     sent_bytes: Sequence[float] = (),
     max_fraction: float = MAX_GROUP_FRACTION,
-) -> list[SetPlan]:
+) -> list[EngineSetPlan]:
     """Return the plan of each set; every rank computes the same.
 
     Each group of regions comes from the trainer rank that has sent least by then. The
@@ -197,7 +197,7 @@ def plan_sets(
     ]
 
 
-def sent_bytes(plan: SetPlan, world_size: int) -> list[float]:
+def sent_bytes(plan: EngineSetPlan, world_size: int) -> list[float]:
     """Return the bytes that each trainer rank sends to a set."""
     bytes_by_rank = [0.0] * world_size
     for link in chain.from_iterable(plan):
@@ -205,7 +205,7 @@ def sent_bytes(plan: SetPlan, world_size: int) -> list[float]:
     return bytes_by_rank
 
 
-def links_per_rank(plans: Iterable[SetPlan], world_size: int) -> list[int]:
+def links_per_rank(plans: Iterable[EngineSetPlan], world_size: int) -> list[int]:
     """Return the number of engine ranks that each trainer rank sends to, in all sets.
 
     Args:

@@ -22,7 +22,7 @@ from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.matched_regions import MatchedRegions
 from megatron_r1.push.plan.planned_links import (
     MAX_SET_ENGINES,
-    SetPlan,
+    EngineSetPlan,
     engine_sets,
     max_group_fraction,
     plan_sets,
@@ -81,7 +81,7 @@ def shares_gpus_over_nccl(config: Config) -> bool:
     return config.rollout.colocated and TRANSPORTS[config.push.transport].sends_in_rounds
 
 
-def planned_push(config: Config, hf_config: HFConfig) -> list[SetPlan]:
+def planned_push(config: Config, hf_config: HFConfig) -> list[EngineSetPlan]:
     """Return the plans of the sets of a recipe's push from `parallel.processes` trainer ranks."""
     layout, push = engine_layout(config), config.push
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_r1.base.transports import RELAY_BUCKET_BYTES
-from megatron_r1.push.plan.planned_links import EngineRankId, SetPlan, colocated_trainer_ranks
+from megatron_r1.push.plan.planned_links import EngineRankId, EngineSetPlan, colocated_trainer_ranks
 
 SCATTER_BUCKET_BYTES = 32 << 20
 """Most bytes of a bucket from a trainer rank; one that is relayed has `RELAY_BUCKET_BYTES`."""
@@ -225,7 +225,7 @@ class RoundSchedule:
         return rows.ravel()
 
 
-def schedule_rounds(plans: Sequence[SetPlan], receivers: Receivers) -> RoundSchedule:
+def schedule_rounds(plans: Sequence[EngineSetPlan], receivers: Receivers) -> RoundSchedule:
     """Return the rounds of a push.
 
     Args:
@@ -233,18 +233,21 @@ def schedule_rounds(plans: Sequence[SetPlan], receivers: Receivers) -> RoundSche
         receivers: the processes that receive (`receiving_processes`)."""
     links = [
         ProcessLink(link.trainer_rank, members[link.member], link.num_bytes)
-        for plan, set_receivers in zip(plans, receivers, strict=True)
-        for rank_links, members in zip(plan, set_receivers, strict=True)
+        for plan, engine_set_receivers in zip(plans, receivers, strict=True)
+        for rank_links, members in zip(plan, engine_set_receivers, strict=True)
         for link in rank_links
     ]
     relay_groups = [
-        members for set_receivers in receivers for members in set_receivers if len(members) > 1
+        members
+        for engine_set_receivers in receivers
+        for members in engine_set_receivers
+        if len(members) > 1
     ]
     return RoundSchedule(links, relay_groups)
 
 
 def planned_schedule(
-    plans: Sequence[SetPlan],
+    plans: Sequence[EngineSetPlan],
     sets: Sequence[range],
     ranks_per_engine: int,
     world_size: int,

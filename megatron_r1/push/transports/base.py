@@ -12,8 +12,9 @@ from typing import Protocol
 
 import torch
 
-from megatron_r1.push.protocol import ReceiverInfo, RelaySource, SlotTable, TensorChunk
+from megatron_r1.push.protocol import ReceiverInfo, RelaySource
 from megatron_r1.push.rendezvous import EngineRendezvous, TrainerRendezvous
+from megatron_r1.push.slots import SlotTable, TensorChunk
 from megatron_r1.push.transports.received_chunks import ReceivedChunks
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch.distributed import DistStoreError
 
-from megatron_r1.push.rendezvous import Rendezvous, SetFailedError
+from megatron_r1.push.rendezvous import EngineSetFailedError, Rendezvous
 
 SUCCESS, IN_PROGRESS = 0, 7
 BYTE = 1
@@ -235,7 +235,7 @@ class Communicator:
                 if is_done():
                     return self.error is None
                 self._check_transfers()
-            except (NCCLError, SetFailedError, TimeoutError, DistStoreError) as error:
+            except (NCCLError, EngineSetFailedError, TimeoutError, DistStoreError) as error:
                 self.abort(error)
             if self.error is not None and time.monotonic() > self._aborted_at + ABORT_SECONDS:
                 raise RuntimeError("calls of NCCL do not end although they were aborted")

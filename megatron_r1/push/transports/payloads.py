@@ -12,8 +12,9 @@ import torch
 
 from megatron_r1.push.checksum import INTEGERS, RowsChecksum, RowsWeightedSum
 from megatron_r1.push.control_messages import IncompletePush
-from megatron_r1.push.protocol import RelaySource, SlotTable, TensorChunk, dtype_of, slot_view
-from megatron_r1.push.rendezvous import SetFailedError
+from megatron_r1.push.protocol import RelaySource
+from megatron_r1.push.rendezvous import EngineSetFailedError
+from megatron_r1.push.slots import SlotTable, TensorChunk, dtype_of, slot_view
 from megatron_r1.push.transports.base import ChunkTensors, Receiver
 
 SUM_BYTES = 8
@@ -326,11 +327,11 @@ class PayloadReceiver(Receiver):
                 cause = self.rendezvous.diagnose_failure(
                     lost, push_number_in_set, text, lambda: self.is_closing
                 )
-                failure = SetFailedError(cause)
-            elif not isinstance(error, SetFailedError):
+                failure = EngineSetFailedError(cause)
+            elif not isinstance(error, EngineSetFailedError):
                 is_damaged = isinstance(error, ValueError) and not isinstance(error, IncompletePush)
                 first = self.rendezvous.publish_rank_failure(
                     self.engine_rank, text, is_damaged=is_damaged
                 )
-                failure = SetFailedError(first)
+                failure = EngineSetFailedError(first)
         self.received_chunks.fail(failure)

@@ -11,7 +11,7 @@ import torch
 
 from megatron_r1.push.checksum import RunningChecksum
 from megatron_r1.push.control_messages import IncompletePush
-from megatron_r1.push.protocol import SlotTable, TensorChunk, slot_view
+from megatron_r1.push.slots import SlotTable, TensorChunk, slot_view
 
 
 class ReceivedChunks:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from megatron_r1.push.checksum import copy_with_checksum, memory_fence
-from megatron_r1.push.protocol import TensorChunk, slot_view
+from megatron_r1.push.slots import TensorChunk, slot_view
 from megatron_r1.push.transports.base import ChunkTensors, Receiver, Sender, gpu_uuid
 from megatron_r1.push.transports.received_chunks import ReceivedChunks
 

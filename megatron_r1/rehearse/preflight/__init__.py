@@ -4,6 +4,7 @@
 - `node_probes`: the node, and its connection to rank 0's, with its clock.
 - `folder`: the run folder.
 - `links`: the collectives of the parallel axes, and the links between nodes.
+- `rank_placement`: where a rank is.
 - `facts`: the measurements, as ranks send them to rank 0.
 - `rank_progress`: names the rank that the others wait for.
 - `findings`: compares the ranks with each other and with the planner (`node_checks`, `rate_checks`,

@@ -17,7 +17,8 @@ from rich.table import Table
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.config import Config
-from megatron_r1.plan.hardware import Assumptions, Hardware, intra_node_fraction
+from megatron_r1.plan.assumptions import Assumptions
+from megatron_r1.plan.hardware import Hardware, intra_node_fraction
 from megatron_r1.rehearse.preflight.check_result import CheckResult
 from megatron_r1.rehearse.preflight.facts import RankFacts
 from megatron_r1.rehearse.preflight.links import AXIS_COLLECTIVES

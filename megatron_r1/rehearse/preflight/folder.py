@@ -11,9 +11,10 @@ from pathlib import Path
 
 from megatron_r1.base.errors import UserError
 from megatron_r1.base.files import fsync
-from megatron_r1.base.files.folder_lock import LOCK, FolderLock, is_locked
-from megatron_r1.rehearse.preflight.facts import FolderFacts, RankPlacement
+from megatron_r1.rehearse.preflight.facts import FolderFacts
+from megatron_r1.rehearse.preflight.rank_placement import RankPlacement
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
+from megatron_r1.reporting.folder_lock import LOCK, FolderLock, is_locked
 
 NUM_BYTES = 64 << 20
 """Size of the file that each node writes, and whose copy of the next node it reads."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_r1.models import platform
-from megatron_r1.rehearse.preflight.facts import LinkRate, RankPlacement
+from megatron_r1.rehearse.preflight.facts import LinkRate
+from megatron_r1.rehearse.preflight.rank_placement import RankPlacement
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.config import Config
 from megatron_r1.evaluation.package_versions import package_versions
 from megatron_r1.models import platform
-from megatron_r1.rehearse.preflight.facts import MemoryUsage, RankPlacement
+from megatron_r1.rehearse.preflight.facts import MemoryUsage
+from megatron_r1.rehearse.preflight.rank_placement import RankPlacement
 
 GPU_PACKAGES = ("transformer-engine", "flash-attn", "triton", "deep-ep", "apex")
 DRIVER_VERSION_FILE = Path("/proc/driver/nvidia/version")

@@ -14,14 +14,9 @@ from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.models.rendezvous_store import trainer_store
 from megatron_r1.rehearse.preflight import links, node_probes
-from megatron_r1.rehearse.preflight.facts import (
-    LinkRate,
-    MemoryUsage,
-    NodeFacts,
-    RankFacts,
-    RankPlacement,
-)
+from megatron_r1.rehearse.preflight.facts import LinkRate, MemoryUsage, NodeFacts, RankFacts
 from megatron_r1.rehearse.preflight.folder import measure_folder
+from megatron_r1.rehearse.preflight.rank_placement import RankPlacement
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.rehearse.settings import PreflightConfig
 from megatron_r1.trainer import distributed

@@ -5,7 +5,8 @@ from dataclasses import replace
 from statistics import median, median_high
 from typing import Literal
 
-from megatron_r1.plan.hardware import HARDWARE, Assumptions, Hardware, link_rate
+from megatron_r1.plan.assumptions import Assumptions, link_rate
+from megatron_r1.plan.hardware import HARDWARE, Hardware
 from megatron_r1.rehearse.preflight.check_result import (
     MAX_LISTED,
     CheckResult,

@@ -1,6 +1,7 @@
-"""Tries what an engine with `push.fp8` may have in place of the newest weights: their 8-bit values
-with the block scales of an earlier push, weights of an earlier version, and weights that are not
-quantized.
+"""Tries what an engine with `push.fp8` may have in place of the newest weights.
+
+They may be the newest 8-bit values with the block scales of an earlier push, weights of an earlier
+version, or weights that are not quantized.
 
 The engine's bfloat16 moves log-probabilities as much as such weights do, but otherwise. Each
 candidate has an effect e on every token's log-probability, on which the engine's differences d are

@@ -64,9 +64,9 @@ def compare_loss(step: RecordedStep, recomputation: Recomputation) -> list[Compa
         return comparisons
     candidates = list(candidate_causes(step, recomputation))
     _show_search(step, recomputation, comparisons, len(candidates))
-    if (found := find_update_cause(step, recomputation, candidates)) is None:
+    if (cause_with_updates := find_update_cause(step, recomputation, candidates)) is None:
         return _with_terms(comparisons, step, recomputation)
-    candidate, updates = found
+    candidate, updates = cause_with_updates
     text = (
         f"{candidate.name} explains it: loss {_format_value(updates.metrics['loss'])}, recorded "
         f"{_format_value(step.metrics_row.get('loss'))}, by the settings "

@@ -44,7 +44,12 @@ def advantage_scale(step: RecordedStep) -> float:
 
 
 def metric_tolerance(step: RecordedStep, name: str, metrics: Mapping[str, float]) -> float:
-    """Return the largest distance of a metric from its recomputed value, one of `metrics`."""
+    """Return the largest distance of a metric from its recomputed value.
+
+    Args:
+        step: the recorded step.
+        name: the metric's name.
+        metrics: the recomputed values by name."""
     dtype, rl = step.run_config.model.dtype, step.config.rl
     if name == "loss":  # of advantages that are all 0, KL and entropy alone
         weights = {"kl": abs(rl.kl_beta), "entropy": abs(rl.entropy_coef)}

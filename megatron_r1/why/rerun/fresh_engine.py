@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_r1.base.transports import BACKEND_PREFIX
 from megatron_r1.config import Config
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
 from megatron_r1.engines.server.errors import EngineError, with_log_excerpt
@@ -82,7 +82,7 @@ async def compute_engine_logprobs(
     settings = engine_settings(config.rollout) | {"speculative": None}
     async with contextlib.AsyncExitStack() as stack:
         fleet = await stack.enter_async_context(
-            RolloutFleet(
+            EngineFleet(
                 1,
                 logs,
                 role=ROLE,

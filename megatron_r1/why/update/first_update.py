@@ -1,5 +1,6 @@
-"""Keeps what all recomputations of a step have in common: the pass of its first update, whose
-weights are those before the step for every candidate cause in loss or optimizer."""
+"""Keeps what all recomputations of a step have in common: the pass of its first update.
+
+Its weights are those before the step for every candidate cause in loss or optimizer."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Collects what a step's updates are made of, as the settings say or with a candidate cause in
-place: the policy with its optimizer's state, the rows of each mini-batch, their log-probabilities,
-and the rules of loss and optimizer."""
+"""Collects what a step's updates are made of, as the settings say or with a candidate cause.
+
+These are the policy with its optimizer's state, the rows of each mini-batch, their
+log-probabilities, and the rules of loss and optimizer."""
 
 from __future__ import annotations
 

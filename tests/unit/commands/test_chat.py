@@ -14,7 +14,7 @@ from refusals import refused
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import chat, cli, sample
-from megatron_r1.commands.trained_model import find_exported, trained_recipe
+from megatron_r1.commands.parts.trained_model import find_exported, trained_recipe
 from megatron_r1.config import parse_recipe
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE
 
@@ -62,7 +62,7 @@ def test_a_run_without_an_export_is_refused_with_the_command(run_folder, monkeyp
     with refused("RUN", Cause.MISSING, run_folder):
         find_exported(str(run_folder), "RUN")
     monkeypatch.setattr(
-        "megatron_r1.commands.trained_model.complete_checkpoints", lambda folder: [folder]
+        "megatron_r1.commands.parts.trained_model.complete_checkpoints", lambda folder: [folder]
     )
     with refused("RUN", Cause.MISSING, f"megatron-r1 convert to-hf {run_folder} {run_folder}/hf"):
         find_exported(str(run_folder), "RUN")

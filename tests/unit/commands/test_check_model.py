@@ -311,7 +311,7 @@ class FailingFleet:
 
 
 def test_why_an_engine_failed_is_read_from_its_log(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparisons, "RolloutFleet", FailingFleet)
+    monkeypatch.setattr(comparisons, "EngineFleet", FailingFleet)
     none, config = ReferenceResult(15, None, False, [], [], 0.0), configuration.from_overrides({})
     rewritten(folder / "config.json", head_dim=32)
     answer = str(asyncio.run(comparisons.compare_with_vllm(folder, config, none, tmp_path)))

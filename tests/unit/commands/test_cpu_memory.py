@@ -6,8 +6,8 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands import cpu_memory as memory
-from megatron_r1.commands.cpu_memory import CPUMemory, cpu_memory
+from megatron_r1.commands.parts import cpu_memory as memory
+from megatron_r1.commands.parts.cpu_memory import CPUMemory, cpu_memory
 from megatron_r1.config import Config
 from megatron_r1.models.memory import layer_activations
 from megatron_r1.models.weights import num_parameters

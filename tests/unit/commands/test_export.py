@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from megatron_r1.commands import checkpoint_export
+from megatron_r1.commands.parts import checkpoint_export
 from megatron_r1.config import Config, ParallelConfig, dump_recipe
 from megatron_r1.evaluation.model_folder import find_model
 from megatron_r1.trainer.checkpoints import manifest

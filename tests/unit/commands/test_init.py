@@ -13,17 +13,17 @@ from safetensors.numpy import save_file
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli, reward_model
-from megatron_r1.commands.guessed_settings import (
+from megatron_r1.commands.init import rl_draft
+from megatron_r1.commands.init import verb as init
+from megatron_r1.commands.init.recipe_draft import recipe_text
+from megatron_r1.commands.parts.guessed_settings import (
     Guess,
     guess_layout,
     guess_lengths,
     tensor_parallel_size,
 )
-from megatron_r1.commands.init import rl_draft
-from megatron_r1.commands.init import verb as init
-from megatron_r1.commands.init.recipe_draft import recipe_text
-from megatron_r1.commands.node_resources import NodeResources
-from megatron_r1.commands.trained_template import guess_template
+from megatron_r1.commands.parts.node_resources import NodeResources
+from megatron_r1.commands.parts.trained_template import guess_template
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.preference_tokenizer import PreferenceTokenizer
 from megatron_r1.models import read_hf_config

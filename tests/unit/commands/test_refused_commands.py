@@ -14,7 +14,7 @@ from small_qwen2 import MODEL
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
 from megatron_r1.commands.init import verb as init
-from megatron_r1.commands.node_resources import NodeResources
+from megatron_r1.commands.parts.node_resources import NodeResources
 
 LAPTOP = Path(__file__).parents[3] / "examples/laptop/model"
 CASES = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text(encoding="utf-8"))
@@ -41,7 +41,7 @@ def here(tmp_path, monkeypatch):
         csv.writer(file).writerows([("Math task", "The result"), *sums])
     Path("run").mkdir()
     monkeypatch.setattr(
-        "megatron_r1.commands.trained_model.complete_checkpoints",
+        "megatron_r1.commands.parts.trained_model.complete_checkpoints",
         lambda folder: [folder / "step_1"] if folder.parent.name == "run" else [],
     )
 

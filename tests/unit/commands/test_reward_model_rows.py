@@ -9,8 +9,8 @@ from r1_grading.reading import response_part
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
+from megatron_r1.commands.parts.supervised_training import resolve_steps
 from megatron_r1.commands.reward_model import RowSampler, _next_commands, load_rows
-from megatron_r1.commands.supervised_training import resolve_steps
 from megatron_r1.config import Config
 from megatron_r1.config.overrides import parse_overrides
 

@@ -11,8 +11,8 @@ from refusals import refused
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
+from megatron_r1.commands.parts.supervised_training import resolve_steps
 from megatron_r1.commands.sft import load_sampler
-from megatron_r1.commands.supervised_training import resolve_steps
 from megatron_r1.config.sft import MixturePart
 from megatron_r1.data.mixture import MixtureSampler, describe_mixture, epoch_counts, load_mixture
 

@@ -10,9 +10,10 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.plan import main
-from megatron_r1.plan.assumed_numbers import apply_calibration
+from megatron_r1.plan.assumptions import Assumptions
 from megatron_r1.plan.calibration import calibrate_from
-from megatron_r1.plan.hardware import HARDWARE, Assumptions, described_fields
+from megatron_r1.plan.calibration_file import apply_calibration
+from megatron_r1.plan.hardware import HARDWARE, described_fields
 from megatron_r1.plan.job_options import parse_job_arguments
 
 ROOT = Path(__file__).parents[3]

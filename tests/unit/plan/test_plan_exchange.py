@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from planned_jobs import planned, real_job
 
+from megatron_r1.plan.assumptions import Assumptions
 from megatron_r1.plan.communication import traffic_by_axis
 from megatron_r1.plan.engine_communication import (
     EngineInterconnect,
@@ -12,7 +13,7 @@ from megatron_r1.plan.engine_communication import (
     mean_distinct_values,
 )
 from megatron_r1.plan.engine_memory import EngineMemory
-from megatron_r1.plan.hardware import HARDWARE, Assumptions
+from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.plan.rollout import RolloutTime, exchange_section
 
 H800 = HARDWARE["H800"]

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from megatron_r1.commands.plan import main
+from megatron_r1.plan.assumptions import Assumptions
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.hardware import GIB, HARDWARE, Assumptions
+from megatron_r1.plan.hardware import GIB, HARDWARE
 from megatron_r1.plan.job_options import parse_job_arguments
 from megatron_r1.plan.published_calibration import is_in_range
 from megatron_r1.plan.published_runs import PublishedRun, published_runs

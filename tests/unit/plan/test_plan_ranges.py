@@ -8,8 +8,8 @@ import pytest
 from planned_jobs import RECIPE, ROOT, planned
 
 from megatron_r1.commands.plan import main
+from megatron_r1.plan.assumptions import Assumptions
 from megatron_r1.plan.estimate import JobEstimate
-from megatron_r1.plan.hardware import Assumptions
 from megatron_r1.plan.job import Calibration
 from megatron_r1.plan.job_options import parse_job_arguments
 from megatron_r1.plan.offload import OFFLOAD

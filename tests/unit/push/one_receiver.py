@@ -6,8 +6,8 @@ import torch
 from torch.distributed import TCPStore
 from waiting import PATIENT
 
-from megatron_r1.push.protocol import Slot, SlotTable, TensorChunk
 from megatron_r1.push.rendezvous import EngineRendezvous, TrainerRendezvous
+from megatron_r1.push.slots import Slot, SlotTable, TensorChunk
 from megatron_r1.push.transports import receiver_class, sender_class
 
 TENSORS = {

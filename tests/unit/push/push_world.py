@@ -12,9 +12,9 @@ from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.push.control_messages import SentWeights
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
 from megatron_r1.push.plan.regions import scale_region
-from megatron_r1.push.protocol import Slot, SlotTable, slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender, run_in_threads
+from megatron_r1.push.slots import Slot, SlotTable, slot_view
 from megatron_r1.push.transports import receiver_class
 from tests.harness.waiting import PATIENT
 from tools.bench.push.small_model import rank_tensors

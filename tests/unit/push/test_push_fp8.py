@@ -20,9 +20,10 @@ from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.recipe_plan import check_blocks, check_pushes
 from megatron_r1.push.plan.regions import Region, scale_region
 from megatron_r1.push.plan.tensors import pushed_tensors
-from megatron_r1.push.protocol import ReceiverInfo, SlotTable, dtype_of, slot_view
+from megatron_r1.push.protocol import ReceiverInfo
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender
+from megatron_r1.push.slots import SlotTable, dtype_of, slot_view
 from megatron_r1.push.transports import gloo
 from tools.bench.push.small_model import rank_tensors
 

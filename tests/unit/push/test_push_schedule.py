@@ -54,7 +54,7 @@ def groups_of(schedule: PushSchedule, world_size: int, ranks: int) -> dict:
     for rank in range(world_size):
         calls = []
         for call in schedule.transfers(rank):
-            index = call.payload_id.set_index
+            index = call.payload_id.engine_set_index
             communicator = index if schedule.communicator_size(index) else OWN
             key = (call.is_relayed, call.round, communicator)
             data = (call.is_send, call.peer, call.payload_id, call.number, call.count)

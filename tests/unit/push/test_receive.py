@@ -30,8 +30,9 @@ from megatron_r1.push.checksum import (
     weighted_sum,
 )
 from megatron_r1.push.control_messages import IncompletePush
-from megatron_r1.push.protocol import ReceiverInfo, SlotTable, TensorChunk, slot_view
+from megatron_r1.push.protocol import ReceiverInfo
 from megatron_r1.push.rendezvous import EngineRendezvous, TableStore, TrainerRendezvous
+from megatron_r1.push.slots import SlotTable, TensorChunk, slot_view
 from megatron_r1.push.transports import gloo, shared_memory
 from megatron_r1.push.transports.received_chunks import check_coverage
 from megatron_r1.push.transports.shared_memory import SharedMemoryFile, remove_stale_files

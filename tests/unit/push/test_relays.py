@@ -10,8 +10,8 @@ from waiting import PATIENT
 from megatron_r1.models.weights.formats.quantized_blocks import quantize_fp8
 from megatron_r1.push.control_messages import SentWeights
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from megatron_r1.push.protocol import slot_view
-from megatron_r1.push.rendezvous import SetFailedError
+from megatron_r1.push.rendezvous import EngineSetFailedError
+from megatron_r1.push.slots import slot_view
 from megatron_r1.push.transports.payloads import BufferPayload
 from tests.unit.push.push_models import DEEPSEEK, DEEPSEEK_MTP, QWEN
 from tests.unit.push.push_world import World, draw, plain_table, wrong_slots
@@ -70,7 +70,7 @@ def test_drafters_have_every_slice_of_mtp_layers_too(make_world, layout):
 
 def test_an_engine_whose_drafter_takes_no_pushes_is_refused(make_world):
     tensors = draw(DEEPSEEK_MTP, 1, with_mtp=True)
-    with raised(SetFailedError, "model.layers.4.enorm.weight"):
+    with raised(EngineSetFailedError, "model.layers.4.enorm.weight"):
         make_world(DEEPSEEK_MTP, GRID, SPREAD, tensors, engines=2, table=plain_table, drafts=True)
 
 
@@ -168,7 +168,7 @@ def test_an_engine_rank_that_ends_is_named_by_the_others(make_world):
 
 def test_engines_that_need_different_tensors_are_refused(make_world):
     tensors, layouts = draw(QWEN, 1), iter([EngineLayout(), EngineLayout(tensor_parallel=2)])
-    with raised(SetFailedError, "rank 0 of engine 1"):
+    with raised(EngineSetFailedError, "rank 0 of engine 1"):
         make_world(
             QWEN,
             TrainerGrid(1),

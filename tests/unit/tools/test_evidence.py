@@ -364,6 +364,43 @@ def test_a_function_read_from_its_module_may_move(repository, text, state):
     assert repository.state(claim).name == state
 
 
+WITHIN = """def area(r):
+    from tools.square import cube, square
+
+    assert r > 0, "no radius"
+    return square(r) + cube(r)
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [
+        # one of them is imported from the file where it is now; another message of an assertion
+        (
+            WITHIN.replace(
+                "square import cube, square",
+                "square import square\n    from tools.cube import cube",
+            ),
+            "fresh",
+        ),
+        (WITHIN.replace("no radius", "a negative radius"), "fresh"),
+        (WITHIN.replace("r > 0", "r >= 0"), "stale"),
+        (WITHIN.replace("import cube, square", "import square as cube, square"), "stale"),
+    ],
+)
+def test_imports_within_a_function_may_be_of_other_files(repository, text, state):
+    cube = "def cube(x):\n    return x**3\n"
+    claim = repository.measured(
+        repository.commit(tools__square=SQUARE + "\n\n" + cube, part__use=WITHIN),
+        paths=["part/", "tools/"],
+    )
+    repository.commit(tools__square=SQUARE, tools__cube=cube)
+    repository.commit(part__use=text)
+    if "tools.cube" not in text:
+        repository.commit(tools__square=SQUARE + "\n\n" + cube, tools__cube="")
+    assert repository.state(claim).name == state
+
+
 def test_functions_of_one_name_in_two_modules_are_not_exchanged(repository):
     files = {"tools__square": "def power(x):\n    return x**2\n"}
     files |= {"tools__cube": "def power(x):\n    return x**3\n", "part__use": USE_MODULES}
@@ -405,7 +442,7 @@ def total(rows, scale):
         ({"rows.mask": "rows.weights"}, "stale"),
         ({".mask": ".scaled"}, "stale"),
         ({'"mask"': '"weights"'}, "stale"),
-        # a method; a variable beside another by the old name; two to one
+        # a method; a variable where another has the old name; two to one
         ({"known": "number"}, "stale"),
         # a parameter of a method that another class may call or override
         ({"take(self, rows": "take(self, table", "rows[": "table["}, "stale"),

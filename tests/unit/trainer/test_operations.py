@@ -5,14 +5,14 @@ import pytest
 
 from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.config.loss_settings import TokenAdvantageSettings
-from megatron_r1.push.control_messages import SentWeights, SetFailure
+from megatron_r1.controller.trainer_calls.result_decoding import decode_result
+from megatron_r1.push.control_messages import EngineSetFailure, SentWeights
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.trainer.operations import (
     CheckpointOperations,
     EvaluationOperations,
     ModelOperations,
     PushOperations,
-    decode_result,
     operation_names,
 )
 from megatron_r1.trainer.rank_messages import RankCall
@@ -20,7 +20,7 @@ from megatron_r1.trainer.rank_server import RankServer, argument_types, operatio
 from megatron_r1.trainer.training_sample import Sample
 
 PROTOCOLS = (ModelOperations, EvaluationOperations, CheckpointOperations, PushOperations)
-FAILED = SentWeights({"one": SetFailure("cut", [1])})
+FAILED = SentWeights({"one": EngineSetFailure("cut", [1])})
 
 
 class Rank(*PROTOCOLS):

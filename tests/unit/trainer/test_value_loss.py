@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_r1.trainer.critic import explained_variance, value_loss
 from megatron_r1.trainer.metrics import merge_reports
+from megatron_r1.trainer.value_loss import explained_variance, value_loss
 
 ROWS = [1, 2, 4, 6, 7]
 

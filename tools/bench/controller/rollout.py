@@ -38,7 +38,7 @@ from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.sampler import PromptSampler
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.reply_reader import MEDIA_TYPE
 from megatron_r1.trainer.operations import ModelOperations
 from tools.bench import host
@@ -189,7 +189,7 @@ async def _train_on_rollout(
     await asyncio.wait_for(trainer.connect(), CONNECT_SECONDS)
     connected = time.perf_counter() - began
     make_server = partial(synthetic.SyntheticServer, urls)
-    fleet = RolloutFleet(ENGINES, folder, make_server=make_server, max_num_seqs=num_groups * GROUP)
+    fleet = EngineFleet(ENGINES, folder, make_server=make_server, max_num_seqs=num_groups * GROUP)
     pool, log = RewardPool(config.rewards.workers), SampleLog(folder / "samples")
     collector = RolloutCollector(fleet, pool, tokenizer, config.rewards)
     prompts = [Prompt(f"{i}", f"{i:0{PROMPT_CHARS}}", "math", "42") for i in range(num_groups)]

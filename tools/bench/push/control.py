@@ -30,9 +30,9 @@ from megatron_r1.base.processes.children import free_port
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push.plan import EngineLayout, TrainerGrid
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
-from megatron_r1.push.protocol import slot_view
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender
+from megatron_r1.push.slots import slot_view
 from megatron_r1.push.transports import gloo
 from megatron_r1.push.transports.payloads import LinkPayload
 from tools.bench.push.small_model import SHAPE, rank_tensors, slot_table

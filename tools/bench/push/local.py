@@ -34,7 +34,7 @@ from megatron_r1.config import Config
 from megatron_r1.controller.push.engine_links import EngineLinks
 from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.trainer_calls.client import TrainerClient
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.trainer.operations import CheckpointOperations
@@ -89,7 +89,7 @@ async def measure(
     try:
         await trainer.connect()
         await trainer.call(CheckpointOperations.export, folder=str(folder / "export"))
-        async with RolloutFleet(1, folder / "logs", dtype=dtype, **settings) as fleet:
+        async with EngineFleet(1, folder / "logs", dtype=dtype, **settings) as fleet:
             await fleet.start(folder / "export", policy_version=-1)
             return await _measure_pushes(
                 trainer, fleet, config, shape, folder, repeats, num_reloads

@@ -21,6 +21,7 @@ from megatron_r1.config import load_recipe
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages, stage_shards
 from megatron_r1.plan import hardware
+from megatron_r1.plan.assumptions import Assumptions
 from megatron_r1.plan.hardware import ByteRate, Count
 from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
 from megatron_r1.push.plan.planned_links import (
@@ -43,7 +44,7 @@ from tools.bench.push.stream_operations import (
 )
 from tools.bench.push.stream_queues import StreamQueues
 
-PLAN = hardware.Assumptions()
+PLAN = Assumptions()
 """The assumptions of `megatron-r1 plan`."""
 
 

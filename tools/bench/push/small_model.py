@@ -12,7 +12,7 @@ from megatron_r1.models.weights.table import WeightTable
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.layouts import Coordinate
 from megatron_r1.push.plan.predicted_sharding import PredictedSharding
-from megatron_r1.push.protocol import Slot, SlotTable
+from megatron_r1.push.slots import Slot, SlotTable
 
 SHAPE = {
     "architectures": ["DeepseekV3ForCausalLM"],

@@ -7,7 +7,8 @@ import pytest
 
 from megatron_r1.base.processes import process_memory
 from megatron_r1.base.processes.process_memory import ALLOCATOR_VARIABLES
-from megatron_r1.commands import cli, torchrun
+from megatron_r1.commands import cli
+from megatron_r1.commands.parts import torchrun
 from megatron_r1.config import parse_recipe
 from megatron_r1.controller.trainer_calls import rank_processes
 from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses

@@ -15,11 +15,12 @@ from megatron_r1.config import Config
 from megatron_r1.config.algorithms import ALGORITHM_NAMES
 from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.controller import algorithms
-from megatron_r1.trainer.rollout_batches import RolloutBatches, WholeMicrobatch
+from megatron_r1.trainer.rollout_batches import RolloutBatches
 from megatron_r1.trainer.sequence_packing import pack_batch
 from megatron_r1.trainer.token_advantages import discounted_sums
 from megatron_r1.trainer.token_split import TokenSplit
 from megatron_r1.trainer.training_sample import Sample
+from megatron_r1.trainer.whole_microbatch import WholeMicrobatch
 
 
 def cispo(low, high):

@@ -18,7 +18,7 @@ from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.push.plan import EngineLayout
-from megatron_r1.trainer.operations import needs_parameters
+from megatron_r1.trainer.operation_needs import needs_parameters
 
 
 class OffloadedTrainer:
@@ -84,7 +84,7 @@ class Client:
 
 
 class Fleet(SmallFleet):
-    """Swaps and sleeps as `RolloutFleet`, without the calls to its engines."""
+    """Swaps and sleeps as `EngineFleet`, without the calls to its engines."""
 
     def __init__(self, done, engines=()):
         super().__init__(engines)

@@ -24,7 +24,7 @@ from megatron_r1.engines.server.errors import (
     WeightsUnavailable,
 )
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.push.control_messages import SetFailure
+from megatron_r1.push.control_messages import EngineSetFailure
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.trainer.operations import PushOperations
 
@@ -121,7 +121,7 @@ class SmallTrainer:
         if operation == PushOperations.send_weights and self.failures:
             members = self.failures.pop(0)
             if members is not None:
-                failures = {arguments["sets"][0]: SetFailure("Connection reset", members)}
+                failures = {arguments["sets"][0]: EngineSetFailure("Connection reset", members)}
         return [push_result(operation, self.port, failures)]
 
     def sets(self):

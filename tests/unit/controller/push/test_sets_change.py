@@ -121,7 +121,7 @@ class Client:
 
 class Fleet(SmallFleet):
     async def swap_weights(self, update, version):
-        """As `RolloutFleet.swap_weights`."""
+        """As `EngineFleet.swap_weights`."""
         engines = [engine for engine in self.engines if engine.is_up]
         calls = [engine.client.swap_weights(update, version) for engine in engines]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)

@@ -31,7 +31,7 @@ from megatron_r1.controller.supervision.watchdog import HangError, Watchdog
 from megatron_r1.controller.trainer_calls.client import PendingCall, TrainerClient
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.fleet.engine import Engine
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.reporting.run_folder import RunFolder
@@ -84,7 +84,7 @@ class Run:
                 self.config, self.recorder, self.trainer, spans_nodes=False
             )
             async with RewardPool(1, timeout_seconds=1e5) as pool:
-                fleet = RolloutFleet(1, folder.path / "logs")
+                fleet = EngineFleet(1, folder.path / "logs")
                 self.collector = RolloutCollector(fleet, pool, TEXT, RewardsConfig())
                 self.recorder.view.show_phase("rollout")
                 self.supervisor.watch_rollouts(self.collector)
@@ -400,7 +400,7 @@ def test_a_teacher_that_says_nothing_is_what_everything_waits_for(tmp_path, monk
 
     async def body():
         async with run.supervised() as supervisor, EngineClient("") as client:
-            teacher = RolloutFleet(1, tmp_path, role="teacher")
+            teacher = EngineFleet(1, tmp_path, role="teacher")
             server = EngineServer(run.config.model.path, tmp_path / "teacher-0.log")
             teacher.engines.append(Engine(0, server, client, role="teacher", num_running=4))
             run.collector.teachers = TeacherFleets({"": teacher}, {"": run.config.model.path})

@@ -10,7 +10,7 @@ from fakes.engine import Peer
 from waiting import until
 
 from megatron_r1.engines.fleet import engine_replacer
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.errors import (
     EngineDied,
     EngineError,
@@ -46,7 +46,7 @@ def run(tmp_path, peers, story, *, num_engines=1, max_restarts=0, **settings):
         async with contextlib.AsyncExitStack() as servers:
             for peer in peers:
                 await servers.enter_async_context(peer.served())
-            fleet = RolloutFleet(
+            fleet = EngineFleet(
                 num_engines,
                 tmp_path,
                 max_restarts=max_restarts,

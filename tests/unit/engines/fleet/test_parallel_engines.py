@@ -9,7 +9,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import load_recipe, parse_recipe
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet, with_gpu_share
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet, with_gpu_share
 from megatron_r1.engines.server import recipe_checks
 from megatron_r1.engines.server.model_config import vocab_size
 from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
@@ -218,7 +218,7 @@ def test_engines_on_other_hosts_get_none_of_this_hosts_gpus(tmp_path):
         def start(self): ...
 
     async def launch():
-        fleet = RolloutFleet(2, tmp_path, device="cuda", make_server=Elsewhere)
+        fleet = EngineFleet(2, tmp_path, device="cuda", make_server=Elsewhere)
         fleet._model = tmp_path
         fleet.launch(1)
 
@@ -228,7 +228,7 @@ def test_engines_on_other_hosts_get_none_of_this_hosts_gpus(tmp_path):
 
 def test_an_engine_takes_as_many_sequences_as_all_its_copies(tmp_path):
     limits = [
-        RolloutFleet(1, tmp_path, **engine_settings(recipe.rollout)).state.dispatcher.limit
+        EngineFleet(1, tmp_path, **engine_settings(recipe.rollout)).state.dispatcher.limit
         for recipe in (config(max_num_seqs=8), config(max_num_seqs=8, data_parallel=4))
     ]
     assert limits[1] == 4 * limits[0]

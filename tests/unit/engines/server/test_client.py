@@ -1,4 +1,4 @@
-"""EngineClient and RolloutFleet against hand-written replies, without vLLM."""
+"""EngineClient and EngineFleet against hand-written replies, without vLLM."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ from aiohttp import web
 from fakes.loopback import serving
 
 from megatron_r1.base.processes.exit_diagnosis import excerpt_log
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineTimeout
 from megatron_r1.engines.server.model_config import read_engine_hf_config
@@ -175,14 +175,14 @@ def test_a_log_that_repeats_itself_for_every_request_is_read_at_both_ends(tmp_pa
 
 def test_a_fleet_without_engines_and_a_call_before_start_are_refused(tmp_path):
     with pytest.raises(ValueError, match="num_engines"):
-        RolloutFleet(0, tmp_path)
+        EngineFleet(0, tmp_path)
     with pytest.raises(EngineError, match=r"start\(\)"):
-        asyncio.run(RolloutFleet(1, tmp_path).generate([3], n=1, max_tokens=1))
+        asyncio.run(EngineFleet(1, tmp_path).generate([3], n=1, max_tokens=1))
 
 
 def test_the_controller_side_imports_neither_torch_nor_vllm():
     code = (
-        "import sys, megatron_r1.engines.fleet.rollout_fleet; "
+        "import sys, megatron_r1.engines.fleet.engine_fleet; "
         "print(sorted({'torch', 'vllm', 'megatron.core', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

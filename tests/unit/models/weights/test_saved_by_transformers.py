@@ -8,7 +8,7 @@ import transformers
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.trainer_checks import check_trainer
+from megatron_r1.commands.parts.trainer_checks import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.engines.server.model_config import config_arguments
 from megatron_r1.models.hf_config import num_mtp_layers

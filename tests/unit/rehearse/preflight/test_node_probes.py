@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_r1.config import load_recipe, parse_recipe
 from megatron_r1.rehearse.preflight import folder, node_probes, rank
-from megatron_r1.rehearse.preflight.facts import RankPlacement
+from megatron_r1.rehearse.preflight.rank_placement import RankPlacement
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
 from megatron_r1.reporting.run_folder import RunFolder
 

@@ -5,7 +5,8 @@ import pytest
 from megatron_r1.base.errors import UserError
 from megatron_r1.config import parse_recipe
 from megatron_r1.config.overrides import take_section
-from megatron_r1.plan.hardware import GIB, HARDWARE, Assumptions, link_rate
+from megatron_r1.plan.assumptions import Assumptions, link_rate
+from megatron_r1.plan.hardware import GIB, HARDWARE
 from megatron_r1.rehearse.preflight.facts import (
     FolderFacts,
     LinkRate,

@@ -14,10 +14,10 @@ from megatron_r1.base.errors import Cause, TrainerError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.stopping import StopRequest
-from megatron_r1.commands import torchrun
-from megatron_r1.commands.cpu_memory import cpu_memory
-from megatron_r1.commands.torchrun import PORT, SPANS_NODES
-from megatron_r1.commands.trainer_checks import check_weights
+from megatron_r1.commands.parts import torchrun
+from megatron_r1.commands.parts.cpu_memory import cpu_memory
+from megatron_r1.commands.parts.torchrun import PORT, SPANS_NODES
+from megatron_r1.commands.parts.trainer_checks import check_weights
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.optimizer import warmup_note
 from megatron_r1.controller.run_recorder import RunRecorder

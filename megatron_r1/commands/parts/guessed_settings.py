@@ -4,7 +4,7 @@ of the prompts and the node."""
 import json
 from typing import Any, NamedTuple
 
-from megatron_r1.commands.node_resources import NodeResources
+from megatron_r1.commands.parts.node_resources import NodeResources
 from megatron_r1.config.yaml_text import format_value
 from megatron_r1.models.hf_config import HFConfig, key_value_heads
 from megatron_r1.models.memory import engine_bytes, parameter_bytes

@@ -1,5 +1,5 @@
-"""The assumed numbers of a plan: those of plan/hardware.py, or measured ones in their place
-(`--calibrate FILE`)."""
+"""Reads the file of `--calibrate`: measured numbers in place of those of `plan.hardware` and
+`plan.assumptions`."""
 
 import re
 from dataclasses import replace
@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.config.yaml_text import read_sections
-from megatron_r1.plan.hardware import Assumptions, Hardware, described_fields, unit_of
-from megatron_r1.plan.job import Calibration, PlannedJob
-from megatron_r1.plan.quantity import Quantity, QuantityTable
+from megatron_r1.plan.assumptions import Assumptions
+from megatron_r1.plan.hardware import Hardware, described_fields
+from megatron_r1.plan.job import Calibration
 
 RELATIVE_TO = "hardware"
 """The key of a file that names the hardware whose rates its shares refer to."""
@@ -80,15 +80,3 @@ def _text_to_number(value: object) -> object:
     """Return a text such as 1e-06, which JSON writes and YAML 1.1 takes for a text, as a number."""
     is_number = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?e[+-]?\d+", value)
     return float(str(value)) if is_number else value
-
-
-def assumed_section(job: PlannedJob) -> QuantityTable:
-    """Return every assumed number with its source: the docstring of its field, or the file."""
-    section = {}
-    for part in (job.assumptions, job.hardware):
-        for name, info in described_fields(part).items():
-            source = " ".join((info.description or "").split())
-            if name in job.calibration.names:
-                source = f"measured: {job.calibration.file}"
-            section[name] = Quantity(getattr(part, name), unit_of(info), source)
-    return section

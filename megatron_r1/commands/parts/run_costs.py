@@ -1,8 +1,8 @@
 """Says what memory a run takes, and what it keeps on disk, before it starts."""
 
 from megatron_r1.base.transports import TRANSPORTS
-from megatron_r1.commands import torchrun
-from megatron_r1.commands.cpu_memory import cpu_memory
+from megatron_r1.commands.parts import torchrun
+from megatron_r1.commands.parts.cpu_memory import cpu_memory
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.sample_log import encode, to_record

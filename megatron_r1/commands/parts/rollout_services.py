@@ -10,7 +10,7 @@ from typing import Any
 from r1_grading import RewardPool
 
 from megatron_r1.base.transports import BACKEND_PREFIX
-from megatron_r1.commands.rl_prompts import explain_renamed_columns
+from megatron_r1.commands.parts.rl_prompts import explain_renamed_columns
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.sample_log import SampleLog
@@ -19,9 +19,9 @@ from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompt_split import PromptSplit
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.episodes import Player
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import open_host_pool, server_maker
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.environment_variables import fp8_scale_environment
 from megatron_r1.engines.server.model_config import max_model_len
@@ -92,9 +92,9 @@ def open_player(config: Config, tokenizer: PromptTokenizer) -> Player | None:
     return make_player(config, tokenizer)
 
 
-def _make_fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> RolloutFleet:
+def _make_fleet(config: Config, recorder: RunRecorder, hosts: HostPool | None) -> EngineFleet:
     rollout = config.rollout
-    return RolloutFleet(
+    return EngineFleet(
         rollout.engines,
         recorder.folder.path / "logs",
         notify=recorder.view.show_message,

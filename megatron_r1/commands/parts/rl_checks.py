@@ -2,7 +2,7 @@
 GPUs of this host. `rl_prompts` reads the prompts that it may draw.
 
 Trainer ranks take the first GPUs, engines that run on the controller's host equal shares of all
-(`engines.server.gpu`): both are on the same GPUs. `commands.guessed_settings.guess_layout` decides
+(`engines.server.gpu`): both are on the same GPUs. `parts.guessed_settings.guess_layout` decides
 the placement that `init` writes, and that a recipe without one is refused with."""
 
 import math
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.transports import TRANSPORTS
-from megatron_r1.commands import torchrun
-from megatron_r1.commands.guessed_settings import guess_layout, yaml_value_text
-from megatron_r1.commands.node_resources import detect_node_resources
-from megatron_r1.commands.trainer_checks import check_trainer
+from megatron_r1.commands.parts import torchrun
+from megatron_r1.commands.parts.guessed_settings import guess_layout, yaml_value_text
+from megatron_r1.commands.parts.node_resources import detect_node_resources
+from megatron_r1.commands.parts.trainer_checks import check_trainer
 from megatron_r1.config import Config
 from megatron_r1.controller import algorithms
 from megatron_r1.controller.teacher_checks import check_teachers

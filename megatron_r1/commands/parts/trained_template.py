@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.commands.trained_model import trained_recipe
+from megatron_r1.commands.parts.trained_model import trained_recipe
 from megatron_r1.config import Config, infer_verb
 from megatron_r1.data.prompt_templates import PLACEHOLDER, TEMPLATES
 from megatron_r1.data.rows import read_canonical_rows

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.checkpoint_export import model_folder_to_serve
+from megatron_r1.commands.parts.checkpoint_export import model_folder_to_serve
 from megatron_r1.config import Config
 from megatron_r1.config.eval import ServerConfig
 from megatron_r1.data.few_shot import FewShotExamples

@@ -12,10 +12,10 @@ from r1_grading.base.errors import shorten
 from r1_grading.terms import ACCURACY, weights_at
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.rl_prompts import explain_renamed_columns
-from megatron_r1.commands.rollout_services import open_player
-from megatron_r1.commands.run_costs import describe_run_memory, kept_files_lines
-from megatron_r1.commands.run_facts import describe_stop_tokens
+from megatron_r1.commands.parts.rl_prompts import explain_renamed_columns
+from megatron_r1.commands.parts.rollout_services import open_player
+from megatron_r1.commands.parts.run_costs import describe_run_memory, kept_files_lines
+from megatron_r1.commands.parts.run_facts import describe_stop_tokens
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import warmup_note
 from megatron_r1.controller.advice import find_advice
@@ -28,7 +28,7 @@ from megatron_r1.data.prompt_split import PromptSplit
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.data.sampler import PromptSampler
 from megatron_r1.engines.episodes import Episode
-from megatron_r1.engines.fleet.rollout_fleet import RolloutFleet
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.engines.server.server import temporary_logs
@@ -98,7 +98,7 @@ async def _sample_rollout(
         logs: the folder of the engines' logs."""
     rewards, rollout = config.rewards, config.rollout
     pool = RewardPool(rewards.workers, rewards.timeout_seconds, rewards.memory_bytes)
-    fleet = RolloutFleet(
+    fleet = EngineFleet(
         rollout.engines,
         logs,
         device=gpu.engine_device(),

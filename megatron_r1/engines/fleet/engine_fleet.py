@@ -1,4 +1,4 @@
-"""All rollout engines of a run: one policy version everywhere, groups to the least loaded.
+"""All engines that serve one model in a run: one policy version, groups to the least loaded.
 
 `weight_update_calls` are the calls with which an engine replaces its weights by those that it has
 received."""
@@ -59,10 +59,10 @@ SendWeights = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
 No push begins until the block has ended."""
 
 
-class RolloutFleet:
+class EngineFleet:
     """Engines that hold the same weights.
 
-    Use as `async with RolloutFleet(...) as fleet`, or call `close`. An engine that ends, hangs,
+    Use as `async with EngineFleet(...) as fleet`, or call `close`. An engine that ends, hangs,
     crawls or gives unusable replies is replaced while the others go on; the replacement gets the
     current weights, and lost requests are repeated. Engines may join and leave at any time. A push
     that a living engine refuses makes the fleet refuse every call: it never serves a mixture of

@@ -1,7 +1,7 @@
 """Imports of vLLM and Megatron-Core that begin while the controller reads the data."""
 
 from megatron_r1.base.processes import fork_client
-from megatron_r1.commands import torchrun
+from megatron_r1.commands.parts import torchrun
 from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.rank_processes import RANK_MODULE as RANK
 from megatron_r1.controller.trainer_calls.rank_processes import import_environment

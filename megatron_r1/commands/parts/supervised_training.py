@@ -9,7 +9,7 @@ from typing import Generic, Literal, TypeVar
 
 from megatron_r1.base.errors import Cause, TrainerLost, UserError
 from megatron_r1.base.processes.stopping import StopRequest
-from megatron_r1.commands.training_run import Commands, show_trainer, training_run
+from megatron_r1.commands.parts.training_run import Commands, show_trainer, training_run
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import learning_rate
 from megatron_r1.controller.run_recorder import RunRecorder
