@@ -6,7 +6,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.parts.rl_checks import check_sampling
+from megatron_r1.commands.rl_checks import check_sampling
 from megatron_r1.config import Config, parse_recipe
 
 

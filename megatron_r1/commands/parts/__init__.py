@@ -1,7 +1,7 @@
 """What the command line's verbs are made of; none of these modules is a verb.
 
-- Before a run: `rl_checks`, `trainer_checks` refuse recipes; `rl_prompts`, `sample_inputs` read
-  questions; `dry_run`, `run_costs` and `run_facts` say what a run will do and take.
+- Before a run: `trainer_checks` refuses recipes; `rl_prompts`, `sample_inputs` read questions;
+  `dry_run`, `run_costs` and `run_facts` say what a run will do and take.
 - A run: `training_run` locks its folder and restarts it, with `rollout_services` for RL,
   `supervised_training` without; `sampling_run`: what `sample` and `eval` have in common;
   `rehearsal_jobs`: a recipe in miniature; `torchrun`: several nodes; `preloads`: what ranks import.

@@ -11,7 +11,7 @@ from r1_grading.rewards import GRADERS, SERVED_REWARDS
 from r1_grading.terms import RewardUnusable
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.parts.rl_checks import check_rl_settings
+from megatron_r1.commands.rl_checks import check_rl_settings
 from megatron_r1.config import Config
 from megatron_r1.data.prompt_split import PromptSplit
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer

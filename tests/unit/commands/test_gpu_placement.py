@@ -12,10 +12,10 @@ from small_qwen2 import MODEL
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands import cli, rl
-from megatron_r1.commands.parts import rl_checks, torchrun
+from megatron_r1.commands import cli, rl, rl_checks
+from megatron_r1.commands.parts import torchrun
 from megatron_r1.commands.parts.guessed_settings import yaml_value_text
-from megatron_r1.commands.parts.rl_checks import check_gpu_memory
+from megatron_r1.commands.rl_checks import check_gpu_memory
 from megatron_r1.engines.server import gpu
 from megatron_r1.rehearse.model import write_random_model_folder
 
