@@ -38,9 +38,10 @@ def pretend_to_have_a_gpu() -> None:
     from megatron.core.optimizer import optimizer_config
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-    from megatron_r1.trainer import construction
+    from megatron_r1.trainer import construction, optimizer
 
-    construction.platform = SimpleNamespace(device=platform.device, has_gpu=lambda: True)
+    with_gpu = SimpleNamespace(device=platform.device, has_gpu=lambda: True)
+    construction.platform = optimizer.platform = with_gpu
     optimizer_config.is_te_min_version = lambda version: True
     divide = HybridDeviceOptimizer._get_sub_optimizer_param_groups
 
