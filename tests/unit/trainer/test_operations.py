@@ -5,7 +5,6 @@ import pytest
 
 from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.config.loss_settings import TokenAdvantageSettings
-from megatron_r1.controller.trainer_calls.result_decoding import decode_result
 from megatron_r1.push.control_messages import EngineSetFailure, SentWeights
 from megatron_r1.push.plan import EngineLayout
 from megatron_r1.trainer.operations import (
@@ -17,6 +16,7 @@ from megatron_r1.trainer.operations import (
 )
 from megatron_r1.trainer.rank_messages import RankCall
 from megatron_r1.trainer.rank_server import RankServer, argument_types, operations_by_name
+from megatron_r1.trainer.result_decoding import decode_result
 from megatron_r1.trainer.training_sample import Sample
 
 PROTOCOLS = (ModelOperations, EvaluationOperations, CheckpointOperations, PushOperations)
