@@ -21,9 +21,9 @@ from megatron_r1.commands.parts import guessed_settings
 from megatron_r1.commands.parts.cpu_memory import cpu_memory
 from megatron_r1.commands.parts.guessed_settings import Guess
 from megatron_r1.commands.parts.node_resources import NodeResources
-from megatron_r1.commands.parts.rl_prompts import check_and_read_prompts, explain_renamed_columns
 from megatron_r1.commands.parts.trained_model import trained_recipe
 from megatron_r1.commands.parts.trained_template import template_of_model
+from megatron_r1.commands.rl_prompts import check_and_read_prompts, explain_renamed_columns
 from megatron_r1.config import infer_verb
 from megatron_r1.data.chats import Message
 from megatron_r1.data.columns import Columns, guess_columns

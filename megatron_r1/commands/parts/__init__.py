@@ -1,10 +1,10 @@
 """What the command line's verbs are made of; none of these modules is a verb.
 
-- Before a run: `trainer_checks` refuses recipes; `rl_prompts`, `sample_inputs` read questions;
-  `dry_run`, `run_costs` and `run_facts` say what a run will do and take.
-- A run: `training_run` locks its folder and restarts it, with `rollout_services` for RL,
-  `supervised_training` without; `sampling_run`: what `sample` and `eval` have in common;
-  `rehearsal_jobs`: a recipe in miniature; `torchrun`: several nodes; `preloads`: what ranks import.
+- Before a run: `trainer_checks` refuses recipes; `sample_inputs` reads questions; `run_costs` and
+  `run_facts` say what a run takes and does.
+- A run: `training_run` locks its folder and restarts it, `supervised_training` is one without
+  rollouts; `sampling_run`: what `sample` and `eval` have in common; `rehearsal_jobs`: a recipe in
+  miniature; `torchrun`: several nodes; `preloads`: what ranks import.
 - The node and the model: `node_resources`, `guessed_settings` (sizes that suit it), `cpu_memory`
   (the micro-batch that fits where it has no GPUs), `trained_model`, `trained_template`,
   `checkpoint_export`."""

@@ -13,8 +13,8 @@ from refusals import refused
 
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.parts.rl_prompts import explain_renamed_columns, show_padded_truths
 from megatron_r1.commands.parts.training_run import training_run
+from megatron_r1.commands.rl_prompts import explain_renamed_columns, show_padded_truths
 from megatron_r1.data.columns import guess_columns
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.engines.server.errors import EngineError

@@ -22,7 +22,7 @@ from megatron_r1.commands import cli
 from megatron_r1.commands.init import rl_draft
 from megatron_r1.commands.init import verb as init
 from megatron_r1.commands.parts.node_resources import NodeResources
-from megatron_r1.commands.parts.rl_prompts import check_and_read_prompts
+from megatron_r1.commands.rl_prompts import check_and_read_prompts
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.data.rows import read_canonical_rows
 from megatron_r1.data.sft import load_examples

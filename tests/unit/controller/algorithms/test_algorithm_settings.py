@@ -78,8 +78,7 @@ def test_one_output_a_question_is_enough_where_the_group_is_no_baseline():
 
 def test_the_controller_needs_neither_torch_nor_agents_for_single_turns():
     code = (
-        "import sys; from megatron_r1.commands import rl; "
-        "from megatron_r1.commands.parts import dry_run, rollout_services; "
+        "import sys; from megatron_r1.commands import dry_run, rl, rollout_services; "
         "from megatron_r1.config import Config; from megatron_r1.controller import algorithms; "
         f"[algorithms.find_algorithm(name) for name in {ALGORITHM_NAMES!r}]; "
         "assert rollout_services.open_player(Config(), None) is None; "

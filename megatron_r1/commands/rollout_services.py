@@ -10,7 +10,7 @@ from typing import Any
 from r1_grading import RewardPool
 
 from megatron_r1.base.transports import BACKEND_PREFIX
-from megatron_r1.commands.parts.rl_prompts import explain_renamed_columns
+from megatron_r1.commands.rl_prompts import explain_renamed_columns
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.sample_log import SampleLog
