@@ -31,7 +31,7 @@ from tools.evidence.renames import (
 NO_RENAMES: Renames = frozenset()
 NO_MODULES: frozenset[str] = frozenset()
 ANY_MODULE = "<module>"
-"""Stands for each module whose attributes a file reads: imports say which attribute of which."""
+"""Replaces the name of a module whose attributes a file reads; its imports name them."""
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 TYPE_CHECKS = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
@@ -68,6 +68,10 @@ class Version(NamedTuple):
     module_text: Callable[[str], str | None]
     names: Callable[[], ProjectNames | None] | None = None
     imports: Callable[[], frozenset[tuple[str, str]]] | None = None
+
+    def imported_names(self) -> frozenset[tuple[str, str]]:
+        """Return what its texts import, as (module, name)."""
+        return frozenset(pair for text in self.texts for pair in imported_names(text or ""))
 
     def statements(self, former_names: Renames, modules: frozenset[str]) -> list[_Statements]:
         """Return those of each file.
@@ -168,8 +172,7 @@ def compute_the_same(old: Version, new: Version) -> bool:
 
 def _texts_with_imports(version: Version, other: Version) -> list[str]:
     """Return the texts of a version, and of the modules that it alone imports from."""
-    pairs = frozenset[tuple[str, str]]().union(*(imported_names(t or "") for t in version.texts))
-    pairs -= frozenset[tuple[str, str]]().union(*(imported_names(t or "") for t in other.texts))
+    pairs = version.imported_names() - other.imported_names()
     modules = {module for module, _ in pairs} | {f"{module}.{name}" for module, name in pairs}
     own_modules = sorted(module for module in modules if is_of_project(module))
     texts = (*version.texts, *map(version.module_text, own_modules))
@@ -213,8 +216,7 @@ def _compute_the_same(
 
 def _imported_modules(version: Version, modules: frozenset[str]) -> set[str]:
     """Return the names of `modules` that files import as such, whose attributes name them."""
-    pairs = (pair for text in version.texts for pair in imported_names(text or ""))
-    return {name for module, name in pairs if f"{module}.{name}" in modules}
+    return {name for module, name in version.imported_names() if f"{module}.{name}" in modules}
 
 
 def _are_consistent(renames: set[tuple[str, str]], new: Version) -> bool:

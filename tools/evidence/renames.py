@@ -7,7 +7,7 @@ are the project's own. Of a parameter, a field or a variable the old name may st
 
 import ast
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -88,27 +88,32 @@ def find_new_names(
         SyntaxError: a text is not Python.
     """
     candidates = set(_differing_names(old_texts, new_texts))
-    afters = [after for _, after in candidates]
+    counts = Counter(after for _, after in candidates)
     former_names = old_names.defined.union(*map(defined_in, old_texts))
     names = new_names.defined - old_names.used - old_names.defined
     names -= {part for module in new_names.modules for part in module.split(".")}
-    parameters = set[tuple[str, str]]()
-    for text in new_texts:
-        names -= _methods_and_definitions(text)
-        parameters |= _parameters(text)
+    names -= _in_any(_methods_and_definitions, new_texts)
+    pairs = {
+        (after, before)
+        for before, after in candidates
+        if before in former_names and after in names and counts[after] == 1
+    }
+    if not pairs:
+        return frozenset()
     scopes = [
         scope
         for text in new_texts
         for scope in (*_variables_of_functions(text), _attributes_in(text))
     ]
+    owners = defaultdict(set)
+    for text in new_texts:
+        for owner, name in _parameters(text):
+            owners[name].add(owner)
     return frozenset(
         (after, before)
-        for before, after in candidates
-        if before in former_names and after in names and afters.count(after) == 1
+        for after, before in pairs
         if not any({before, after} <= scope for scope in scopes)
-        if not any(
-            name == after and (owner, before) in new_names.keywords for owner, name in parameters
-        )
+        if not any((owner, before) in new_names.keywords for owner in owners[after])
     )
 
 
@@ -121,8 +126,12 @@ def _methods_and_definitions(text: str) -> frozenset[str]:
     classes = (node for node in nodes if isinstance(node, ast.ClassDef) and node.bases)
     for method in (method for each in classes for method in each.body):
         if isinstance(method, FUNCTIONS) and method.name != "__init__":
-            names |= {node.arg for node in ast.walk(method.args) if isinstance(node, ast.arg)}
+            names |= _arguments_of(method)
     return frozenset(names)
+
+
+def _arguments_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    return {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
 
 
 @cache  # claims of many commits ask for the same texts
@@ -131,18 +140,11 @@ def _parameters(text: str) -> frozenset[tuple[str, str]]:
     pairs: set[tuple[str, str]] = set()
     for node in ast.walk(_parsed_module(text)):
         if isinstance(node, FUNCTIONS):
-            pairs |= {
-                (node.name, each.arg) for each in ast.walk(node.args) if isinstance(each, ast.arg)
-            }
+            pairs |= {(node.name, name) for name in _arguments_of(node)}
         if isinstance(node, ast.ClassDef):
-            inner = [each for each in node.body if isinstance(each, FUNCTIONS)]
+            methods = [each for each in node.body if isinstance(each, FUNCTIONS)]
             fields = {name for each in node.body for name in _target_names(each)}
-            fields |= {
-                each.arg
-                for method in inner
-                for each in ast.walk(method.args)
-                if isinstance(each, ast.arg)
-            }
+            fields = fields.union(*map(_arguments_of, methods))
             pairs |= {(node.name, name) for name in fields}
     return frozenset(pairs)
 
@@ -173,6 +175,7 @@ def _variables_of_functions(text: str) -> list[frozenset[str]]:
     ]
 
 
+@cache  # claims of many commits ask for the same texts
 def _attributes_in(text: str) -> frozenset[str]:
     nodes = ast.walk(_parsed_module(text))
     return frozenset(node.attr for node in nodes if isinstance(node, ast.Attribute))

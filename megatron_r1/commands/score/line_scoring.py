@@ -44,7 +44,7 @@ async def score_lines(config: Config, lines: BinaryIO, output: BinaryIO) -> Line
     that memory stays bounded.
 
     Args:
-        config: the recipe, of which `rewards` and `data.kind` count.
+        config: the recipe; only its `rewards` and `data.kind` are read.
         lines: JSONL, read as it comes.
         output: where the graded lines are written.
 

@@ -1,5 +1,5 @@
-"""The table of which Hugging Face tensors form each Megatron parameter (`table`), and how they are
-split over ranks (`splits`).
+"""Names the Hugging Face tensors that form each Megatron parameter (`table`), and splits them over
+ranks (`splits`).
 
 Import (`loading`), export (`export`), conversion, the push to the engines and the memory planner
 read it. `parameter_layout` has every parameter of a rank from
