@@ -60,7 +60,7 @@ def traffic_by_axis(job: PlannedJob, rank: int) -> dict[str, AxisTraffic]:
 
 
 def _tensor_traffic(job: PlannedJob, layers: int) -> AxisTraffic:
-    hf_config, size, tokens = job.hf_config, job.parallel.tensor, job.rank_tokens
+    hf_config, size, tokens = job.hf_config, job.parallel.tensor, job.mean_microbatch_tokens
     hidden_size, fraction = hf_config["hidden_size"], (size - 1) / size
     gathered_values = scattered_values = 2 * hidden_size
     if job.latent_attention:
@@ -85,7 +85,7 @@ def _tensor_traffic(job: PlannedJob, layers: int) -> AxisTraffic:
 
 
 def _context_traffic(job: PlannedJob, layers: int) -> AxisTraffic:
-    hf_config, size, tokens = job.hf_config, job.parallel.context, job.rank_tokens
+    hf_config, size, tokens = job.hf_config, job.parallel.context, job.mean_microbatch_tokens
     # With fewer key and value heads than tensor ranks, several ranks send the same one.
     heads = max(key_value_heads(hf_config), job.parallel.tensor)
     values = heads * sum(head_sizes(hf_config)) / job.parallel.tensor
@@ -105,7 +105,7 @@ def _expert_traffic(job: PlannedJob, sparse_layers: int) -> AxisTraffic | None:
     if not sparse_layers:
         return None
     parallel, size = job.parallel, job.parallel.expert
-    tokens = job.tokens_per_tensor_rank(job.rank_tokens)
+    tokens = job.tokens_per_tensor_rank(job.mean_microbatch_tokens)
     topk = job.hf_config["num_experts_per_tok"]
     span, max_nodes = size * parallel.expert_tensor, job.hf_config.get("topk_group") or math.inf
     copies, receivers = topk, "experts"
@@ -133,7 +133,7 @@ def _expert_traffic(job: PlannedJob, sparse_layers: int) -> AxisTraffic | None:
 
 
 def _pipeline_traffic(job: PlannedJob) -> AxisTraffic:
-    tokens = job.tokens_per_tensor_rank(job.rank_tokens)
+    tokens = job.tokens_per_tensor_rank(job.mean_microbatch_tokens)
     state_bytes = tokens * job.hf_config["hidden_size"] * ACTIVATION_BYTES * job.num_model_chunks
     formula = (
         f"{tokens:,.0f} tokens x {job.hf_config['hidden_size']} x {ACTIVATION_BYTES} B x "

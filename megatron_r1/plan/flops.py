@@ -89,9 +89,9 @@ def flops_section(job: PlannedJob) -> QuantityTable:
 
 
 def _training_flops(job: PlannedJob) -> QuantityTable:
-    length = job.sample_tokens
+    length = job.mean_sample_tokens
     forward = forward_flops(job.hf_config, length)
-    samples = job.step_samples
+    samples = job.update_samples
     passes = 3 + (job.parallel.recompute == "full")
     section = {
         "training, per token": Quantity(

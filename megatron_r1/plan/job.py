@@ -246,7 +246,7 @@ class PlannedJob:
         return self.config.rl.minibatches if self.verb == "rl" else 1
 
     @property
-    def sample_tokens(self) -> int:
+    def mean_sample_tokens(self) -> int:
         """Mean length of a sample: prompt and response."""
         return self.assumptions.prompt_tokens + self.response_tokens
 
@@ -268,22 +268,22 @@ class PlannedJob:
         return max(self.parallel.microbatch_tokens, self.max_sample_tokens)
 
     @property
-    def step_samples(self) -> float:
+    def update_samples(self) -> float:
         """Samples of one optimizer step, all replicas together: the responses of a rollout by
         mini-batches."""
         return self.num_responses / self.num_minibatches
 
     @property
-    def rank_tokens(self) -> float:
+    def mean_microbatch_tokens(self) -> float:
         """Tokens of a mean micro-batch on a rank: context parallelism divides them."""
-        tokens = self.step_samples / self.data_parallel_size * self.sample_tokens
+        tokens = self.update_samples / self.data_parallel_size * self.mean_sample_tokens
         return tokens / self.num_microbatches / self.parallel.context
 
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of one optimizer step on each data-parallel rank."""
-        tokens = self.step_samples * self.sample_tokens
-        limit = max(self.parallel.microbatch_tokens, self.sample_tokens)
+        tokens = self.update_samples * self.mean_sample_tokens
+        limit = max(self.parallel.microbatch_tokens, self.mean_sample_tokens)
         return max(1, -(-int(tokens) // (self.data_parallel_size * limit)))
 
     @property

@@ -102,7 +102,10 @@ def _flops_utilization(times: StepTime) -> float:
     """Return an optimizer step's operations, without recomputed ones, over those of the peak."""
     job = times.job
     flops = (
-        3 * forward_flops(job.hf_config, job.sample_tokens) * job.step_samples * job.sample_tokens
+        3
+        * forward_flops(job.hf_config, job.mean_sample_tokens)
+        * job.update_samples
+        * job.mean_sample_tokens
     )
     return flops / (times.optimizer_step_seconds() * job.world_size * job.hardware.bf16)
 

@@ -92,7 +92,7 @@ class RoutingReplayTraffic:
     @property
     def sent_bytes(self) -> int:
         """Bytes of samples of mean length out of the controller."""
-        return self.stored_bytes(self.job.sample_tokens)
+        return self.stored_bytes(self.job.mean_sample_tokens)
 
     @property
     def received_bytes(self) -> int:
@@ -112,8 +112,8 @@ class RoutingReplayTraffic:
     def forwarded_bytes(self) -> int:
         """Bytes out of a replica's first rank: all but its own part, and a byte for each token of a
         rank (`RecordedRouting.is_recorded`)."""
-        rank_bytes = self.replica_bytes(self.job.sample_tokens) // self.ranks_per_replica
-        marks = self.job.num_responses * self.job.sample_tokens // self.job.data_parallel_size
+        rank_bytes = self.replica_bytes(self.job.mean_sample_tokens) // self.ranks_per_replica
+        marks = self.job.num_responses * self.job.mean_sample_tokens // self.job.data_parallel_size
         marks //= self.job.parallel.tensor * self.job.parallel.context
         return (rank_bytes + marks) * (self.ranks_per_replica - 1)
 
@@ -149,7 +149,7 @@ class RoutingReplayTraffic:
         """Return where these bytes are, and how many."""
         job, shape, rate = self.job, self.shape, self.job.hardware.host_network
         layers, experts = len(shape.moe_layers), f"{shape.topk} experts x {shape.index_bytes} B"
-        mean, longest = job.sample_tokens, job.max_sample_tokens
+        mean, longest = job.mean_sample_tokens, job.max_sample_tokens
         checkpoint, setting = job.config.checkpoint, "checkpoint.every x checkpoint.keep"
         steps = checkpoint.every * checkpoint.keep
         controller_seconds = Quantity(self.received_bytes / rate, "s")

@@ -30,7 +30,7 @@ class StepTime:
 
     def __init__(self, job: PlannedJob, engines: EngineMemory):
         self.job, self.engines = job, engines
-        self.sample_tokens = job.sample_tokens
+        self.mean_sample_tokens = job.mean_sample_tokens
         self.traffic_by_axis = cache(partial(traffic_by_axis, job))
 
     @cached_property
@@ -66,7 +66,7 @@ class StepTime:
             if name not in HIDDEN_AXES
         }
         if "context" in seconds:
-            attention = attention_flops(self.job.hf_config, self.sample_tokens) * sum(
+            attention = attention_flops(self.job.hf_config, self.mean_sample_tokens) * sum(
                 self.job.num_layers_of_kinds(rank)
             )
             attention_seconds = self._seconds_of_flops(
@@ -109,7 +109,7 @@ class StepTime:
         job = self.job
         layer_of_kind = {sparse: layer for layer, sparse in enumerate(job.is_sparse_layer)}
         dense, sparse = (
-            layer_flops(job, layer_of_kind[kind], self.sample_tokens, self._matmul_speedup)
+            layer_flops(job, layer_of_kind[kind], self.mean_sample_tokens, self._matmul_speedup)
             if kind in layer_of_kind
             else 0.0
             for kind in (False, True)
@@ -123,7 +123,7 @@ class StepTime:
     def _seconds_of_flops(self, flops: float) -> float:
         """Return seconds of `flops` per token for a rank's share of a mean micro-batch."""
         job = self.job
-        fraction = job.rank_tokens / job.parallel.tensor
+        fraction = job.mean_microbatch_tokens / job.parallel.tensor
         return flops * fraction / (job.hardware.bf16 * job.assumptions.compute_efficiency)
 
     def microbatch_seconds(self, rank: int, with_backward: bool) -> float:

@@ -39,8 +39,8 @@ def teacher_section(job: PlannedJob, key: str, teacher: TeacherEngineConfig) -> 
     ranks = teacher.tensor_parallel * teacher.pipeline_parallel * teacher.data_parallel
     gpus = (len(teacher.url) or teacher.engines) * ranks
     shards, value = teacher.tensor_parallel * teacher.pipeline_parallel, BYTES[teacher.dtype]
-    total, tokens = ModelCounts(hf_config).num_total, job.num_responses * job.sample_tokens
-    flops = forward_flops(hf_config, job.sample_tokens)
+    total, tokens = ModelCounts(hf_config).num_total, job.num_responses * job.mean_sample_tokens
+    flops = forward_flops(hf_config, job.mean_sample_tokens)
     seconds = tokens * flops / (gpus * job.hardware.bf16 * job.assumptions.compute_efficiency)
     formula = (
         f"{tokens:,} tokens x {flops:.2e} FLOP on {format_count(gpus, 'GPU')}; while the students' "

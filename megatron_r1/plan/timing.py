@@ -67,7 +67,7 @@ def time_section(times: StepTime) -> QuantityTable:
         reason = f"none without {missing[0]}: {section[missing[0]].formula}"
         return section | {"step": Quantity(None, "s", reason)}
     section["step"] = _step_seconds(times, {name: section[name] for name in parts})
-    step, tokens = section["step"], job.num_responses * job.sample_tokens
+    step, tokens = section["step"], job.num_responses * job.mean_sample_tokens
     if job.verb == "rl" and times.engines.rollouts_in_flight == 1:
         fraction = section["rollout"].number / step.number
         section["share of rollout"] = Quantity(fraction, "share", "rollout / step")

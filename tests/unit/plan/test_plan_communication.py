@@ -29,7 +29,9 @@ def test_a_rank_sends_a_whole_head_where_there_are_fewer_than_tensor_ranks():
     ) == (2, 128)
     job = PlannedJob(hf_config, config, 8, HARDWARE["H800"], verb="sft")
     layers = 28
-    expected = layers * 2 * 128 * job.rank_tokens * 2  # a key and a value head, 2 B a value
+    expected = (
+        layers * 2 * 128 * job.mean_microbatch_tokens * 2
+    )  # a key and a value head, 2 B a value
     assert traffic_by_axis(job, 0)["context"].forward_bytes == pytest.approx(expected)
 
 
@@ -39,5 +41,5 @@ def test_tensor_ranks_send_what_the_others_lack():
     job = PlannedJob(read_hf_config(config.model.path), config, 4, HARDWARE["H800"], verb="sft")
     # In each of 28 layers attention and MLP gather and scatter 1,536 values a token, three quarters
     # of which go to other ranks.
-    expected = 28 * 2 * 2 * 1536 * job.rank_tokens * 2 * 3 / 4
+    expected = 28 * 2 * 2 * 1536 * job.mean_microbatch_tokens * 2 * 3 / 4
     assert traffic_by_axis(job, 0)["tensor"].forward_bytes == pytest.approx(expected)
