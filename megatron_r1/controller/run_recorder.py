@@ -76,7 +76,7 @@ class RunRecorder:
             UserError: other settings than the run's, or no undamaged checkpoint."""
         # First, so that a mistake is not recorded as the run's settings.
         start = config.model.checkpoint
-        note = checkpoint_folders.check_initial_checkpoint(Path(start)) if start else None
+        note = checkpoint_folders.verify_initial_checkpoint(Path(start)) if start else None
         _keep_finished_steps(folder, config)
         steps_before = folder.read_config().get("run", {}).get("steps")
         folder.write_config(config.model_dump(), may_change, Config().model_dump())

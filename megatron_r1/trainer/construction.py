@@ -127,7 +127,7 @@ def body_hf_config(config: Config, hf_config: HFConfig) -> HFConfig | None:
 
 def _verify_checkpoint(checkpoint: Path, config: Config) -> None:
     """Raise UserError, on every rank, where `checkpoint` differs from its manifest."""
-    if checkpoint_folders.check_initial_checkpoint(checkpoint) is not None:
+    if checkpoint_folders.verify_initial_checkpoint(checkpoint) is not None:
         return  # there is no manifest
     if faults := contents.find_faults_on_all_ranks(checkpoint, config.checkpoint.verify):
         raise UserError(

@@ -159,7 +159,7 @@ def find_faults(folder: Path, verify: Verify) -> list[str]:
     return []
 
 
-def check_initial_checkpoint(folder: Path) -> str | None:
+def verify_initial_checkpoint(folder: Path) -> str | None:
     """Raise UserError unless `folder`, of `model.checkpoint`, is a Megatron checkpoint.
 
     Checked before any rank starts; the ranks verify the checksums when they load it. Returns a note

@@ -19,9 +19,9 @@ def make(folder):
 
 def test_a_checkpoint_with_a_manifest_is_accepted_and_one_without_gets_a_note(tmp_path):
     folder = make(tmp_path / "converted")
-    assert checkpoint_folders.check_initial_checkpoint(folder) is None
+    assert checkpoint_folders.verify_initial_checkpoint(folder) is None
     (folder / "manifest.json").unlink()
-    assert checkpoint_folders.check_initial_checkpoint(folder) == (
+    assert checkpoint_folders.verify_initial_checkpoint(folder) == (
         f"model.checkpoint {folder} has no manifest.json: its checksums cannot be verified"
     )
 
@@ -31,7 +31,7 @@ def test_a_run_s_folder_is_refused_with_the_name_of_its_newest_checkpoint(tmp_pa
         make(tmp_path / f"run/checkpoints/step_{step:08d}")
     for given in (tmp_path / "run", tmp_path / "run/checkpoints"):
         with refused("model.checkpoint", Cause.CONFLICT, "run/checkpoints/step_00000012"):
-            checkpoint_folders.check_initial_checkpoint(given)
+            checkpoint_folders.verify_initial_checkpoint(given)
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -40,7 +40,7 @@ def test_other_folders_are_refused(tmp_path, exists):
     if exists:
         folder.mkdir()
     with refused("model.checkpoint", Cause.NOT_FOUND, folder):
-        checkpoint_folders.check_initial_checkpoint(folder)
+        checkpoint_folders.verify_initial_checkpoint(folder)
 
 
 def test_a_wrong_one_is_refused_before_the_run_s_settings_are_written(tmp_path):
