@@ -6,7 +6,7 @@ from collections import Counter
 from megatron_r1.base.errors import UserError
 from megatron_r1.config import Config
 from megatron_r1.config.teacher import OTHER_SOURCES
-from megatron_r1.controller.rollouts.teacher_fleets import check_sources
+from megatron_r1.controller.rollouts.teacher_fleets import count_sources
 from megatron_r1.data.end_tokens import describe_end_tokens
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_split import PromptSplit
@@ -68,7 +68,7 @@ def describe_teachers(config: Config, prompts: list[Prompt]) -> list[str]:
     """
     if not config.teacher.by_source:
         return []
-    counts = check_sources(config.teacher, prompts)
+    counts = count_sources(config.teacher, prompts)
     parts = (f"{count:,} of {source or OTHER_SOURCES}" for source, count in counts.items())
     return [f"teachers: {', '.join(parts)}"]
 

@@ -148,7 +148,7 @@ def teacher_source(prompt: Prompt, sources: Iterable[str]) -> str:
     return next((name for name in names if name in sources), DEFAULT)
 
 
-def check_sources(teacher: TeacherConfig, prompts: Sequence[Prompt]) -> dict[str, int]:
+def count_sources(teacher: TeacherConfig, prompts: Sequence[Prompt]) -> dict[str, int]:
     """Return the number of questions of each teacher, by source.
 
     Args:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.config import Config, load_recipe
 from megatron_r1.config.parallel import ParallelConfig
-from megatron_r1.controller.rollouts.teacher_fleets import check_sources
+from megatron_r1.controller.rollouts.teacher_fleets import count_sources
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
@@ -361,7 +361,7 @@ def test_many_teachers_all_have_questions(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "write_random_model_folder", lambda *_, **__: None)
     miniature.write_miniature(small, "rl")
     prompts = load_prompts(path=small.config.data.path, num_heldout=small.config.data.num_heldout)
-    counts = check_sources(small.config.teacher, prompts.train)
+    counts = count_sources(small.config.teacher, prompts.train)
     assert counts.keys() == {"", *small.config.teacher.by_source}
 
 
