@@ -53,7 +53,7 @@ def _training_bytes(dtype: str = "float32") -> int:
     return sizes.total + sizes.value + round(engine_bytes(1, dtype))
 
 
-def _check_bytes(dtype: str) -> int:
+def _bytes_of_check(dtype: str) -> int:
     """Return bytes of this check per parameter at its peak: the trainer, with its optimizer, and
     the weights that it reads."""
     sizes = parameter_bytes(dtype)
@@ -103,7 +103,7 @@ def _check_model(config: Config, folder: str) -> ModelCheckResult:
     recipe_stages(config, hf_config)
     parameters = num_parameters(hf_config, with_mtp=config.model.mtp != "none")
     free = free_bytes()
-    required_bytes = parameters * _check_bytes(config.model.dtype)
+    required_bytes = parameters * _bytes_of_check(config.model.dtype)
     if required_bytes > free:
         raise RunError(
             f"{folder}: {hf_config['architectures'][0]} is supported, but nothing was compared: "
