@@ -87,7 +87,7 @@ def convert_public_format(truth: Any) -> dict[str, Any] | None:
             return None
         if all(isinstance(test, str) for test in truth):
             return read_asserts(truth)
-        return _test_cases({"test_cases": truth}) if _is_list_of_cases(truth) else None
+        return _read_test_cases({"test_cases": truth}) if _is_list_of_cases(truth) else None
     if isinstance(truth, str) and is_check_code(truth):
         return read_check_code(truth, None)
     if not isinstance(truth, Mapping):
@@ -135,7 +135,7 @@ def _read_lists(truth: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
+def _read_test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
     cases = decode_literal(truth.get("test_cases"))
     if isinstance(cases, Mapping):
         return _read_lists(
@@ -192,9 +192,9 @@ def _check_code(truth: Mapping[str, Any]) -> dict[str, Any]:
     return read_check_code(code, truth.get("entry_point"))
 
 
-def _public_test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
+def _read_public_test_cases(truth: Mapping[str, Any]) -> dict[str, Any]:
     """Read LiveCodeBench's rows; its private tests are a pickle, which is not read."""
-    return _test_cases({**truth, "test_cases": truth["public_test_cases"]})
+    return _read_test_cases({**truth, "test_cases": truth["public_test_cases"]})
 
 
 def _read_streams(stdin: Any, stdout: Any) -> dict[str, Any]:
@@ -256,10 +256,10 @@ def _is_list_of_cases(truth: Sequence[Any]) -> bool:
 
 SHAPES: tuple[tuple[tuple[str, ...], Callable[[Any], dict[str, Any]]], ...] = (
     (("inputs", "outputs"), _read_lists),
-    (("test_cases",), _test_cases),
+    (("test_cases",), _read_test_cases),
     (CODECONTESTS, _read_codecontests),
     (ASSERT_KEYS, _read_assert_field),
-    (("public_test_cases",), _public_test_cases),
+    (("public_test_cases",), _read_public_test_cases),
     (CHECK_KEYS, _check_code),
 )
 """(a key that the form has, how it is read)"""
