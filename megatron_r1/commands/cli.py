@@ -35,7 +35,7 @@ RECIPE_VERBS = {
     "sample": "megatron_r1.commands.sample",
 }
 """Verbs that take a recipe: modules with `run(config)`, and what else `VerbModule` lists."""
-PLAIN_VERBS = {
+RECIPELESS_VERBS = {
     "init": "megatron_r1.commands.init.verb",
     "chat": "megatron_r1.commands.chat",
     "score": "megatron_r1.commands.score.verb",
@@ -44,7 +44,7 @@ PLAIN_VERBS = {
     "check-model": "megatron_r1.commands.check_model.verb",
 }
 """Verbs that take no recipe: modules with `run(config, *arguments, **options)`, likewise."""
-RUNNING_VERBS = {
+RECIPE_FILE_VERBS = {
     "pipeline": "megatron_r1.commands.pipeline",
     "rehearse": "megatron_r1.commands.rehearse",
     "preflight": "megatron_r1.commands.preflight",
@@ -52,8 +52,8 @@ RUNNING_VERBS = {
 """Verbs that read a recipe and run other verbs, or check the nodes before: modules with
 `run(recipe, overrides, RECIPE_VERBS)`, and with `SHORT_OPTIONS`, option → the
 key that it is short for, and `RECIPE`, the recipe's class where it is not `Config`."""
-VERB_MODULES = RECIPE_VERBS | PLAIN_VERBS | RUNNING_VERBS
-OWN_VERBS = {
+VERB_MODULES = RECIPE_VERBS | RECIPELESS_VERBS | RECIPE_FILE_VERBS
+SELF_PARSING_VERBS = {
     "plan": "megatron_r1.commands.plan",
     "convert": "megatron_r1.commands.convert.verb",
     "keys": "megatron_r1.commands.keys",
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         continuation = (
-            "starts over" if arguments[0] in {*PLAIN_VERBS, "plan"} else "continues from here"
+            "starts over" if arguments[0] in {*RECIPELESS_VERBS, "plan"} else "continues from here"
         )
         print(f"megatron-r1: stopped; the same command {continuation}", file=sys.stderr)
         return 130
@@ -135,10 +135,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _dispatch_command(arguments: list[str]) -> int:
     """Run the command that the arguments name; return its exit status. Under torchrun, ranks
     that do not run the command serve it instead."""
-    if arguments[:1] == ["help"] and set(arguments[1:2]) & OWN_VERBS.keys():
+    if arguments[:1] == ["help"] and set(arguments[1:2]) & SELF_PARSING_VERBS.keys():
         arguments = [arguments[1], "--help"]
-    if arguments and arguments[0] in OWN_VERBS:
-        return importlib.import_module(OWN_VERBS[arguments[0]]).main(arguments[1:])
+    if arguments and arguments[0] in SELF_PARSING_VERBS:
+        return importlib.import_module(SELF_PARSING_VERBS[arguments[0]]).main(arguments[1:])
     if not arguments or arguments[0] == "help" or HELP & set(arguments):
         topics = [argument for argument in arguments if argument not in {"help", *HELP}]
         print(_verb_help(topics[0]) if topics and topics[0] in VERB_MODULES else USAGE)
@@ -147,10 +147,10 @@ def _dispatch_command(arguments: list[str]) -> int:
         print(f"megatron-r1 {metadata.version('megatron-r1')}")
         return 0
     verb, *words = arguments
-    if verb in PLAIN_VERBS:
+    if verb in RECIPELESS_VERBS:
         return _run_plain_verb(verb, words)
     if verb not in VERB_MODULES:
-        known_verbs = [*VERB_MODULES, *OWN_VERBS]
+        known_verbs = [*VERB_MODULES, *SELF_PARSING_VERBS]
         verbs = OTHER_WORDS.get(verb)
         hint = f"; here it is {verbs}" if verbs else did_you_mean(verb, known_verbs, "{}")
         hint = hint or f"; use one of {', '.join(known_verbs)}"
@@ -162,8 +162,8 @@ def _dispatch_command(arguments: list[str]) -> int:
             cause=Cause.MISSING,
         )
     recipe, *options = words
-    if verb in RUNNING_VERBS:
-        runner = importlib.import_module(RUNNING_VERBS[verb])
+    if verb in RECIPE_FILE_VERBS:
+        runner = importlib.import_module(RECIPE_FILE_VERBS[verb])
         for name, key in getattr(runner, "SHORT_OPTIONS", {}).items():
             options = [re.sub(rf"^--{name}(?=$|=)", f"--{key}", option) for option in options]
         switches = boolean_keys(getattr(runner, "RECIPE", configuration.Config))
@@ -224,7 +224,7 @@ def _verb_help(name: str) -> str:
 
 
 def _run_plain_verb(verb: str, words: list[str]) -> int:
-    module = load_verb(verb, PLAIN_VERBS[verb])
+    module = load_verb(verb, RECIPELESS_VERBS[verb])
     values, options = split_verb_words(verb, module, words)
     verb_options = read_verb_options(module, options)
     refuse_unknown_options(verb, module, options)
@@ -247,7 +247,7 @@ def _parse_settings(options: list[str], extra_options: Sequence[str] = ()) -> di
 
 
 def _describe_keys(names: Sequence[str]) -> str:
-    return importlib.import_module(OWN_VERBS["keys"]).describe_all_keys(names)
+    return importlib.import_module(SELF_PARSING_VERBS["keys"]).describe_all_keys(names)
 
 
 def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:

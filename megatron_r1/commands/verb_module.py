@@ -55,8 +55,8 @@ class VerbModule(VerbHeader):
     """A verb as its module defines it. The module must have `run`; all else is optional."""
 
     run: Callable[..., None]
-    """`run`, whose arguments depend on the kind of verb: see RECIPE_VERBS, PLAIN_VERBS and
-    RUNNING_VERBS of `cli`"""
+    """`run`, whose arguments depend on the kind of verb: see RECIPE_VERBS, RECIPELESS_VERBS and
+    RECIPE_FILE_VERBS of `cli`"""
     check: Callable[[Config], None]
     """`check`, which raises UserError for settings that only the verb can check"""
     from_run: Callable[[str], tuple[str, dict[str, Any]]] | None

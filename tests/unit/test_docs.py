@@ -209,7 +209,7 @@ def test_verbs_and_sections_share_a_name_with_package_and_page_or_are_exceptions
     }
     settings = [Config, PipelineRecipe, RehearsalRecipe, PreflightRecipe]
     sections = {name for model in settings for name in model.model_fields}
-    code = cli.VERB_MODULES | cli.OWN_VERBS
+    code = cli.VERB_MODULES | cli.SELF_PARSING_VERBS
     verbs = set(code)
     for verb in verbs:
         assert code[verb].split(".")[2] == verb.replace("-", "_")

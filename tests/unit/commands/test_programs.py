@@ -31,7 +31,7 @@ def test_convert_names_what_is_missing(capsys, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["help"], ["--help"]])
-@pytest.mark.parametrize("verb", cli.OWN_VERBS)
+@pytest.mark.parametrize("verb", cli.SELF_PARSING_VERBS)
 def test_help_is_the_programs_own(verb, arguments, capsys):
     words = [*arguments, verb] if arguments == ["help"] else [verb, *arguments]
     with pytest.raises(SystemExit) as ended:
