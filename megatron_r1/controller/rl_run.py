@@ -15,8 +15,8 @@ from megatron_r1.controller.policy_trainer import PolicyTrainer
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.heldout import HeldoutEvaluation
 from megatron_r1.controller.rollouts.metrics import mean_of_updates, rollout_metrics
+from megatron_r1.controller.rollouts.response_lines import response_lines
 from megatron_r1.controller.rollouts.rollout import Rollout
-from megatron_r1.controller.rollouts.sample_lines import response_lines
 from megatron_r1.controller.run_checkpoints import RunCheckpoints
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.controller.step_meter import StepMeter

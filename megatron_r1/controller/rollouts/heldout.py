@@ -13,8 +13,8 @@ from r1_grading.terms import ACCURACY, weights_at
 from megatron_r1.config import Config, RewardsConfig
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import episode_metrics
+from megatron_r1.controller.rollouts.response_lines import response_lines
 from megatron_r1.controller.rollouts.rollout import Group, RolloutSampling, all_responses
-from megatron_r1.controller.rollouts.sample_lines import response_lines
 from megatron_r1.controller.run_recorder import RunRecorder
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.evaluation.estimates import Estimate, estimate_mean
