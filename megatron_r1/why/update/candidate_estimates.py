@@ -21,8 +21,8 @@ from megatron_r1.why.update.loss_formulas import (
     row_loss,
     update_means,
 )
+from megatron_r1.why.update.recomputed_token_advantages import with_token_advantages
 from megatron_r1.why.update.step_updates import StepUpdates
-from megatron_r1.why.update.token_advantages import with_token_advantages
 from megatron_r1.why.update.update_inputs import UpdateInputs
 
 UNKNOWN_DISTANCE = 1.05

@@ -27,7 +27,7 @@ from megatron_r1.why.update.candidate_cause import CandidateCause
 from megatron_r1.why.update.first_update import FirstUpdate, first_update
 from megatron_r1.why.update.loss_formulas import LossRules
 from megatron_r1.why.update.loss_terms import LossTerm, left_out_terms, loss_terms
-from megatron_r1.why.update.token_advantages import with_token_advantages
+from megatron_r1.why.update.recomputed_token_advantages import with_token_advantages
 
 UPDATE_FLOPS = 2e13
 """Floating-point operations of a step's updates: minutes on two cores. More are not made."""

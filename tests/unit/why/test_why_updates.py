@@ -23,8 +23,8 @@ from megatron_r1.why.policy.token_rows import TokenRow
 from megatron_r1.why.update.adam import Adam, AdamRules
 from megatron_r1.why.update.loss_formulas import LossRules
 from megatron_r1.why.update.recomputation import Recomputation
+from megatron_r1.why.update.recomputed_token_advantages import with_token_advantages
 from megatron_r1.why.update.step_updates import StepUpdates
-from megatron_r1.why.update.token_advantages import with_token_advantages
 
 VOCABULARY, WIDTH = 11, 6
 RULES = LossRules(
