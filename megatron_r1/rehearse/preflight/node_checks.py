@@ -233,6 +233,7 @@ def sandbox_result(config: Config, nodes: Sequence[tuple[RankFacts, NodeFacts]])
         config: the recipe.
         nodes: the first rank of each node, with what it found."""
     missing = [(rank_facts, node.sandbox) for rank_facts, node in nodes if node.sandbox]
+    nodes_without = rank_nodes(rank_facts for rank_facts, _ in missing)
     is_needed = config.data.kind == "code"
     level: Literal["note", "block"] = "block" if is_needed else "note"
     return CheckResult(
@@ -240,10 +241,8 @@ def sandbox_result(config: Config, nodes: Sequence[tuple[RankFacts, NodeFacts]])
         measured=f"works on {len(nodes) - len(missing)} of {len(nodes)} nodes",
         expected="all" if is_needed else "all, where questions are code",
         level=level if missing else "ok",
-        problem=f"not on {join_values(rank_nodes(e for e, _ in missing))}: {missing[0][1]}"
-        if missing
-        else "",
-        hosts=rank_nodes(rank_facts for rank_facts, _ in missing),
+        problem=f"not on {join_values(nodes_without)}: {missing[0][1]}" if missing else "",
+        hosts=nodes_without,
     )
 
 
