@@ -90,19 +90,8 @@ def _position_plots(report: Report) -> list[Plot]:
 def _worst_responses(report: Report, step: RecordedStep) -> list[ResponseIndex]:
     """Return the responses of the first departure that has any, those that depart furthest first;
     of those that depart alike, those with the largest advantages."""
-    departing_comparisons = (
-        departing_comparison
-        for departing_comparison in report.comparisons
-        if departing_comparison.differs
-    )
-    comparison = next(
-        (
-            departing_comparison
-            for departing_comparison in departing_comparisons
-            if departing_comparison.affected_responses
-        ),
-        None,
-    )
+    departing = (each for each in report.comparisons if each.differs)
+    comparison = next((each for each in departing if each.affected_responses), None)
     if comparison is None:
         return []
 
