@@ -14,8 +14,8 @@
 - The engines: `engine_memory`, weights and caches; `engine_buffers`, what vLLM's balancer and
   DeepEP hold; `engine_communication`, exchanges between GPUs; `rollout`, seconds of decoding;
   `teacher`, engines of teachers.
-- Between them: `push`, its bytes, with the links of `push_links`; `sample_traffic`, samples on
-  their way to the trainer.
+- Between them: `push_costs`, a push's bytes, with the links of `push_traffic`; `sample_traffic`,
+  samples on their way to the trainer.
 - The estimate: `timing`, a step's seconds by part, with loads, sleeps and saves; `time_ranges`,
   their ranges and what narrows them; `estimate`, all sections and what does not fit; `search`,
   layouts that fit; `estimate_output`, all of it as text and JSON.

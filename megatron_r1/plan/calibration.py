@@ -20,7 +20,7 @@ from megatron_r1.plan.calibration_file import GPUS, RELATIVE_TO
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.hardware import described_fields
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import drafts_with_mtp, has_push
+from megatron_r1.plan.push_costs import drafts_with_mtp, has_push
 from megatron_r1.plan.recipe_job import planned_job
 from megatron_r1.plan.rollout import mean_pass_tokens
 from megatron_r1.plan.timing import time_section

@@ -9,7 +9,7 @@ from megatron_r1.plan.assumptions import link_rate
 from megatron_r1.plan.engine_communication import HIGH_THROUGHPUT, LOW_LATENCY
 from megatron_r1.plan.hardware import GIB
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import drafts_with_mtp, planned_engine_layout, pushed_byte_count
+from megatron_r1.plan.push_costs import drafts_with_mtp, planned_engine_layout, pushed_byte_count
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.push.plan.regions import Region
 from megatron_r1.push.plan.tensors import expert_tensors

@@ -15,7 +15,7 @@ from megatron_r1.plan.engine_buffers import (
     deepep_formula,
 )
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import (
+from megatron_r1.plan.push_costs import (
     drafts_with_mtp,
     planned_engine_layout,
     planned_rank_bytes,

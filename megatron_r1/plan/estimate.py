@@ -14,7 +14,7 @@ from megatron_r1.plan.hardware import described_fields, unit_of
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from megatron_r1.plan.offload import OFFLOADED_MEMORY, offload_disk
-from megatron_r1.plan.push import push_section, receive_buffer_bytes, reused_kv_cache_bytes
+from megatron_r1.plan.push_costs import push_section, receive_buffer_bytes, reused_kv_cache_bytes
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.plan.rollout import exchange_section
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS, samples_section

@@ -18,7 +18,7 @@ from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS, deepep_buffer_bytes
 from megatron_r1.plan.exchange_overlap_time import working_bytes
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.offload import offloaded_bytes, offloaded_host_bytes
-from megatron_r1.plan.push import receive_buffer_bytes
+from megatron_r1.plan.push_costs import receive_buffer_bytes
 from megatron_r1.plan.quantity import QuantityTable, byte_quantity
 from megatron_r1.plan.sample_traffic import routing_replay_host_bytes
 

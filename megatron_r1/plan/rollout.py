@@ -17,7 +17,7 @@ from megatron_r1.plan.engine_communication import (
 from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.flops import decode_flops, forward_flops
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import planned_engine_layout, pushes_fp8
+from megatron_r1.plan.push_costs import planned_engine_layout, pushes_fp8
 from megatron_r1.plan.quantity import Quantity, QuantityTable, round_number
 from megatron_r1.reporting.formatting import format_count
 

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.job_checks import check_planned_layout
-from megatron_r1.plan.push import check_engines_and_push
+from megatron_r1.plan.push_costs import check_engines_and_push
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.exchange_overlap_time import expert_flops, exposed_seconds, unpaired_fraction
 from megatron_r1.plan.flops import attention_flops, head_flops, layer_flops
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import push_link, pushed_rank_bytes
+from megatron_r1.plan.push_costs import push_link, pushed_rank_bytes
 from megatron_r1.plan.rollout import TENSOR_SUMS, RolloutTime
 from megatron_r1.plan.sample_traffic import uses_routing_replay
 

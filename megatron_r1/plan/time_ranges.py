@@ -8,7 +8,7 @@ from megatron_r1.plan.engine_buffers import EXPERT_MOVES
 from megatron_r1.plan.engine_communication import NCCL
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.offload import OFFLOAD
-from megatron_r1.plan.push import drafts_with_mtp
+from megatron_r1.plan.push_costs import drafts_with_mtp
 from megatron_r1.plan.quantity import Quantity, QuantityTable
 from megatron_r1.plan.rollout import TENSOR_SUMS
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS

@@ -12,7 +12,7 @@ from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.engine_buffers import EXPERT_MOVES, expert_move_time
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.offload import OFFLOAD, offload_time
-from megatron_r1.plan.push import (
+from megatron_r1.plan.push_costs import (
     drafts_with_mtp,
     planned_engine_layout,
     planned_rank_bytes,

@@ -20,7 +20,7 @@ from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.plan.calibration import RunCalibration
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.job_options import parse_job_arguments
-from megatron_r1.plan.push import planned_rank_bytes, push_link
+from megatron_r1.plan.push_costs import planned_rank_bytes, push_link
 from megatron_r1.plan.recipe_job import planned_job
 from megatron_r1.plan.timing import checkpoint_time, weight_load_time
 from megatron_r1.rehearse import miniature

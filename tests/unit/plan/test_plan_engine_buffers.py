@@ -9,7 +9,7 @@ from planned_jobs import planned
 from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.hardware import GIB
-from megatron_r1.plan.push import push_section
+from megatron_r1.plan.push_costs import push_section
 from megatron_r1.plan.timing import time_section
 
 EXPERT = 3 * 7168 * 2048 * 2

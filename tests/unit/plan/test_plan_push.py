@@ -10,8 +10,8 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.hardware import GIB, HARDWARE
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import planned_engine_layout, push_section
-from megatron_r1.plan.push_links import traffic_of_sets
+from megatron_r1.plan.push_costs import planned_engine_layout, push_section
+from megatron_r1.plan.push_traffic import traffic_of_sets
 
 
 def test_an_engine_is_laid_out_as_the_recipe_says_or_as_vllm_serves_such_models():
@@ -170,7 +170,7 @@ def test_what_a_push_moves_beyond_need_and_how_evenly_is_counted(monkeypatch):
             traffic_of_sets(*arguments, **named), received_bytes=[1.5 * each] + 127 * [each]
         )
 
-    monkeypatch.setattr("megatron_r1.plan.push.traffic_of_sets", uneven)
+    monkeypatch.setattr("megatron_r1.plan.push_costs.traffic_of_sets", uneven)
     push = push_section(planned())
     assert push["over what is needed"].value == pytest.approx(128.5 / 128)
     assert push["busiest engine GPU"].value == pytest.approx(1.5 / (128.5 / 128))
@@ -182,7 +182,7 @@ def test_a_push_is_priced_as_sets_of_engines_execute_it(monkeypatch):
     of 32 and 64 MiB."""
     push = push_section(planned(push__transport="nccl"))
     with monkeypatch.context() as engines_by_themselves:
-        engines_by_themselves.setattr("megatron_r1.plan.push.MAX_SET_ENGINES", 1)
+        engines_by_themselves.setattr("megatron_r1.plan.push_costs.MAX_SET_ENGINES", 1)
         alone = push_section(planned(push__transport="nccl"))
     whole = push["into an engine GPU"].value
     assert whole / 16 < push["out of a trainer rank"].value < 1.4 * whole / 16

@@ -11,7 +11,7 @@ from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.hardware import GIB, HARDWARE
 from megatron_r1.plan.job import PlannedJob
-from megatron_r1.plan.push import push_section
+from megatron_r1.plan.push_costs import push_section
 from megatron_r1.plan.rollout import RolloutTime
 from megatron_r1.plan.sample_traffic import samples_section
 

@@ -19,7 +19,7 @@ from megatron_r1.controller.rollouts.teacher_fleets import count_sources
 from megatron_r1.data.prompts import load_prompts
 from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
-from megatron_r1.plan.push_links import traffic_of_sets
+from megatron_r1.plan.push_traffic import traffic_of_sets
 from megatron_r1.push.plan import TrainerGrid
 from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout
 from megatron_r1.push.plan.tensors import plain_bytes

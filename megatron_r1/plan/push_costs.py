@@ -1,6 +1,7 @@
 """Bytes of one weight push, and what they take of the ranks that send and receive them.
 
-They are summed over the push's own plan (`push/plan`); `push_links` has the links between ranks."""
+They are summed over the push's own plan (`push/plan`); `push_traffic` has the links between
+ranks."""
 
 from functools import cache, lru_cache
 from typing import Literal
@@ -10,7 +11,7 @@ from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.job_checks import check_engine_gpus
-from megatron_r1.plan.push_links import (
+from megatron_r1.plan.push_traffic import (
     PushedWeights,
     SetTraffic,
     round_seconds,
