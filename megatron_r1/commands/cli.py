@@ -71,7 +71,7 @@ OTHER_WORDS = {
 """What verbs of other programs are called here."""
 HELP = {"-h", "--help"}
 DRY_RUN = "--dry-run"
-"""The option of `rl` that calls `dry_run(config)` instead of `run(config)`."""
+"""The option of `rl` and `sft` that calls `dry_run(config)` instead of `run(config)`."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -92,6 +92,7 @@ verbs: {", ".join(RECIPE_VERBS)}
        megatron-r1 preflight RECIPE.yaml [--json FILE] [--preflight.key value …]   the nodes, last
        megatron-r1 sample RUN_FOLDER   the trained model's answers to the run's questions
        megatron-r1 rl RECIPE.yaml --dry-run   samples and grades one batch, and trains nothing
+       megatron-r1 sft RECIPE.yaml --dry-run   shows an example and what of it is learned
 The same command continues a run that was stopped.
 On many GPUs: torchrun … -m megatron_r1 VERB RECIPE.yaml
 What a verb does and reads: megatron-r1 VERB --help
@@ -179,7 +180,11 @@ def _run_recipe(verb: str, recipe: str, options: list[str], arguments: list[str]
     timeline.mark("controller/verb imported")
     is_dry = DRY_RUN in options
     if is_dry and module.dry_run is None:
-        raise UserError(f"{DRY_RUN}: {verb} has none; rl has", key=DRY_RUN, cause=Cause.UNSUPPORTED)
+        raise UserError(
+            f"{DRY_RUN}: {verb} has none; rl and sft have",
+            key=DRY_RUN,
+            cause=Cause.UNSUPPORTED,
+        )
     options = [option for option in options if option != DRY_RUN]
     implied = module.implied_settings
     if module.from_run is not None and Path(recipe).is_dir():
