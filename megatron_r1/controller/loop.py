@@ -40,7 +40,7 @@ in these files, in the order in which `rl.algorithm: grpo` calls them:
         trainer/losses.py                           loss_denominator
  8. The optimizer's step: `optimizer.step()`, Megatron-Core's, in `optimizer_step` of 4.
  9. The reference is replaced by the policy, when that is due.
-        trainer/reference_policy.py                        ReferencePolicy.refresh
+        trainer/reference_policy.py                ReferencePolicy.refresh
 10. The push of the new weights.
         controller/policy_engines.py                PolicyEngines.push
         controller/push/pusher.py                   WeightPusher.push
