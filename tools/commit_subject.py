@@ -5,8 +5,9 @@ A subject is one imperative sentence of at most 72 characters without a full sto
 subjects that are too long". It has one idea, so neither a semicolon nor, unless it merges, a list
 with commas, and does not name a branch. The mood is judged by the ending of the first word, so that
 many a noun passes. A commit of more than five files, and a merge under git's own subject, need a
-body that says why and how. A commit that renames Python files, or whose body lists renames, old →
-new, has in its body a line with the command that made them, or one that says why none could.
+body that says why and how. One of more than sixty files has the command that made the change in its
+body. A commit that renames Python files, or whose body lists renames, old → new, has in its body a
+line with the command that made them, or one that says why none could.
 .githooks/commit-msg calls this; `git commit --no-verify` leaves it out."""
 
 import re
@@ -17,6 +18,8 @@ from pathlib import Path
 MAX_CHARS = 72
 MAX_FILES = 5
 """Of a commit without a body."""
+MAX_FILES_BY_HAND = 60
+"""Of a commit without the command that made it."""
 MADE_BY_GIT = (
     "Merge branch ",
     "Merge pull request ",
@@ -83,12 +86,18 @@ def message_faults(message: str, num_files: int = 0, *, num_moved: int = 0) -> l
         faults.append(
             f"it stands alone for {num_files} files: a body says why, and how it was done"
         )
+    is_merge = subject.startswith("Merge ")
+    if num_files > MAX_FILES_BY_HAND and not is_merge and not COMMAND.search(body):
+        faults.append(
+            f"it changes {num_files} files: make a commit of each idea, or give in a line "
+            "`Command:` what changed them all"
+        )
     renames = ""
     if num_moved:
         renames = f"it renames {num_moved} Python file{'s' if num_moved > 1 else ''}"
     elif RENAME.search(body):
         renames = "its body lists renames"
-    if renames and not subject.startswith("Merge ") and not RENAMED_BY.search(body):
+    if renames and not is_merge and not RENAMED_BY.search(body):
         faults.append(
             f"{renames}: a line `Command:` has the command that made them, "
             "or `By hand:` says what no command could do, and why"
@@ -103,7 +112,7 @@ def message_faults(message: str, num_files: int = 0, *, num_moved: int = 0) -> l
         faults.append(f"it has {len(subject)} characters, at most {MAX_CHARS}; its body says why")
     if subject.endswith("."):
         faults.append("it ends with a full stop")
-    is_list = re.search(r", (.* )?(and|or) ", subject) and not subject.startswith("Merge ")
+    is_list = re.search(r", (.* )?(and|or) ", subject) and not is_merge
     if ";" in subject or is_list:
         faults.append("it joins ideas: make a commit of each, or name the one idea")
     if re.fullmatch(r"Merge [\w./]+-[\w./-]+", subject):

@@ -70,7 +70,12 @@ def test_subjects_that_are_refused(subject, fault):
 def test_a_commit_of_many_files_needs_a_body():
     assert message_faults("Rename two packages", 5) == []
     assert "6 files" in message_faults("Rename two packages", 6)[0]
-    assert message_faults("Rename two packages\n\nBy sed, as the map says.", 816) == []
+    message = "Rename two packages\n\nBy sed, as the map says."
+    assert message_faults(message, 60) == []
+    (said,) = message_faults(message, 61)
+    assert "61 files" in said and "`Command:`" in said
+    assert message_faults(f"{message}\nCommand: sed -i s/a/b/ *.py", 816) == []
+    assert message_faults(message.replace("Rename", "Merge", 1), 816) == []
 
 
 @pytest.mark.parametrize(
