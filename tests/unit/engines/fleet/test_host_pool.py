@@ -49,44 +49,44 @@ def pool(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def host(pool):
-    """Starts agents; ends those that are left."""
-    agents = []
+def start_host(pool):
+    """Starts hosts of engines; ends those that are left."""
+    hosts = []
 
     def start(*options, **environment):
         command = [sys.executable, "-m", "megatron_r1.engines.fleet.host", *map(str, options)]
         pipe = subprocess.PIPE
-        agent = subprocess.Popen(
+        started = subprocess.Popen(
             command, env=os.environ | environment, stdout=pipe, stderr=pipe, text=True
         )
-        agents.append(agent)
-        return agent
+        hosts.append(started)
+        return started
 
     yield start
-    for agent in agents:
-        agent.kill()
-        agent.communicate()
+    for started in hosts:
+        started.kill()
+        started.communicate()
 
 
-def test_a_host_joins_and_leaves_on_a_signal(pool, host):
-    agent = host("--folder", pool.folder, "--engines", "3")
+def test_a_host_joins_and_leaves_on_a_signal(pool, start_host):
+    host = start_host("--folder", pool.folder, "--engines", "3")
     wait_until(lambda: pool.num_free == 3)
-    agent.send_signal(signal.SIGTERM)
-    assert agent.wait() == 128 + signal.SIGTERM
+    host.send_signal(signal.SIGTERM)
+    assert host.wait() == 128 + signal.SIGTERM
     wait_until(lambda: pool.num_free == 0)
 
 
-def test_the_end_of_the_run_ends_a_host_well(pool, host):
-    agent = host("--folder", pool.folder)
+def test_the_end_of_the_run_ends_a_host_well(pool, start_host):
+    host = start_host("--folder", pool.folder)
     wait_until(lambda: pool.num_free == 1)
     pool.close()
-    assert agent.wait() == 0
+    assert host.wait() == 0
 
 
-def test_a_host_that_waits_finds_the_run(tmp_path, host, pool):
+def test_a_host_that_waits_finds_the_run(tmp_path, start_host, pool):
     late = tmp_path / "late"
-    agent = host("--folder", late)
-    assert str(late) in agent.stdout.readline()
+    host = start_host("--folder", late)
+    assert str(late) in host.stdout.readline()
     make_token(late)
     with_token = known_token(late / "token")
     second = HostPool("tcp://127.0.0.1:*", with_token)
@@ -97,11 +97,11 @@ def test_a_host_that_waits_finds_the_run(tmp_path, host, pool):
         second.close()
 
 
-def test_an_engine_that_cannot_start_reports_why(pool, host):
+def test_an_engine_that_cannot_start_reports_why(pool, start_host):
     server = RemoteServer(pool, pool.folder / "nothing", pool.folder / "engine-0.log")
     server.start()  # before any host has come: it waits
     assert server.is_alive()
-    host("--folder", pool.folder)
+    start_host("--folder", pool.folder)
     with pytest.raises(EngineError, match="nothing"):
         asyncio.run(server.wait_ready(1e5))
     assert not server.is_alive()
@@ -132,7 +132,7 @@ def test_hosts_find_the_port_of_the_recipe(tmp_path, monkeypatch):
     assert published_address(tmp_path) is None
 
 
-def test_a_report_of_another_version_is_refused_and_the_pool_goes_on(pool, host):
+def test_a_report_of_another_version_is_refused_and_the_pool_goes_on(pool, start_host):
     link = HostLink(f"tcp://127.0.0.1:{pool.port}", known_token(pool.folder / "token"))
     try:
         wait_until(lambda: link._socket.poll(100, zmq.POLLOUT))
@@ -143,7 +143,7 @@ def test_a_report_of_another_version_is_refused_and_the_pool_goes_on(pool, host)
         link.close()
     assert orders[0].refusal
     wait_until(lambda: pool.messages == [orders[0].refusal])
-    host("--folder", pool.folder)
+    start_host("--folder", pool.folder)
     wait_until(lambda: pool.num_free == 1)
 
 
@@ -176,11 +176,11 @@ def test_hosts_that_never_fall_silent_leave_the_pool_time_for_its_work():
 
 @pytest.mark.more
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_host_that_vanishes_loses_its_engines_for_good(pool, host, how):
-    agent = host("--folder", pool.folder)
+def test_a_host_that_vanishes_loses_its_engines_for_good(pool, start_host, how):
+    host = start_host("--folder", pool.folder)
     wait_until(lambda: pool.num_free == 1)
     server = RemoteServer(pool, pool.folder / "nothing", pool.folder / "engine-0.log")
-    agent.send_signal(how)
+    host.send_signal(how)
     server.start()  # given to a host that can no longer start it
     if how == signal.SIGSTOP:
         pool.silence_seconds = 0.5
@@ -189,24 +189,24 @@ def test_a_host_that_vanishes_loses_its_engines_for_good(pool, host, how):
     assert server.describe_end() in pool.messages[-1]
     if how == signal.SIGSTOP:  # awake again, it is a new host, and the old engine stays dead
         pool.silence_seconds = 1e5
-        agent.send_signal(signal.SIGCONT)
+        host.send_signal(signal.SIGCONT)
         wait_until(lambda: pool.num_free == 1)
         assert not server.is_alive()
 
 
-def test_another_token_is_refused_and_the_host_prints_so(pool, host):
+def test_another_token_is_refused_and_the_host_prints_so(pool, start_host):
     address = f"tcp://127.0.0.1:{pool.port}"
-    agent = host("--controller", address, **{TOKEN_VARIABLE: "guessed"})
-    assert any("token" in line for line in agent.stdout)
-    assert host("--controller", address, "--patience", "0").wait() == 1
+    host = start_host("--controller", address, **{TOKEN_VARIABLE: "guessed"})
+    assert any("token" in line for line in host.stdout)
+    assert start_host("--controller", address, "--patience", "0").wait() == 1
     assert pool.num_free == 0 and not pool.messages
 
 
-def test_memory_that_is_not_shared_is_refused(pool, host, monkeypatch):
+def test_memory_that_is_not_shared_is_refused(pool, start_host, monkeypatch):
     pool._memory = "another host's"
-    agent = host("--folder", pool.folder)
-    _, error = agent.communicate()
-    assert agent.returncode == 2
+    host = start_host("--folder", pool.folder)
+    _, error = host.communicate()
+    assert host.returncode == 2
     assert "push.transport: gloo" in error and "push.transport: gloo" in pool.describe()
 
 
