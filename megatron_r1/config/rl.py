@@ -47,8 +47,7 @@ class RLConfig(Section):
         # No docstring below, as others have: the list of names is computed.
         description="the policy-gradient algorithm, with its own defaults for what recipe and "
         f"preset leave out: {', '.join(algorithms.ALGORITHM_NAMES)}, or your own as module:RULES. "
-        "See "
-        "docs/algorithms.md",
+        "See docs/algorithms.md",
     )
     options: Scheduled[dict[str, algorithms.Option]] = {}
     """settings of an algorithm of your own, by the names in its rules"""
