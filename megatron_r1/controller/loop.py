@@ -13,7 +13,7 @@ goes through `commands/cli.py` and `commands/rl.py` to `train_policy`. From ther
 in these files, in the order in which `rl.algorithm: grpo` calls them:
 
  1. The reward of a response: the weighted sum of its terms, less a penalty of its length.
-        r1_grading/terms/reward_terms.py            combine
+        r1_grading/terms/combined_reward.py         combine
         controller/corrections/overlong_penalty.py  overlong_penalty
  2. Its advantage within the group.
         controller/algorithms/grpo.py               advantages

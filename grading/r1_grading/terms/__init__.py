@@ -1,8 +1,10 @@
 """The terms of a recipe's reward: read from it, called for a response, and added up.
 
 The reward of a response is the weighted sum of its terms, each weighted from step to step.
-`weights` and `options` read the recipe, `reward_terms` calls the terms and adds them up."""
+`weights` and `options` read the recipe, `reward_terms` calls the terms, `combined_reward` adds them
+up."""
 
+from r1_grading.terms.combined_reward import Reward, combine, compare_rewards, rewards_equal
 from r1_grading.terms.options import (
     RUN_ARGUMENTS,
     Options,
@@ -10,15 +12,7 @@ from r1_grading.terms.options import (
     read_options,
     reward_arguments,
 )
-from r1_grading.terms.reward_terms import (
-    Gradable,
-    Reward,
-    RewardTerms,
-    RewardUnusable,
-    combine,
-    compare_rewards,
-    rewards_equal,
-)
+from r1_grading.terms.reward_terms import Gradable, RewardTerms, RewardUnusable
 from r1_grading.terms.weights import (
     ACCURACY,
     DEFAULT_WEIGHTS,
