@@ -12,9 +12,10 @@ from typing import Self
 import msgspec
 
 from r1_grading.base.errors import Cause, RunError, UserError
+from r1_grading.base.values import find_non_finite
 from r1_grading.base.workers import START_TIMEOUT_SECONDS, WorkerLost, encode_frame
 from r1_grading.remote.remote_rewards import RemoteGraders
-from r1_grading.rewards import SERVED_REWARDS, FiniteGrade, Grade, find_non_finite, resolve_reward
+from r1_grading.rewards import SERVED_REWARDS, FiniteGrade, Grade, resolve_reward
 from r1_grading.sandbox.limits import time_limit
 from r1_grading.worker import EncodedJob, JobStatus, WorkerProcess, is_memory_message
 

@@ -7,9 +7,7 @@ any library. Rewards that request a served model are in `remote/`; `sandbox/` ru
 Patterns that repeat a group possessively are compiled by `regex`: Python's `re` before 3.11.5, as
 in Debian 12, matches them wrongly (cpython#100061, #106052), and rewards would differ."""
 
-import math
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -69,18 +67,6 @@ class FiniteGrade(Grade):
     Its reward may be any finite number."""
 
     limits = (-sys.float_info.max, sys.float_info.max)
-
-
-def find_non_finite(value: object, path: str) -> str:
-    """Return "truth.result is NaN" for a number in `value` that JSON does not have, or ""."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"{path} is {'NaN' if math.isnan(value) else 'Infinity'}, which is no JSON number"
-    items: Iterable[tuple[object, object]] = ()
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    return next(filter(None, (find_non_finite(item, f"{path}.{key}") for key, item in items)), "")
 
 
 @dataclass(frozen=True)

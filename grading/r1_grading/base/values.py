@@ -1,7 +1,7 @@
 """Values as texts: settings as they are written, and lists and mappings of data sets.
 
-Settings are numbers, truth values and text; data sets store lists and mappings as JSON or as
-Python's literals.
+Settings are numbers, truth values and text; data sets store lists and mappings as JSON, which has
+no NaN and no infinity (`find_non_finite`), or as Python's literals.
 
 Every reader of settings takes the same spellings. YAML 1.1 takes `1e-6` for text, `010` for 8 and
 `1:30` for 90. Here a number is decimal: digits, which `_` may divide, a point, an exponent. `true`,
@@ -10,9 +10,10 @@ is text takes neither without quotes."""
 
 import ast
 import json
+import math
 import re
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -222,3 +223,15 @@ def _parse_literal(text: str) -> Any:
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return text
     return literal if isinstance(literal, list | dict) else text
+
+
+def find_non_finite(value: object, path: str) -> str:
+    """Return "truth.result is NaN" for a number in `value` that JSON does not have, or ""."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{path} is {'NaN' if math.isnan(value) else 'Infinity'}, which is no JSON number"
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    return next(filter(None, (find_non_finite(item, f"{path}.{key}") for key, item in items)), "")

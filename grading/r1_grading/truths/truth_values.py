@@ -9,11 +9,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from r1_grading.base.errors import shorten
-from r1_grading.base.values import decode_literal
+from r1_grading.base.values import decode_literal, find_non_finite
 from r1_grading.code.problem import parse_problem
 from r1_grading.code.public_formats import is_tests
 from r1_grading.reading.tags_and_boxes import MARKER, last_boxed, unwrap_answer
-from r1_grading.rewards import REWARD_KINDS, find_non_finite
+from r1_grading.rewards import REWARD_KINDS
 
 NO_TRUTH = (
     "proof",
