@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.processes.children import free_port
-from megatron_r1.base.processes.exit_diagnosis import excerpt_log
+from megatron_r1.base.processes.log_excerpts import excerpt_log
 from megatron_r1.base.processes.scratch import Scratch
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.client import is_healthy

@@ -13,7 +13,7 @@ from typing import Self
 from megatron_r1.base.errors import RunError, UserError
 from megatron_r1.base.files import atomic_write
 from megatron_r1.base.processes import stopping
-from megatron_r1.base.processes.exit_diagnosis import excerpt_log
+from megatron_r1.base.processes.log_excerpts import excerpt_log
 from megatron_r1.config.yaml_text import dump_yaml
 from megatron_r1.pipeline import function_stage, manifest, serving
 from megatron_r1.pipeline.child import StageProcess, describe_status

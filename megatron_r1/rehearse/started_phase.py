@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_r1.base.errors import RunError
-from megatron_r1.base.processes.exit_diagnosis import last_lines
+from megatron_r1.base.processes.log_excerpts import last_lines
 
 POLL_SECONDS = 0.05
 """Short: three steps of a small model take two seconds, and the kill should follow the first."""

@@ -14,7 +14,7 @@ import msgspec
 import zmq
 
 from megatron_r1.base.errors import UserError
-from megatron_r1.base.processes import exit_diagnosis, timeline
+from megatron_r1.base.processes import collective_timeouts, timeline
 from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE, protect_client
 from megatron_r1.config import Config
 from megatron_r1.models import platform
@@ -133,14 +133,14 @@ def serve_calls(config: Config, address: str, grid_position: GridPosition | None
 def _late_ranks(error: Exception, monitor: RankMonitor, timeout_seconds: float) -> str:
     """Return a sentence on the collective that other ranks did not come to, if that is the error;
     else nothing."""
-    collective = exit_diagnosis.collective_wait(str(error), timeout_seconds)
+    collective = collective_timeouts.collective_wait(str(error), timeout_seconds)
     if collective is None:
         return ""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     place = describe_collective(frames[-1], monitor.groups) or collective
     return (
         f"trainer rank {os.environ['RANK']}, in {monitor.operation!r}, waited for other ranks in "
-        f"{place}; {exit_diagnosis.timeout_remedy(timeout_seconds)}\n"
+        f"{place}; {collective_timeouts.timeout_remedy(timeout_seconds)}\n"
     )
 
 

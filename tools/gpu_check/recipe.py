@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_r1.base.processes.exit_diagnosis import last_lines
+from megatron_r1.base.processes.log_excerpts import last_lines
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config
 from megatron_r1.rehearse import launch, miniature

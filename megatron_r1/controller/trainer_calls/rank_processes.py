@@ -8,10 +8,16 @@ import sys
 from collections.abc import Container
 from pathlib import Path
 
-from megatron_r1.base.processes import children, exit_diagnosis, fork_client, process_memory
+from megatron_r1.base.processes import (
+    children,
+    collective_timeouts,
+    fork_client,
+    oom_kills,
+    process_memory,
+)
 from megatron_r1.base.processes.authentication import RANKS_TOKEN_VARIABLE
-from megatron_r1.base.processes.exit_diagnosis import last_lines, log_end
 from megatron_r1.base.processes.fork_client import ForkedProcess
+from megatron_r1.base.processes.log_excerpts import last_lines, log_end
 from megatron_r1.config import Config
 from megatron_r1.engines.server import gpu
 
@@ -65,7 +71,7 @@ class RankProcesses:
         world_size = config.parallel.processes
         port = children.free_port("127.0.0.1")
         settings = config.model_dump_json()
-        self._kills_before = exit_diagnosis.num_oom_kills()
+        self._kills_before = oom_kills.num_oom_kills()
         self._timeout_seconds = config.parallel.timeout_seconds
         for rank in range(world_size):
             environment = {
@@ -120,12 +126,12 @@ class RankProcesses:
             f"was killed by signal {-code}" if code and code < 0 else f"exited with code {code}"
         )
         if code == -signal.SIGKILL:
-            ending += exit_diagnosis.oom_explanation(self._kills_before, MEMORY_REMEDY)
-        collective = exit_diagnosis.collective_wait(log_end(log), self._timeout_seconds)
+            ending += oom_kills.oom_explanation(self._kills_before, MEMORY_REMEDY)
+        collective = collective_timeouts.collective_wait(log_end(log), self._timeout_seconds)
         if collective is not None:
             ending += (
                 f" in {operation!r} after it waited for other ranks in {collective}; "
-                f"{exit_diagnosis.timeout_remedy(self._timeout_seconds)}"
+                f"{collective_timeouts.timeout_remedy(self._timeout_seconds)}"
             )
         if code is None:  # its connection closed, and the process has not ended
             ending = "is gone"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from megatron_r1.base.errors import RunError
-from megatron_r1.base.processes.exit_diagnosis import file_excerpt
+from megatron_r1.base.processes.log_excerpts import file_excerpt
 
 
 class EngineError(RunError):

@@ -16,9 +16,9 @@ from typing import Any
 
 from r1_grading.base.lifetime import owns_number
 
-from megatron_r1.base.processes import children, exit_diagnosis, fork_client
-from megatron_r1.base.processes.exit_diagnosis import file_excerpt
+from megatron_r1.base.processes import children, fork_client, oom_kills
 from megatron_r1.base.processes.fork_client import ForkedProcess
+from megatron_r1.base.processes.log_excerpts import file_excerpt
 from megatron_r1.base.processes.scratch import Scratch, shared_files
 from megatron_r1.engines.server.client import is_healthy
 from megatron_r1.engines.server.errors import EngineError
@@ -184,7 +184,7 @@ class EngineServer(Server):
         if part is not None:
             arguments += part.arguments(self.settings.data_parallel, self.coordinator)
         self._scratch = Scratch()
-        self._kills_before = exit_diagnosis.num_oom_kills()
+        self._kills_before = oom_kills.num_oom_kills()
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         environment = self._scratch.environment() | self.environment
         self.process = fork_client.start(SERVER_MODULE, arguments, self.log_path, environment)
@@ -222,7 +222,7 @@ class EngineServer(Server):
         if code is not None and code < 0:
             ending = f"signal {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            ending += exit_diagnosis.oom_explanation(self._kills_before, MEMORY_REMEDY)
+            ending += oom_kills.oom_explanation(self._kills_before, MEMORY_REMEDY)
         return f"{ending}; from {self.log_path}:\n{self.log_excerpt()}"
 
     def log_excerpt(self) -> str:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.filesystem import SerializationFormat, _write_
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import fsync
-from megatron_r1.base.processes import exit_diagnosis
+from megatron_r1.base.processes import collective_timeouts
 from megatron_r1.models.platform import broadcast_from_rank_zero
 from megatron_r1.models.weights.export import run_on_rank_zero
 from megatron_r1.trainer.checkpoints import manifest
@@ -157,10 +157,10 @@ class CheckpointWriter:
         except RuntimeError as lost:  # gloo's: a rank has ended, or is late
             cause = f"the ranks lost each other while they wrote: {lost}"
             remedy = "see the logs of the others"
-            if exit_diagnosis.collective_wait(
+            if collective_timeouts.collective_wait(
                 str(lost), seconds := self._straggler_timeout.total_seconds()
             ):
-                remedy = exit_diagnosis.timeout_remedy(seconds)
+                remedy = collective_timeouts.timeout_remedy(seconds)
             failure = _failure_message(folder, cause, remedy)
         seconds = time.perf_counter() - started_at
         self._progress = {"is_done": True, "error": failure, "seconds": seconds}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron_r1.base.processes import exit_diagnosis
+from megatron_r1.base.processes import oom_kills
 from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
 
 
@@ -13,9 +13,9 @@ from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
 def test_a_kill_for_lack_of_memory_is_named_with_its_remedy(kills, says, tmp_path, monkeypatch):
     counters = tmp_path / "vmstat"
     counters.write_text("nr_free_pages 12\noom_kill 3\n")
-    monkeypatch.setattr(exit_diagnosis, "OOM_COUNTERS", counters)
+    monkeypatch.setattr(oom_kills, "OOM_COUNTERS", counters)
     ranks = RankProcesses(tmp_path)
-    ranks._kills_before = exit_diagnosis.num_oom_kills()
+    ranks._kills_before = oom_kills.num_oom_kills()
     (tmp_path / "trainer_0.log").write_text("step 1\n")
     process = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
     process.kill()
@@ -51,5 +51,5 @@ def test_nccls_timeout_is_named_with_its_key(timeout_seconds, is_named, tmp_path
 
 
 def test_a_system_without_the_counter_says_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(exit_diagnosis, "OOM_COUNTERS", tmp_path / "none")
-    assert exit_diagnosis.num_oom_kills() == 0 and exit_diagnosis.oom_explanation(0, "") == ""
+    monkeypatch.setattr(oom_kills, "OOM_COUNTERS", tmp_path / "none")
+    assert oom_kills.num_oom_kills() == 0 and oom_kills.oom_explanation(0, "") == ""

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 from fakes.loopback import serving
 
-from megatron_r1.base.processes.exit_diagnosis import excerpt_log
+from megatron_r1.base.processes.log_excerpts import excerpt_log
 from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineTimeout

@@ -1,10 +1,5 @@
-"""Why a process ended: the error in its log, the kernel's lack of memory, or a collective operation
-that other ranks did not come to in time.
+"""The lines of a process's log that say why it ended: the first error, and the last ones."""
 
-gloo raises a RuntimeError for the last; NCCL's watchdog in torch (ProcessGroupNCCL.cpp) writes to
-the log and ends the process."""
-
-import contextlib
 import os
 import re
 from pathlib import Path
@@ -65,65 +60,3 @@ def last_lines(log: Path, count: int = 15) -> str:
     except FileNotFoundError:
         return "(no output)"
     return "\n".join(text.strip().splitlines()[-count:]) or "(no output)"
-
-
-OOM_COUNTERS = Path("/proc/vmstat")
-"""Linux: its line oom_kill counts the processes killed since the system started, containers'
-included."""
-
-
-def num_oom_kills() -> int:
-    """Return the kernel's count of processes that it killed for lack of memory; 0 where it shows
-    none."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in OOM_COUNTERS.read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if name == "oom_kill":
-                return int(value)
-    return 0
-
-
-def oom_explanation(kills_before: int, remedy: str) -> str:
-    """Return what to add to "killed by signal 9": nothing, or that memory ran out, with the remedy.
-
-    Args:
-        kills_before: `num_oom_kills` when the process started.
-        remedy: what to do about it.
-    """
-    if num_oom_kills() <= kills_before:
-        return ""
-    return f" (the kernel has killed a process for lack of memory since it started: {remedy})"
-
-
-TIMEOUT_KEY = "parallel.timeout_seconds"
-_TIMEOUT_LIMITS = (
-    re.compile(r"Timed out waiting (?P<ms>\d+)ms for"),
-    re.compile(
-        r"caught collective operation timeout: WorkNCCL\(.*?OpType=(?P<name>\w+).*?"
-        r"Timeout\(ms\)=(?P<ms>\d+)"
-    ),
-)
-
-
-def collective_wait(text: str, timeout_seconds: float) -> str | None:
-    """Return NCCL's name of the operation that timed out, or "a collective operation" for gloo.
-    None: `text` has no such error, or one of another limit than `timeout_seconds`, such as a
-    push's.
-
-    Args:
-        text: the text of an error.
-        timeout_seconds: the limit of the groups in question.
-    """
-    for pattern in _TIMEOUT_LIMITS:
-        match = pattern.search(text)
-        if match and int(match["ms"]) == int(timeout_seconds * 1000):
-            return match.groupdict().get("name") or "a collective operation"
-    return None
-
-
-def timeout_remedy(timeout_seconds: float) -> str:
-    """Return the limit's key and value, and when to raise it."""
-    return (
-        f"{TIMEOUT_KEY}: {timeout_seconds:g} is over; raise it where files or compilation take "
-        "other ranks longer, else see their logs"
-    )
