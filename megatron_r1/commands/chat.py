@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.processes.stopping import read_when_ready
+from megatron_r1.base.processes.ready_input import read_when_ready
 from megatron_r1.commands.parts.guessed_settings import yaml_value_text
 from megatron_r1.commands.parts.trained_model import CONVERT, find_exported, trained_recipe
 from megatron_r1.commands.parts.trained_template import template_of_model

@@ -16,7 +16,7 @@ from r1_grading import Grade, RewardPool
 from r1_grading.remote.service import ServiceError
 from r1_grading.terms import RUN_ARGUMENTS, reward_arguments
 
-from megatron_r1.base.processes.stopping import read_when_ready
+from megatron_r1.base.processes.ready_input import read_when_ready
 from megatron_r1.config import Config
 from megatron_r1.data.table_files import describe_json_error
 from megatron_r1.reporting.formatting import format_duration

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from megatron_r1.base.processes.stopping import read_when_ready
+from megatron_r1.base.processes.ready_input import read_when_ready
 
 
 def test_a_pipe_gives_what_it_has_and_its_end():
