@@ -4,5 +4,6 @@
 - `dispatch` divides requests among them, `request_retries` repeats requests that fail.
 - `service_stats` and `draft_acceptance` measure what engines do; `engine_replacer` finds engines
   that fail and replaces them.
-- `placement` says where they start; `host`, `local_engines`, `host_pool` and `host_messages` are
-  engines on other nodes, and `external_fleet` has servers that others started."""
+- `placement` says where they start; `host`, `local_engines`, `host_pool`, `host_messages` and
+  `controller_address` are engines on other nodes, and `external_fleet` has servers that others
+  started."""

@@ -31,12 +31,12 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import access
 from megatron_r1.base.processes import children
 from megatron_r1.base.processes.authentication import TOKEN_FILE, known_token, protect_client
+from megatron_r1.engines.fleet.controller_address import published_address
 from megatron_r1.engines.fleet.host_messages import (
     REPORT_SECONDS,
     EngineReport,
     HostOrders,
     HostReport,
-    published_address,
     shared_memory_identity,
 )
 from megatron_r1.engines.fleet.local_engines import LocalEngines

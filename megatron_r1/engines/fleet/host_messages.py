@@ -3,21 +3,15 @@
 Both sides repeat what is and what should be, and act on the difference. So a lost message, a broken
 connection and a restarted peer need no cases of their own."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from megatron_r1.base.files import atomic_write
 from megatron_r1.engines.server.settings import EnginePart
 
 REPORT_SECONDS = 1.0
 """Longest time between two messages of either side."""
-
-ADDRESS_FILE = "controller.json"
-"""The file in the folder of a run that accepts engine hosts: {"engine_hosts":
-"tcp://host:port"}."""
 
 
 class EngineReport(msgspec.Struct, frozen=True):
@@ -92,21 +86,3 @@ def shared_memory_identity() -> str:
     """Return the kernel's name of this process's /dev/shm, the same wherever it is shared."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}:{Path('/dev/shm').stat().st_dev}"
-
-
-def publish_address(folder: Path, address: str) -> None:
-    """Write where engine hosts connect (tcp://host:port) into the run's folder."""
-    atomic_write(folder / ADDRESS_FILE, json.dumps({"engine_hosts": address}) + "\n")
-
-
-def withdraw_address(folder: Path) -> None:
-    """Delete the published address, so that no engine host connects to a run that ends."""
-    (folder / ADDRESS_FILE).unlink(missing_ok=True)
-
-
-def published_address(folder: Path) -> str | None:
-    """Return where engine hosts of this run connect to, or None while it accepts none."""
-    try:
-        return json.loads((folder / ADDRESS_FILE).read_text(encoding="utf-8"))["engine_hosts"]
-    except FileNotFoundError:
-        return None

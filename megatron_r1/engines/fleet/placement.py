@@ -14,9 +14,9 @@ import psutil
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.processes.authentication import make_token
 from megatron_r1.config import RolloutConfig
+from megatron_r1.engines.fleet.controller_address import publish_address, withdraw_address
 from megatron_r1.engines.fleet.engine import MakeServer
 from megatron_r1.engines.fleet.fleet_state import Notify
-from megatron_r1.engines.fleet.host_messages import publish_address, withdraw_address
 from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.remote_server import RemoteServer
 from megatron_r1.engines.server import gpu

@@ -26,8 +26,9 @@ from megatron_r1.base.processes.authentication import (
 )
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.config import RolloutConfig
+from megatron_r1.engines.fleet.controller_address import publish_address, published_address
 from megatron_r1.engines.fleet.host import HostLink
-from megatron_r1.engines.fleet.host_messages import HostReport, publish_address, published_address
+from megatron_r1.engines.fleet.host_messages import HostReport
 from megatron_r1.engines.fleet.host_pool import HostPool
 from megatron_r1.engines.fleet.placement import open_host_pool
 from megatron_r1.engines.fleet.remote_server import RemoteServer
