@@ -58,8 +58,8 @@ TRANSPORTS = {
         is_single_node=True,
     ),
     "cuda_ipc": Transport(
-        "shared_memory.DeviceReceiver",
-        "shared_memory.DeviceSender",
+        "cuda_ipc.DeviceReceiver",
+        "cuda_ipc.DeviceSender",
         memory="GPU",
         rate="nvlink",
         link="NVLink",

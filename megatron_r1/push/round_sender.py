@@ -29,6 +29,7 @@ from megatron_r1.push.rendezvous import (
     wait_for_keys,
 )
 from megatron_r1.push.slots import SlotTable, TensorChunk
+from megatron_r1.push.transports.cuda_ipc import open_ipc_handle
 from megatron_r1.push.transports.nccl_communicator import Communicator, NCCLError
 from megatron_r1.push.transports.nccl_rounds import (
     BucketTransfer,
@@ -42,7 +43,6 @@ from megatron_r1.push.transports.payloads import (
     Payload,
     ReceivePayloads,
 )
-from megatron_r1.push.transports.shared_memory import open_ipc_handle
 
 
 @dataclass

@@ -15,6 +15,7 @@ import torch
 
 from megatron_r1.push.protocol import PublishedTransfer, RankRounds, RelaySource
 from megatron_r1.push.transports.base import Sender, gpu_uuid
+from megatron_r1.push.transports.cuda_ipc import export_ipc_handle
 from megatron_r1.push.transports.nccl_communicator import LONGEST_PAUSE, Communicator, NCCLError
 from megatron_r1.push.transports.nccl_rounds import (
     BucketTransfer,
@@ -23,7 +24,6 @@ from megatron_r1.push.transports.nccl_rounds import (
     RoundRunner,
 )
 from megatron_r1.push.transports.payloads import BufferPayload, PayloadReceiver
-from megatron_r1.push.transports.shared_memory import export_ipc_handle
 
 CLOSE_SECONDS = 5.0
 """How long `close` waits for the thread that receives."""
