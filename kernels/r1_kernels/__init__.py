@@ -4,7 +4,8 @@ Needs torch, and triton for CUDA tensors; nothing else. Every function takes `ba
 Triton kernels on CUDA tensors and plain PyTorch elsewhere; `r1_kernels.reference` has the same
 functions bound to plain PyTorch on any device.
 
-A call of `linear_policy_loss`, which uses the most, passes these modules in this order:
+A call of `linear_policy_loss`, which uses the most, passes these modules in this order, once
+`keyword_loss` has made its keywords into objects:
 
 1. `arguments`: checks shapes, dtypes, devices and values.
 2. `linear_token_logprobs`: `make_head` checks those of the head.
@@ -25,11 +26,8 @@ needs `arguments`, `registry` and `primitives.blockwise_*` alone."""
 from r1_kernels import reference
 from r1_kernels.averaging import Averaging
 from r1_kernels.blockwise import dequantize_blockwise, quantize_blockwise
-from r1_kernels.linear_policy_loss import (
-    LinearPolicyLoss,
-    linear_policy_loss,
-    linear_policy_loss_from_settings,
-)
+from r1_kernels.keyword_loss import linear_policy_loss
+from r1_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss_from_settings
 from r1_kernels.linear_token_logprobs import linear_token_logprobs
 from r1_kernels.policy_loss import PolicyLoss, policy_loss
 from r1_kernels.policy_terms import PolicySettings, TokenTensors
