@@ -16,7 +16,7 @@ from r1_kernels import examples, registry
 from r1_kernels.sampling_mask import SamplingMask
 from torch import Tensor
 
-from r1_kernels_bench import eager, measure, reference
+from r1_kernels_bench import device_bounds, eager, reference
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 LONGEST_SEQUENCE = 4_096
@@ -248,14 +248,14 @@ class HiddenInputs(Inputs):
         hidden, weight = self.hidden, self.weight
         return (hidden, weight) if gradients else (hidden.detach(), weight.detach())
 
-    def bound(self, gradients: bool, masked: bool) -> measure.Bound:
+    def bound(self, gradients: bool, masked: bool) -> device_bounds.Bound:
         """Return the least time that the matrix products can take.
 
         Args:
             gradients: whether the gradients are computed.
             masked: whether masked tokens need not be computed."""
         tokens = int((self.tokens.mask > 0).sum()) if masked else len(self.hidden)
-        return measure.matrix_bound(*self.leaves(False), tokens, 3 if gradients else 1)
+        return device_bounds.matrix_bound(*self.leaves(False), tokens, 3 if gradients else 1)
 
 
 class LogitsInputs(Inputs):
@@ -291,10 +291,10 @@ class LogitsInputs(Inputs):
         """Restore the logits after an implementation that overwrites them."""
         self.logits.copy_(self.pristine)
 
-    def bound(self, gradients: bool, masked: bool) -> measure.Bound:
+    def bound(self, gradients: bool, masked: bool) -> device_bounds.Bound:
         """The logits are read once; with gradients, read twice and written once."""
         num_bytes = self.logits.numel() * self.logits.element_size()
-        return measure.copy_bound(self.logits.device, num_bytes * (3 if gradients else 1))
+        return device_bounds.copy_bound(self.logits.device, num_bytes * (3 if gradients else 1))
 
 
 class PolicyInputs(Inputs):
@@ -312,9 +312,9 @@ class PolicyInputs(Inputs):
             "logprobs": ("d log-probs", partial(reference.relative_error, exact=self.exact)),
         }
 
-    def bound(self, gradients: bool, masked: bool) -> measure.Bound:
+    def bound(self, gradients: bool, masked: bool) -> device_bounds.Bound:
         """Five inputs (log-probs, old, ref, advantages, mask) are read, one gradient is written."""
-        return measure.copy_bound(self.logprobs.device, 6 * 4 * len(self.logprobs))
+        return device_bounds.copy_bound(self.logprobs.device, 6 * 4 * len(self.logprobs))
 
 
 class MatrixInputs(Inputs):
@@ -357,9 +357,9 @@ class MatrixInputs(Inputs):
         spread_scale = scale[self.rows // 128].repeat_interleave(128, 1)
         return spread_scale[:, : self.x.shape[1]]
 
-    def bound(self, gradients: bool, masked: bool) -> measure.Bound:
+    def bound(self, gradients: bool, masked: bool) -> device_bounds.Bound:
         """The matrix is read and its fp8 codes are written, or the other way around."""
-        return measure.copy_bound(self.x.device, self.x.numel() * (self.x.element_size() + 1))
+        return device_bounds.copy_bound(self.x.device, self.x.numel() * (self.x.element_size() + 1))
 
 
 class ExampleInputs(Inputs):
@@ -395,9 +395,9 @@ class ExampleInputs(Inputs):
         names = getattr(returned, "_fields", map(str, range(len(returned))))
         return dict(zip(names, returned, strict=True))
 
-    def bound(self, gradients: bool, masked: bool) -> measure.Bound:
+    def bound(self, gradients: bool, masked: bool) -> device_bounds.Bound:
         """The bytes that `examples` gives as the least."""
-        return measure.copy_bound(self.device, self.num_bytes)
+        return device_bounds.copy_bound(self.device, self.num_bytes)
 
 
 def _to_fp64(value: Any) -> Any:
