@@ -22,8 +22,8 @@ from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.hf_config_file import read_hf_config
-from megatron_r1.push.plan.planned_links import links_per_rank
-from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout, planned_push
+from megatron_r1.push.matching.planned_links import links_per_rank
+from megatron_r1.push.matching.recipe_plan import check_pushes, engine_layout, planned_push
 from megatron_r1.rehearse import coverage, miniature, model, null_gpu
 from megatron_r1.rehearse.phases import PhaseRunner
 from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalRecipe

@@ -29,7 +29,7 @@ from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.parallel_checks import check_divisions
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.models.weights import num_parameters
-from megatron_r1.push.plan.recipe_plan import check_pushes
+from megatron_r1.push.matching.recipe_plan import check_pushes
 
 VLLM_FRACTION = 0.92
 """vLLM's default of --gpu-memory-utilization (config/cache.py)."""

@@ -28,7 +28,7 @@ from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.formats import published_layout
-from megatron_r1.push.plan.adapter_push import lora_arguments
+from megatron_r1.push.matching.adapter_push import lora_arguments
 
 
 @dataclass(frozen=True)

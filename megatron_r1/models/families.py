@@ -12,8 +12,8 @@ Exceptions that name an architecture, in all of megatron_r1:
 - `engines.plugin.deepseek_patches`: vLLM's layers of DeepSeek, and its drafter of GLM-4.5.
 - `engines.plugin.loader_copies`: vLLM's loader of gpt-oss, which takes all experts at once.
 
-`push.plan.predicted_sharding` knows gpt-oss by `Family.stacked_experts`: its class in vLLM has the
-embedding and the head on every pipeline stage."""
+`push.matching.predicted_sharding` knows gpt-oss by `Family.stacked_experts`: its class in vLLM has
+the embedding and the head on every pipeline stage."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

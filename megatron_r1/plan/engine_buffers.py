@@ -11,8 +11,8 @@ from megatron_r1.plan.hardware import GIB
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push_costs import drafts_with_mtp, planned_engine_layout, pushed_byte_count
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
-from megatron_r1.push.plan.regions import Region
-from megatron_r1.push.plan.tensors import expert_tensors
+from megatron_r1.push.matching.regions import Region
+from megatron_r1.push.matching.tensors import expert_tensors
 from megatron_r1.reporting.formatting import format_count
 
 DEEPEP_BUFFERS = "DeepEP's buffers"

@@ -23,7 +23,7 @@ from megatron_r1.plan.push_costs import (
     receive_buffer_bytes,
 )
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity, round_number
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
 from megatron_r1.reporting.formatting import format_count
 
 

@@ -1,6 +1,6 @@
 """Bytes of one weight push, and what they take of the ranks that send and receive them.
 
-They are summed over the push's own plan (`push/plan`); `push_traffic` has the links between
+They are summed over the push's own plan (`push/matching`); `push_traffic` has the links between
 ranks."""
 
 from functools import cache, lru_cache
@@ -19,17 +19,17 @@ from megatron_r1.plan.push_traffic import (
     traffic_of_sets,
 )
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
-from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.adapter_push import check_adapter_push, max_lora_rank
-from megatron_r1.push.plan.planned_links import MAX_SET_ENGINES, engine_sets
-from megatron_r1.push.plan.recipe_plan import (
+from megatron_r1.push.matching import EngineLayout, TrainerGrid
+from megatron_r1.push.matching.adapter_push import check_adapter_push, max_lora_rank
+from megatron_r1.push.matching.planned_links import MAX_SET_ENGINES, engine_sets
+from megatron_r1.push.matching.recipe_plan import (
     bytes_of_first_rank,
     check_drafter,
     engine_layout,
     shares_gpus_over_nccl,
 )
-from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES, planned_schedule
-from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
+from megatron_r1.push.matching.rounds import SCATTER_BUCKET_BYTES, planned_schedule
+from megatron_r1.push.matching.tensors import CountBytes, fp8_bytes, plain_bytes
 from megatron_r1.reporting.formatting import format_count
 
 ADAPTERS_NOTE = "both factors of every adapter of its stage, whole (push.adapter_only)"

@@ -1,7 +1,7 @@
 """The links of a push in sets of engines: the bytes on them, and the time of set-up and push.
 
-Both follow the plan that a run executes (`push/plan/planned_links.py`), and over NCCL its rounds
-(`push/plan/rounds.py`)."""
+Both follow the plan that a run executes (`push/matching/planned_links.py`), and over NCCL its
+rounds (`push/matching/rounds.py`)."""
 
 import json
 from collections import Counter
@@ -19,12 +19,12 @@ from megatron_r1.models.weights.adapter_table import adapter_table
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.table import WeightTable
 from megatron_r1.plan.assumptions import Assumptions
-from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
-from megatron_r1.push.plan.adapter_push import PredictedAdapterSharding
-from megatron_r1.push.plan.planned_links import EngineSetPlan, engine_sets, plan_sets
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
-from megatron_r1.push.plan.rounds import RoundSchedule
-from megatron_r1.push.plan.tensors import CountBytes
+from megatron_r1.push.matching import EngineLayout, MatchedRegions, TrainerGrid
+from megatron_r1.push.matching.adapter_push import PredictedAdapterSharding
+from megatron_r1.push.matching.planned_links import EngineSetPlan, engine_sets, plan_sets
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching.rounds import RoundSchedule
+from megatron_r1.push.matching.tensors import CountBytes
 
 PAIR_REQUESTS = 4
 """Requests to the store for a group of two: each rank sets its address and gets the other's."""

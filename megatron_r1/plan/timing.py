@@ -29,8 +29,8 @@ from megatron_r1.plan.quantity import (
 from megatron_r1.plan.sample_traffic import ROUTED_EXPERTS, routing_replay_time
 from megatron_r1.plan.step_time import STALLS, StepTime
 from megatron_r1.plan.time_ranges import with_range
-from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching import EngineLayout
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
 from megatron_r1.reporting.formatting import format_count
 
 

@@ -2,14 +2,14 @@
 
 1. `rank_push`: the operations of a push on each trainer rank, called by the controller
    (`megatron_r1.controller.push`); `sender` sends the rank's weights.
-2. `plan`: which region of which tensor goes from which trainer rank to which engine rank.
+2. `matching`: which region of which tensor goes from which trainer rank to which engine rank.
 3. `link_planner`: from the slot tables of the engine ranks (`receivers`, `published_sharding`) and
    the plan to the links of this rank; `parameter_regions` has what each link sends of the rank's
    parameters, as it is or quantized to FP8.
 4. `transports`: the bytes over shared memory, CUDA IPC, gloo or NCCL, both ends, and which chunks
    an engine rank has received (`received_chunks`). Over NCCL all links are sent together, in rounds
-   (`plan.rounds`): `push_schedule` has each rank's part, and `round_sender` runs that of a trainer
-   rank.
+   (`matching.rounds`): `push_schedule` has each rank's part, and `round_sender` runs that of a
+   trainer rank.
 5. `checksum`: one per chunk, computed on both ends and compared before use.
 6. `megatron_r1.engines.plugin.layer_reload`: inside vLLM, the received weights replace the old
    ones; `backend` compares the tensors in use before and after.

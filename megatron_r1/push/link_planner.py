@@ -1,4 +1,4 @@
-"""Plans and creates the links from a trainer rank to sets of engines (`plan.planned_links`).
+"""Plans and creates the links from a trainer rank to sets of engines (`matching.planned_links`).
 
 It leads from the slot tables that engines publish (`published_sharding`) to the regions of this
 rank's parameters that each link sends (`parameter_regions`)."""
@@ -18,18 +18,18 @@ from megatron_r1.models.weights.formats.published_layout import FP8_DTYPE
 from megatron_r1.models.weights.layout import Shard
 from megatron_r1.models.weights.splits import Piece
 from megatron_r1.models.weights.table import WeightTable
-from megatron_r1.push.parameter_regions import Encoding, ParameterRegion
-from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.matched_regions import MatchedRegions
-from megatron_r1.push.plan.planned_links import (
+from megatron_r1.push.matching.layouts import EngineLayout, TrainerGrid
+from megatron_r1.push.matching.matched_regions import MatchedRegions
+from megatron_r1.push.matching.planned_links import (
     EngineSetPlan,
     PlannedLink,
     max_group_fraction,
     plan_sets,
     sent_bytes,
 )
-from megatron_r1.push.plan.regions import Region
-from megatron_r1.push.plan.tensors import CountBytes, fp8_bytes, plain_bytes
+from megatron_r1.push.matching.regions import Region
+from megatron_r1.push.matching.tensors import CountBytes, fp8_bytes, plain_bytes
+from megatron_r1.push.parameter_regions import Encoding, ParameterRegion
 from megatron_r1.push.protocol import EngineRankChunks, ReceiverInfo
 from megatron_r1.push.published_sharding import PublishedSharding
 from megatron_r1.push.push_schedule import PushSchedule

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_r1.models.weights.formats.quantized_blocks import quantize_fp8
 from megatron_r1.models.weights.loading import merge_adapter
 from megatron_r1.models.weights.splits import Piece
-from megatron_r1.push.plan.regions import Region
+from megatron_r1.push.matching.regions import Region
 
 Encoding = Literal["plain", "codes", "scales"]
 """The form of a chunk: its values, or the FP8 codes or scales of its blocks."""

@@ -10,14 +10,14 @@ from megatron_r1.models.weights.formats.published_layout import (
     scale_name,
 )
 from megatron_r1.models.weights.splits import Shape
+from megatron_r1.push.matching.regions import Region, first_unaligned_edge, scale_region
 from megatron_r1.push.parameter_regions import Encoding
-from megatron_r1.push.plan.regions import Region, first_unaligned_edge, scale_region
 from megatron_r1.push.slots import SlotTable, TensorChunk, dtype_of
 
 
 class PublishedSharding:
     """The regions of each tensor that the ranks of an engine need, from the slot tables that they
-    published (`plan.predicted_sharding` predicts them).
+    published (`matching.predicted_sharding` predicts them).
 
     Args:
         tables: the slot tables, one per rank of the engine.

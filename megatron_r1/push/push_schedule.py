@@ -1,11 +1,11 @@
-"""The buckets that each rank sends and receives in every round of a push over NCCL (`plan.rounds`),
-with their peers and communicators.
+"""The buckets that each rank sends and receives in every round of a push over NCCL
+(`matching.rounds`), with their peers and communicators.
 
 A set whose engine ranks have GPUs of their own has a communicator of the trainer ranks and these,
 in this order. Where all are on trainer ranks' GPUs, the trainer ranks' own is used. Where a
 process has calls of several communicators in a round, it makes a group of each, the trainer's
-first, then by set. Every process splits a round in this order, so the proof of `plan.rounds` holds
-for the parts."""
+first, then by set. Every process splits a round in this order, so the proof of `matching.rounds`
+holds for the parts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megatron_r1.push.plan.planned_links import EngineRankId, EngineSetPlan
-from megatron_r1.push.plan.rounds import NO_BUCKET, receiving_processes, schedule_rounds
+from megatron_r1.push.matching.planned_links import EngineRankId, EngineSetPlan
+from megatron_r1.push.matching.rounds import NO_BUCKET, receiving_processes, schedule_rounds
 from megatron_r1.push.protocol import PublishedTransfer, RankRounds
 
 
@@ -40,7 +40,7 @@ class ScheduledTransfer:
 
     Attributes:
         is_relayed: whether the bucket is relayed from engine to engine.
-        round: its number, from 0 (`plan.rounds`).
+        round: its number, from 0 (`matching.rounds`).
         is_send: a send, not a receive.
         peer: the other side's rank in the communicator.
         payload_id: the payload that the bucket is a part of.

@@ -18,8 +18,8 @@ from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.loading import local_entries
 from megatron_r1.models.weights.splits import Piece
 from megatron_r1.push.control_messages import ConnectedSets, OpenedPush, SentWeights
-from megatron_r1.push.plan.adapter_push import pushed_adapter_table
-from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
+from megatron_r1.push.matching.adapter_push import pushed_adapter_table
+from megatron_r1.push.matching.layouts import EngineLayout, TrainerGrid
 from megatron_r1.push.sender import WeightSender
 from megatron_r1.push.store import open_store
 from megatron_r1.push.transports.base import gpu_uuid

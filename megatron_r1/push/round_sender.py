@@ -19,7 +19,7 @@ import torch
 from torch.distributed import PrefixStore, Store
 
 from megatron_r1.push.control_messages import EngineSetFailure
-from megatron_r1.push.plan.rounds import SCATTER_BUCKET_BYTES
+from megatron_r1.push.matching.rounds import SCATTER_BUCKET_BYTES
 from megatron_r1.push.protocol import EngineRankChunks, ReceiverInfo, RelaySource, chunks_to
 from megatron_r1.push.push_schedule import PayloadId, PushSchedule
 from megatron_r1.push.rendezvous import (

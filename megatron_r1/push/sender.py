@@ -1,5 +1,5 @@
 """Sends the weights of a trainer rank in a push, straight from the model's parameters: the regions
-that the plan assigns to this rank (`plan.planned_links`)."""
+that the plan assigns to this rank (`matching.planned_links`)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from megatron_r1.push.link_planner import (
     HeldPieces,
     LinkPlanner,
 )
+from megatron_r1.push.matching.layouts import EngineLayout, TrainerGrid
+from megatron_r1.push.matching.tensors import pushed_tensors
 from megatron_r1.push.parameter_regions import EncodedRegions
-from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.tensors import pushed_tensors
 from megatron_r1.push.receivers import EngineSetReceivers, read_receivers
 from megatron_r1.push.rendezvous import (
     ENGINE_SET_FAILURE_ERRORS,

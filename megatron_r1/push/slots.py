@@ -6,7 +6,7 @@ import torch
 
 
 class Slot(msgspec.Struct, frozen=True, array_like=True):
-    """A region of an HF tensor (`plan.regions.Region`) with its place in the receive buffer.
+    """A region of an HF tensor (`matching.regions.Region`) with its place in the receive buffer.
 
     Attributes:
         name: the tensor's name in the checkpoint.

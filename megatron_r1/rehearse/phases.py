@@ -14,8 +14,8 @@ from typing import Any
 from megatron_r1.base.errors import RunError
 from megatron_r1.config import Config
 from megatron_r1.models.hf_config_file import read_hf_config
-from megatron_r1.push.plan.planned_links import links_per_rank
-from megatron_r1.push.plan.recipe_plan import planned_push
+from megatron_r1.push.matching.planned_links import links_per_rank
+from megatron_r1.push.matching.recipe_plan import planned_push
 from megatron_r1.rehearse import launch, layout
 from megatron_r1.rehearse.started_phase import StartedPhase
 from megatron_r1.reporting.run_folder import RunFolder
@@ -136,7 +136,7 @@ class PhaseRunner:
             raise RunError(
                 f"rehearse: push: trainer ranks send {num_bytes:,.0f} bytes, where their plan, by "
                 f"which megatron-r1 plan counts, has {planned_bytes:,.0f}: engines need other "
-                "parts of tensors than push/plan/predicted_sharding.py says, or were replaced"
+                "parts of tensors than push/matching/predicted_sharding.py says, or were replaced"
             )
         planned = max(links_per_rank(plan, self.config.parallel.processes))
         if links > planned:

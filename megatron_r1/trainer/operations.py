@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypedDict
 from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.config.loss_settings import LossSettings, TokenAdvantageSettings
 from megatron_r1.push.control_messages import ConnectedSets, OpenedPush, SentWeights
-from megatron_r1.push.plan.layouts import EngineLayout
+from megatron_r1.push.matching.layouts import EngineLayout
 from megatron_r1.trainer.training_sample import Sample
 
 SUPERVISED = "megatron_r1.trainer.losses:supervised_loss"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_r1.models.weights.splits import Piece
+from megatron_r1.push.matching.regions import Region
 from megatron_r1.push.parameter_regions import EncodedRegions, ParameterRegion
-from megatron_r1.push.plan.regions import Region
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

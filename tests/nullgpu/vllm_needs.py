@@ -29,10 +29,10 @@ from megatron_r1.engines.plugin.memory_layout import lay_out
 from megatron_r1.models.hf_config_file import implied_settings
 from megatron_r1.models.hf_config_names import resolve_aliases
 from megatron_r1.models.weights.formats import published_layout as fp8
-from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.layouts import Coordinate
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
-from megatron_r1.push.plan.tensors import pushed_tensors
+from megatron_r1.push.matching import EngineLayout
+from megatron_r1.push.matching.layouts import Coordinate
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching.tensors import pushed_tensors
 
 SIZES = {
     "vocab_size": 1030,

@@ -21,8 +21,8 @@ from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.models.weights.splits import Piece
 from megatron_r1.push.checksum import copy_with_checksum
 from megatron_r1.push.control_messages import AdapterSettings, OpenedPush, PushUpdateInfo
-from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.tensors import pushed_tensors
+from megatron_r1.push.matching import EngineLayout, TrainerGrid
+from megatron_r1.push.matching.tensors import pushed_tensors
 from megatron_r1.push.sender import WeightSender
 from megatron_r1.push.transports import shared_memory
 from megatron_r1.push.transports.base import gpu_uuid

@@ -43,7 +43,7 @@ from megatron_r1.engines.server.json_replies import parse_responses
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.models.routing_shape import routing_shape
 from megatron_r1.push.control_messages import PushInitInfo, PushUpdateInfo
-from megatron_r1.push.plan import EngineLayout
+from megatron_r1.push.matching import EngineLayout
 from megatron_r1.trainer.operations import PushOperations
 
 ENGINE = {"max_model_len": 256, "max_num_seqs": 64}

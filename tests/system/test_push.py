@@ -34,8 +34,8 @@ from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.models.hf_config_names import resolve_aliases
 from megatron_r1.models.weights import hf_tensors
 from megatron_r1.push import link_planner
-from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching import EngineLayout
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
 from megatron_r1.push.published_sharding import PublishedSharding
 
 MODELS = {

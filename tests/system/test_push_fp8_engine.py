@@ -17,7 +17,7 @@ from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
 
 from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.models.weights.formats import published_layout
-from megatron_r1.push.plan.tensors import pushed_tensors
+from megatron_r1.push.matching.tensors import pushed_tensors
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()),

@@ -144,7 +144,7 @@ def test_every_module_of_grading_is_public_or_protected():
 
 
 def test_short_names_of_modules_exist():
-    """`controller/loop` or `push/plan/rounds.py` in a document is a file of megatron_r1."""
+    """`controller/loop` or `push/matching/rounds.py` in a document is a file of megatron_r1."""
     packages = {path.name for path in (ROOT / "megatron_r1").iterdir() if path.is_dir()}
     # Prefixes of metrics and of spans: `push/bytes`.
     prefixes = {"controller", "engines", "push", "trainer"}
@@ -227,7 +227,7 @@ def test_every_folder_of_a_package_has_a_row_in_the_map():
     rows = {name for row in table.splitlines() for name in re.findall("`([^`]+)`", row[:80])}
     root = ROOT / "megatron_r1"
     folders = {str(file.parent.relative_to(root)) for file in root.glob("*/*/**/__init__.py")}
-    assert folders - rows == {"push/plan", "push/transports"}
+    assert folders - rows == {"push/matching", "push/transports"}
 
 
 def test_names_in_package_docstrings_exist():

@@ -11,7 +11,7 @@ from megatron_r1.models import read_hf_config
 from megatron_r1.models.memory import ParameterCounts, checkpoint_bytes, parameter_bytes
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.adapter_table import num_adapter_parameters
-from megatron_r1.push.plan.recipe_plan import engine_rank_bytes, engine_weight_bytes
+from megatron_r1.push.matching.recipe_plan import engine_rank_bytes, engine_weight_bytes
 from megatron_r1.reporting.formatting import format_count
 
 

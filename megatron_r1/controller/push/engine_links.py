@@ -18,9 +18,9 @@ from megatron_r1.push.control_messages import (
     PushInitInfo,
     StoreUnreachable,
 )
-from megatron_r1.push.plan.layouts import EngineLayout
-from megatron_r1.push.plan.planned_links import engine_sets
-from megatron_r1.push.plan.recipe_plan import max_engines
+from megatron_r1.push.matching.layouts import EngineLayout
+from megatron_r1.push.matching.planned_links import engine_sets
+from megatron_r1.push.matching.recipe_plan import max_engines
 from megatron_r1.trainer.operations import PushOperations
 
 CONNECT_SECONDS = 120.0
@@ -56,8 +56,9 @@ class EngineSet:
 class EngineLinks:
     """The links of one trainer to all engines.
 
-    Over gloo and nccl equal engines form sets of at most `push.plan.planned_links.MAX_SET_ENGINES`;
-    over other transports every engine is a set of its own.
+    Over gloo and nccl equal engines form sets of at most
+    `push.matching.planned_links.MAX_SET_ENGINES`; over other transports every engine is a set of
+    its own.
 
     Attributes:
         tensors: name and shape of every tensor that a push sends.

@@ -25,9 +25,9 @@ from megatron_r1.engines.fleet.placement import hosts_address
 from megatron_r1.engines.server.errors import EngineDied, EngineError, WeightsUnavailable
 from megatron_r1.models import read_hf_config
 from megatron_r1.push.control_messages import PushUpdateInfo
-from megatron_r1.push.plan.adapter_push import engine_adapter, pushed_adapter_table
-from megatron_r1.push.plan.recipe_plan import engine_layout
-from megatron_r1.push.plan.tensors import pushed_tensors
+from megatron_r1.push.matching.adapter_push import engine_adapter, pushed_adapter_table
+from megatron_r1.push.matching.recipe_plan import engine_layout
+from megatron_r1.push.matching.tensors import pushed_tensors
 from megatron_r1.trainer.operations import ModelOperations
 
 

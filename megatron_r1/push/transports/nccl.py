@@ -1,5 +1,5 @@
 """Both ends over NCCL: the receive buffer is on the engine rank's GPU, and a push travels in the
-rounds that the plan has (`plan.rounds`). The trainer ranks' part is in `round_sender`.
+rounds that the plan has (`matching.rounds`). The trainer ranks' part is in `round_sender`.
 
 An engine rank with a GPU of its own is a rank of its set's communicator: a thread runs its rounds
 (`nccl_rounds`), checks what trainer ranks sent before it relays that, and then what others relayed.

@@ -1,4 +1,4 @@
-"""Runs the rounds of a push that one process takes part in (`plan.rounds`) over NCCL, on two
+"""Runs the rounds of a push that one process takes part in (`matching.rounds`) over NCCL, on two
 streams.
 
 All groups of NCCL calls are on one stream, one after another; buckets are packed and unpacked on

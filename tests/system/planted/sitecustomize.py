@@ -277,7 +277,7 @@ PLANTED = {
     "trained": ("megatron_r1.trainer.trainer", train_frozen_layers),
     "mtp": ("megatron_r1.push.rank_push", refuse_mtp),
     "all_pairs": ("megatron_r1.push.link_planner", link_all_pairs),
-    "split_shared": ("megatron_r1.push.plan.predicted_sharding", split_shared_experts),
+    "split_shared": ("megatron_r1.push.matching.predicted_sharding", split_shared_experts),
     "single_tokens": ("megatron_r1.engines.plugin.deepseek_patches", confuse_single_tokens),
     "undelivered": ("megatron_r1.engines.plugin.layer_reload", deliver_nothing),
     "lost_request": ("megatron_r1.engines.server.client", lose_a_request),

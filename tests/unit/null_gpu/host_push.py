@@ -15,7 +15,7 @@ from null_cuda import NON_BLOCKING, NOT_READY, call, done, made, stream  # isort
 import torch
 
 from megatron_r1.push import round_sender
-from megatron_r1.push.plan import rounds
+from megatron_r1.push.matching import rounds
 from megatron_r1.push.sender import WeightSender
 from megatron_r1.push.transports import nccl
 

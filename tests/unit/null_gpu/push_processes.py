@@ -30,7 +30,7 @@ from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import ConnectionBroken, EngineDied, EngineLacksPush
 from megatron_r1.push.control_messages import IncompletePush, OpenedPush
-from megatron_r1.push.plan import EngineLayout, TrainerGrid, rounds
+from megatron_r1.push.matching import EngineLayout, TrainerGrid, rounds
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.transports import nccl, nccl_communicator

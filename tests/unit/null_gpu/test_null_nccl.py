@@ -9,7 +9,7 @@ import sys
 import pytest
 from waiting import wait_until
 
-from megatron_r1.push.plan.rounds import NO_BUCKET, ProcessLink, RoundSchedule
+from megatron_r1.push.matching.rounds import NO_BUCKET, ProcessLink, RoundSchedule
 from tools.bench.push.stream_operations import BucketTransfer, Step, link_threads
 from tools.null_gpu import launch, segment_records, watch
 from tools.null_gpu.segment_records import read

@@ -6,7 +6,7 @@ from weight_shards import shard
 
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights import parameter_layout
-from megatron_r1.push.plan import EngineLayout, Region, TrainerGrid
+from megatron_r1.push.matching import EngineLayout, Region, TrainerGrid
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
 from tools.bench.push.small_model import rank_coordinate
 

@@ -10,8 +10,8 @@ from megatron_r1.models.weights import hf_tensors
 from megatron_r1.models.weights.formats.published_layout import is_quantized, scale_name
 from megatron_r1.models.weights.layout import stage_shards
 from megatron_r1.push.control_messages import SentWeights
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
-from megatron_r1.push.plan.regions import scale_region
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching.regions import scale_region
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender, run_in_threads
 from megatron_r1.push.slots import Slot, SlotTable, slot_view

@@ -11,14 +11,14 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
 from megatron_r1.config.model import LoraConfig
 from megatron_r1.models.weights.adapter_table import adapter_shapes, adapter_table
-from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.adapter_push import (
+from megatron_r1.push.matching import EngineLayout, TrainerGrid
+from megatron_r1.push.matching.adapter_push import (
     MAX_RANKS,
     PredictedAdapterSharding,
     check_adapter_push,
     max_lora_rank,
 )
-from megatron_r1.push.plan.recipe_plan import check_pushes, engine_rank_bytes, planned_push
+from megatron_r1.push.matching.recipe_plan import check_pushes, engine_rank_bytes, planned_push
 from tests.unit.push.push_models import DEEPSEEK, QWEN
 from tests.unit.push.push_world import World, wrong_slots
 from tools.bench.push.small_model import slot_table

@@ -5,13 +5,13 @@ from collections import Counter, defaultdict
 import pytest
 
 from megatron_r1.models.weights.layout import stage_shards
-from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
-from megatron_r1.push.plan.planned_links import (
+from megatron_r1.push.matching import EngineLayout, MatchedRegions, TrainerGrid
+from megatron_r1.push.matching.planned_links import (
     MAX_SET_ENGINES,
     engine_sets,
     plan_sets,
 )
-from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
+from megatron_r1.push.matching.tensors import fp8_bytes, plain_bytes
 from tests.unit.push.plan_worlds import DEEPSEEK_V3, WORLDS, held
 from tests.unit.push.push_models import DEEPSEEK_MTP
 

@@ -16,10 +16,10 @@ from megatron_r1.config import Config
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.formats.published_layout import is_quantized, scale_name
 from megatron_r1.push import parameter_regions
-from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.recipe_plan import check_blocks, check_pushes
-from megatron_r1.push.plan.regions import Region, scale_region
-from megatron_r1.push.plan.tensors import pushed_tensors
+from megatron_r1.push.matching import EngineLayout, TrainerGrid
+from megatron_r1.push.matching.recipe_plan import check_blocks, check_pushes
+from megatron_r1.push.matching.regions import Region, scale_region
+from megatron_r1.push.matching.tensors import pushed_tensors
 from megatron_r1.push.protocol import ReceiverInfo
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender

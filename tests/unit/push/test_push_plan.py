@@ -10,10 +10,10 @@ from refusals import raised, refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.parallel import ParallelConfig
 from megatron_r1.models.weights.layout import stage_shards
-from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
-from megatron_r1.push.plan.planned_links import engine_sets, plan_sets
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
-from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
+from megatron_r1.push.matching import EngineLayout, MatchedRegions, TrainerGrid
+from megatron_r1.push.matching.planned_links import engine_sets, plan_sets
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching.tensors import fp8_bytes, plain_bytes
 from tests.unit.push.plan_worlds import DEEPSEEK_V3, WORLDS
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
 from tools.bench.push.small_model import rank_coordinate
@@ -67,7 +67,7 @@ def test_ranks_are_where_megatron_puts_them():
 def test_vllm_s_pipeline_stages():
     from vllm.distributed.utils import get_pp_indices
 
-    from megatron_r1.push.plan.predicted_sharding import stage_layers
+    from megatron_r1.push.matching.predicted_sharding import stage_layers
 
     for layers, stages in [(61, 4), (61, 16), (7, 3), (4, 1)]:
         expected = [range(*get_pp_indices(layers, s, stages)) for s in range(stages)]

@@ -5,8 +5,8 @@ from itertools import groupby
 import numpy as np
 import pytest
 
-from megatron_r1.push.plan import rounds
-from megatron_r1.push.plan.planned_links import PlannedLink, TensorRegion
+from megatron_r1.push.matching import rounds
+from megatron_r1.push.matching.planned_links import PlannedLink, TensorRegion
 from megatron_r1.push.push_schedule import PayloadId, PushSchedule
 
 OWN = -1

@@ -9,7 +9,7 @@ from waiting import PATIENT
 
 from megatron_r1.models.weights.formats.quantized_blocks import quantize_fp8
 from megatron_r1.push.control_messages import SentWeights
-from megatron_r1.push.plan import EngineLayout, TrainerGrid
+from megatron_r1.push.matching import EngineLayout, TrainerGrid
 from megatron_r1.push.rendezvous import EngineSetFailedError
 from megatron_r1.push.slots import slot_view
 from megatron_r1.push.transports.payloads import BufferPayload

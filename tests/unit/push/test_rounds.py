@@ -5,8 +5,13 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from megatron_r1.push.plan.planned_links import colocated_trainer_ranks
-from megatron_r1.push.plan.rounds import NO_BUCKET, ProcessLink, RoundSchedule, receiving_processes
+from megatron_r1.push.matching.planned_links import colocated_trainer_ranks
+from megatron_r1.push.matching.rounds import (
+    NO_BUCKET,
+    ProcessLink,
+    RoundSchedule,
+    receiving_processes,
+)
 
 SIZES = {"scatter_bucket_bytes": 10, "relay_bucket_bytes": 15}
 """Of buckets here."""

@@ -9,22 +9,22 @@ import pytest
 from megatron_r1.config import load_recipe
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
-from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
-from megatron_r1.push.plan.planned_links import (
+from megatron_r1.push.matching import EngineLayout, MatchedRegions, TrainerGrid
+from megatron_r1.push.matching.planned_links import (
     MAX_SET_ENGINES,
     colocated_trainer_ranks,
     engine_sets,
     plan_sets,
 )
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
-from megatron_r1.push.plan.recipe_plan import engine_layout
-from megatron_r1.push.plan.rounds import (
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching.recipe_plan import engine_layout
+from megatron_r1.push.matching.rounds import (
     ProcessLink,
     RoundSchedule,
     receiving_processes,
     schedule_rounds,
 )
-from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
+from megatron_r1.push.matching.tensors import fp8_bytes, plain_bytes
 from tools.bench.push.schedule_check import Fault, find_fault
 from tools.bench.push.stream_operations import (
     BucketTransfer,

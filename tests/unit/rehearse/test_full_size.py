@@ -9,7 +9,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.rehearse import MAX_LINKS, check_full_size, check_links
 from megatron_r1.config import load_recipe
-from megatron_r1.push.plan import recipe_plan
+from megatron_r1.push.matching import recipe_plan
 
 RECIPE = Path(__file__).parents[3] / "examples/deepseek_r1/r1_zero.yaml"
 

@@ -20,9 +20,9 @@ from megatron_r1.data.prompts import load_prompts
 from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.plan.push_traffic import traffic_of_sets
-from megatron_r1.push.plan import TrainerGrid
-from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout
-from megatron_r1.push.plan.tensors import plain_bytes
+from megatron_r1.push.matching import TrainerGrid
+from megatron_r1.push.matching.recipe_plan import check_pushes, engine_layout
+from megatron_r1.push.matching.tensors import plain_bytes
 from megatron_r1.rehearse import engine_sections, layout, miniature, model, synthetic_data
 from megatron_r1.rehearse.coverage import structure_rows
 from megatron_r1.rehearse.phases import PhaseRunner

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
-from megatron_r1.push.plan.rounds import ProcessLink, RoundSchedule
+from megatron_r1.push.matching import EngineLayout, MatchedRegions, TrainerGrid
+from megatron_r1.push.matching.rounds import ProcessLink, RoundSchedule
 from tests.unit.push.push_models import DEEPSEEK_MTP, QWEN
 from tools.bench.push.scale import (
     PushAssumptions,

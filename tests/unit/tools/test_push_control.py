@@ -3,7 +3,7 @@ ranks that cannot end the push name it."""
 
 import pytest
 
-from megatron_r1.push.plan import EngineLayout, TrainerGrid
+from megatron_r1.push.matching import EngineLayout, TrainerGrid
 from tools.bench.host import run_in_process
 from tools.bench.push import control
 

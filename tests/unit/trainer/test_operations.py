@@ -6,7 +6,7 @@ import pytest
 from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.config.loss_settings import TokenAdvantageSettings
 from megatron_r1.push.control_messages import EngineSetFailure, SentWeights
-from megatron_r1.push.plan import EngineLayout
+from megatron_r1.push.matching import EngineLayout
 from megatron_r1.trainer.operations import (
     CheckpointOperations,
     EvaluationOperations,

@@ -3,7 +3,7 @@
 It has tiny weights, gloo, real rendezvous, groups, order of calls, and ranks that die in the
 middle.
 
-128 trainer ranks and 8 engines of 16 ranks, as planned by `plan.planned_links`. After an
+128 trainer ranks and 8 engines of 16 ranks, as planned by `matching.planned_links`. After an
 undisturbed push, which is compared with the trainer's weights byte by byte, a second one
 is broken off in each way of `FAULTS`; every rank that could not end it must
 say which rank was at fault."""
@@ -28,8 +28,8 @@ from torch.distributed import TCPStore
 from megatron_r1.base.files.json_lines import read_lines
 from megatron_r1.base.processes.children import free_port
 from megatron_r1.models.weights import hf_tensors
-from megatron_r1.push.plan import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching import EngineLayout, TrainerGrid
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
 from megatron_r1.push.rendezvous import EngineRendezvous
 from megatron_r1.push.sender import WeightSender
 from megatron_r1.push.slots import slot_view

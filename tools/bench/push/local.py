@@ -36,7 +36,7 @@ from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.models.weights import hf_tensors
-from megatron_r1.push.plan import EngineLayout
+from megatron_r1.push.matching import EngineLayout
 from megatron_r1.trainer.operations import CheckpointOperations
 from tools.bench import host
 from tools.bench.push.control import control_path

@@ -1,4 +1,4 @@
-"""A push over NCCL at its real size: its planned order of rounds (`push/plan/rounds.py`) is
+"""A push over NCCL at its real size: its planned order of rounds (`push/matching/rounds.py`) is
 checked, and executed by a model of stream queues, which also gives its time.
 
 A process sends to one other and receives from one at any time, so that links are never shared.
@@ -23,18 +23,18 @@ from megatron_r1.models.weights.layout import recipe_stages, stage_shards
 from megatron_r1.plan import hardware
 from megatron_r1.plan.assumptions import Assumptions
 from megatron_r1.plan.hardware import ByteRate, Count
-from megatron_r1.push.plan import EngineLayout, MatchedRegions, TrainerGrid
-from megatron_r1.push.plan.planned_links import (
+from megatron_r1.push.matching import EngineLayout, MatchedRegions, TrainerGrid
+from megatron_r1.push.matching.planned_links import (
     MAX_SET_ENGINES,
     engine_sets,
     needed_regions,
     plan_sets,
     total_bytes,
 )
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
-from megatron_r1.push.plan.recipe_plan import engine_layout
-from megatron_r1.push.plan.rounds import RoundSchedule, planned_schedule
-from megatron_r1.push.plan.tensors import fp8_bytes, plain_bytes
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching.recipe_plan import engine_layout
+from megatron_r1.push.matching.rounds import RoundSchedule, planned_schedule
+from megatron_r1.push.matching.tensors import fp8_bytes, plain_bytes
 from tools.bench.host import ROOT
 from tools.bench.push.schedule_check import find_fault
 from tools.bench.push.stream_operations import (

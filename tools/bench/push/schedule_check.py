@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_r1.push.plan.rounds import NO_BUCKET, RoundSchedule
+from megatron_r1.push.matching.rounds import NO_BUCKET, RoundSchedule
 
 
 class Fault(Enum):

@@ -9,9 +9,9 @@ from megatron_r1.models.weights import table
 from megatron_r1.models.weights.layout import Shard, layout_from_table, stage_shards
 from megatron_r1.models.weights.splits import Piece
 from megatron_r1.models.weights.table import WeightTable
-from megatron_r1.push.plan import TrainerGrid
-from megatron_r1.push.plan.layouts import Coordinate
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching import TrainerGrid
+from megatron_r1.push.matching.layouts import Coordinate
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
 from megatron_r1.push.slots import Slot, SlotTable
 
 SHAPE = {

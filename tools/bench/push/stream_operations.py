@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_r1.push.plan.rounds import NO_BUCKET, RoundSchedule
+from megatron_r1.push.matching.rounds import NO_BUCKET, RoundSchedule
 
 OPERATION = np.dtype(
     [(name, np.int32) for name in ("process", "start", "end", "peer", "bucket")]

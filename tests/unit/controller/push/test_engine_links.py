@@ -17,7 +17,7 @@ from megatron_r1.push.control_messages import (
     PushUpdateInfo,
     StoreUnreachable,
 )
-from megatron_r1.push.plan import EngineLayout
+from megatron_r1.push.matching import EngineLayout
 
 
 class Trainer:

@@ -25,7 +25,7 @@ from megatron_r1.engines.server.errors import (
 )
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.push.control_messages import EngineSetFailure
-from megatron_r1.push.plan import EngineLayout
+from megatron_r1.push.matching import EngineLayout
 from megatron_r1.trainer.operations import PushOperations
 
 

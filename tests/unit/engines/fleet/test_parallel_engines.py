@@ -16,8 +16,8 @@ from megatron_r1.engines.server.recipe_checks import check_engines, check_local_
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.engines.server.settings import engine_settings
 from megatron_r1.models.hf_config_file import read_hf_config
-from megatron_r1.push.plan import EngineLayout
-from megatron_r1.push.plan.recipe_plan import check_pushes, engine_layout
+from megatron_r1.push.matching import EngineLayout
+from megatron_r1.push.matching.recipe_plan import check_pushes, engine_layout
 
 ROOT = Path(__file__).parents[4]
 DENSE = {

@@ -10,8 +10,8 @@ from megatron_r1.models.weights.adapter_table import adapter_shapes, adapter_tab
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.published_layout import published_tensors
 from megatron_r1.models.weights.formats.stacked_experts import stacked_part
-from megatron_r1.push.plan.layouts import EngineLayout
-from megatron_r1.push.plan.recipe_plan import check_blocks
+from megatron_r1.push.matching.layouts import EngineLayout
+from megatron_r1.push.matching.recipe_plan import check_blocks
 
 HF = {
     **{"architectures": ["GptOssForCausalLM"], "vocab_size": 32, "hidden_size": 64},

@@ -26,9 +26,9 @@ from megatron_r1.models.weights.splits import (
     vocab_parallel,
 )
 from megatron_r1.models.weights.table import weight_table
-from megatron_r1.push.plan.layouts import Coordinate, EngineLayout
-from megatron_r1.push.plan.regions import Region
-from megatron_r1.push.plan.tensors import HFTensor, checkpoint_tensors, expert_tensors, is_tied
+from megatron_r1.push.matching.layouts import Coordinate, EngineLayout
+from megatron_r1.push.matching.regions import Region
+from megatron_r1.push.matching.tensors import HFTensor, checkpoint_tensors, expert_tensors, is_tied
 
 DRAFTER_REPLICATED = ".eh_proj.weight"
 """The end of a tensor's name: vLLM's drafter has this plain linear layer on every rank, where

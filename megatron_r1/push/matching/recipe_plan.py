@@ -13,23 +13,23 @@ from megatron_r1.models.weights.formats.published_layout import FP8_BLOCK_SIZE, 
 from megatron_r1.models.weights.layout import recipe_stages
 from megatron_r1.models.weights.splits import replicated
 from megatron_r1.models.weights.table import weight_table
-from megatron_r1.push.plan.adapter_push import (
+from megatron_r1.push.matching.adapter_push import (
     PredictedAdapterSharding,
     check_adapter_push,
     pushed_adapter_table,
 )
-from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.matched_regions import MatchedRegions
-from megatron_r1.push.plan.planned_links import (
+from megatron_r1.push.matching.layouts import EngineLayout, TrainerGrid
+from megatron_r1.push.matching.matched_regions import MatchedRegions
+from megatron_r1.push.matching.planned_links import (
     MAX_SET_ENGINES,
     EngineSetPlan,
     engine_sets,
     max_group_fraction,
     plan_sets,
 )
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
-from megatron_r1.push.plan.regions import Region, first_unaligned_edge
-from megatron_r1.push.plan.tensors import (
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching.regions import Region, first_unaligned_edge
+from megatron_r1.push.matching.tensors import (
     CountBytes,
     HFTensor,
     checkpoint_tensors,

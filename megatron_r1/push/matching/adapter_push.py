@@ -20,10 +20,10 @@ from megatron_r1.models.weights.adapter_table import (
 )
 from megatron_r1.models.weights.table import WeightTable
 from megatron_r1.push.control_messages import AdapterSettings
-from megatron_r1.push.plan.layouts import Coordinate, EngineLayout
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
-from megatron_r1.push.plan.regions import Region
-from megatron_r1.push.plan.tensors import HFTensor, checkpoint_tensors
+from megatron_r1.push.matching.layouts import Coordinate, EngineLayout
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching.regions import Region
+from megatron_r1.push.matching.tensors import HFTensor, checkpoint_tensors
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """vLLM's `--max-lora-rank` (vllm/config/lora.py: MaxLoRARanks)."""

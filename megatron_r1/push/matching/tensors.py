@@ -16,7 +16,7 @@ from megatron_r1.models.weights.formats.published_layout import (
 from megatron_r1.models.weights.layout import hf_tensors
 from megatron_r1.models.weights.splits import Shape
 from megatron_r1.models.weights.table import WeightRule, WeightTable, weight_table
-from megatron_r1.push.plan.regions import Region
+from megatron_r1.push.matching.regions import Region
 
 
 @dataclass(frozen=True)

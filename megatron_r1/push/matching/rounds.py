@@ -32,7 +32,11 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_r1.base.transports import RELAY_BUCKET_BYTES
-from megatron_r1.push.plan.planned_links import EngineRankId, EngineSetPlan, colocated_trainer_ranks
+from megatron_r1.push.matching.planned_links import (
+    EngineRankId,
+    EngineSetPlan,
+    colocated_trainer_ranks,
+)
 
 SCATTER_BUCKET_BYTES = 32 << 20
 """Most bytes of a bucket from a trainer rank; one that is relayed has `RELAY_BUCKET_BYTES`."""

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.weights.formats.published_layout import FP8_BLOCK_SIZE, is_quantized
-from megatron_r1.push.plan.matched_regions import MatchedRegions
-from megatron_r1.push.plan.regions import Region
-from megatron_r1.push.plan.tensors import CountBytes, HFTensor
+from megatron_r1.push.matching.matched_regions import MatchedRegions
+from megatron_r1.push.matching.regions import Region
+from megatron_r1.push.matching.tensors import CountBytes, HFTensor
 
 MAX_SET_ENGINES = 16
 """Most engines of a set. A larger one saves bytes out of the trainer, which has some to spare, and

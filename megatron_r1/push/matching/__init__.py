@@ -9,8 +9,8 @@ the push of a recipe before any engine runs, `adapter_push` one of adapters alon
 
 Replicas are the trainer ranks that hold the same piece of a tensor; any of them can send it."""
 
-from megatron_r1.push.plan.layouts import Coordinate, EngineLayout, TrainerGrid
-from megatron_r1.push.plan.matched_regions import MatchedRegions
-from megatron_r1.push.plan.regions import Region
+from megatron_r1.push.matching.layouts import Coordinate, EngineLayout, TrainerGrid
+from megatron_r1.push.matching.matched_regions import MatchedRegions
+from megatron_r1.push.matching.regions import Region
 
 __all__ = ["Coordinate", "EngineLayout", "MatchedRegions", "Region", "TrainerGrid"]

@@ -10,10 +10,10 @@ from megatron_r1.models.weights import table
 from megatron_r1.models.weights.layout import Shard, stage_shards
 from megatron_r1.models.weights.splits import Piece, replicated, replicated_stack
 from megatron_r1.models.weights.table import WeightRule, WeightTable
-from megatron_r1.push.plan.layouts import EngineLayout, TrainerGrid
-from megatron_r1.push.plan.predicted_sharding import PredictedSharding
-from megatron_r1.push.plan.regions import Region
-from megatron_r1.push.plan.tensors import HFTensor, checkpoint_tensors
+from megatron_r1.push.matching.layouts import EngineLayout, TrainerGrid
+from megatron_r1.push.matching.predicted_sharding import PredictedSharding
+from megatron_r1.push.matching.regions import Region
+from megatron_r1.push.matching.tensors import HFTensor, checkpoint_tensors
 
 
 class EngineSharding(Protocol):
