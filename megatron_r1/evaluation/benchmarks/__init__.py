@@ -9,14 +9,14 @@ from megatron_r1.evaluation.benchmarks.base import Benchmark
 
 PACKAGE = "megatron_r1.evaluation.benchmarks"
 BENCHMARKS: dict[str, str] = {
-    "aime_2024": f"{PACKAGE}.questions:AIME_2024",
-    "alpaca_eval_2": f"{PACKAGE}.questions:ALPACA_EVAL_2",
+    "aime_2024": f"{PACKAGE}.competition_math:AIME_2024",
+    "alpaca_eval_2": f"{PACKAGE}.alpaca_eval:ALPACA_EVAL_2",
     "codeforces": f"{PACKAGE}.codeforces:BENCHMARK",
-    "gpqa_diamond": f"{PACKAGE}.questions:GPQA_DIAMOND",
+    "gpqa_diamond": f"{PACKAGE}.multiple_choice:GPQA_DIAMOND",
     "gym": f"{PACKAGE}.gym:BENCHMARK",
     "livecodebench": f"{PACKAGE}.livecodebench:BENCHMARK",
-    "math_500": f"{PACKAGE}.questions:MATH_500",
-    "mmlu": f"{PACKAGE}.questions:MMLU",
+    "math_500": f"{PACKAGE}.competition_math:MATH_500",
+    "mmlu": f"{PACKAGE}.multiple_choice:MMLU",
 }
 
 
