@@ -5,6 +5,7 @@
 - The episode's tokens: `token_tree`, `continuation`; a turn's tool calls: `turn_parsing`, by the
   `hermes_parser` or by a `parser_pool` of processes (`parser_worker`), which return a
   `parsed_turn`.
-- Environments: `environment` is their form, `shipped_environments` and `verifiers` are those that
-  exist, `environment_prompts` their questions; `environment_pool` and `environment_server` are the
-  two sides of their processes."""
+- Environments: `environment` is their form, with the `tool_schemas` of their methods and the
+  `method_arguments` of calls; `shipped_environments` and `verifiers` are those that exist,
+  `environment_prompts` their questions; `environment_pool` and `environment_server` are the two
+  sides of their processes."""

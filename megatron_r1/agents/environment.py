@@ -22,117 +22,20 @@
 is used otherwise. `get_reward` may be left out: the reward of the row's kind then grades the last
 answer. An attribute `done` that is true after a call ends the episode; `final_answer`, if the
 class has it, is a method that gets the text of the last answer before `get_reward`; `close` is
-called when the episode is over. Methods may be coroutines. docs/agents.md has the details.
+called when the episode is over. Methods may be coroutines. docs/agents.md has the details."""
 
-Arguments of its methods: a tool call's JSON values are converted to the types in the method's
-signature, as pydantic converts them; `reset` gets the entries of the row that its signature
-names."""
-
-import contextlib
 import difflib
 import functools
 import inspect
 import re
 import types
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic.errors import PydanticUserError
-
+from megatron_r1.agents.tool_schemas import tool_schema
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.user_code import find_value
-
-
-def named_parameters(method: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Return the parameters of a method, except `*args` and `**kwargs`."""
-    parameters = inspect.signature(method).parameters.values()
-    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
-def _argument_adapters(method: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    """Return pydantic's converter for each argument, by name. An argument is left out if it has no
-    type, a type that pydantic has no schema for, or one imported for type checkers only."""
-    function = inspect.unwrap(method)
-    return _parameter_adapters(
-        getattr(function, "__func__", function)
-    )  # bound methods differ by episode
-
-
-@functools.lru_cache(maxsize=1024)
-def _parameter_adapters(function: Callable[..., Any]) -> dict[str, TypeAdapter[Any]]:
-    names = getattr(function, "__globals__", None)
-    adapters = {}
-    for name, annotation in getattr(function, "__annotations__", {}).items():
-        if name == "return":
-            continue
-        # One at a time: get_type_hints raises for all where one names something not imported.
-        holder = types.SimpleNamespace(__annotations__={name: annotation})
-        with contextlib.suppress(NameError, TypeError, PydanticUserError):
-            hint = typing.get_type_hints(holder, names, include_extras=True)[name]
-            try:
-                adapters[name] = TypeAdapter(hint, config=ConfigDict(coerce_numbers_to_str=True))
-            except PydanticUserError:  # a type with a configuration of its own
-                adapters[name] = TypeAdapter(hint)
-    return adapters
-
-
-def call_arguments(
-    method: Callable[..., Any], values: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and the keyword arguments that pass `values`, given by name, to the
-    method.
-
-    Raises:
-        TypeError: the method does not take a name.
-    """
-    parameters = inspect.signature(method).parameters.values()
-    first = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in values]
-    by_name = {name: value for name, value in values.items() if name not in first}
-    bound = inspect.signature(method).bind(*(values[name] for name in first), **by_name)
-    return bound.args, bound.kwargs
-
-
-def convert_arguments(method: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return JSON values converted to the types of a tool's arguments, such as members of an Enum.
-
-    Raises:
-        ValueError: a value cannot be converted.
-    """
-    parameters, adapters = inspect.signature(method).parameters, _argument_adapters(method)
-    result = dict(values)
-    for name, value in values.items():
-        if name not in adapters or name not in parameters:
-            continue
-        if value is None and parameters[name].default is None:
-            continue  # `limit: int = None`: the annotation forbids the method's own default
-        try:
-            result[name] = adapters[name].validate_python(value)
-        except ValidationError as error:
-            faults = (
-                f"{'.'.join(map(str, (name, *fault['loc'])))}: {fault['msg']}"
-                for fault in error.errors()
-            )
-            raise ValueError("; ".join(faults)) from None
-    return result
-
-
-def row_arguments(reset: Callable[..., Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of a row that `reset` takes: all of them, if it ends in **row."""
-    parameters = inspect.signature(reset).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return dict(row)
-    names = {parameter.name for parameter in parameters}
-    return {name: value for name, value in row.items() if name in names}
-
-
-def missing_arguments(reset: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
-    """Return the names of the arguments that `reset` requires and `values` lacks."""
-    parameters = named_parameters(reset)
-    return [p.name for p in parameters if p.default is p.empty and p.name not in values]
-
 
 SHIPPED_ENVIRONMENTS = {
     "calculator": "megatron_r1.agents.shipped_environments:Calculator",
@@ -217,7 +120,7 @@ def describe_environment(environment: type) -> EnvironmentDescription:
     name = environment.__name__
     public_methods = _public_methods(environment)
     tools = [
-        _tool_schema(*method)
+        tool_schema(*method)
         for method in public_methods.items()
         if method[0] not in RESERVED_METHODS
     ]
@@ -320,60 +223,3 @@ def _require_self(name: str, method: Callable[..., Any]) -> None:
             key="agents.environment",
             cause=Cause.MALFORMED,
         )
-
-
-def _tool_schema(name: str, bound: Callable[..., Any]) -> dict[str, Any]:
-    """Return the schema of a bound method, from its signature and its docstring in Google's form.
-    If an argument has no documentation or no type, the whole docstring is the description.
-
-    Args:
-        name: the attribute's name; `__name__` is another one under a decorator without
-            `functools.wraps`.
-        bound: the method."""
-    from transformers.utils import get_json_schema  # 2 s
-    from transformers.utils.chat_template_utils import (
-        DocstringParsingException,
-        TypeHintParsingException,
-    )
-
-    try:
-        schema = get_json_schema(bound)
-    except (DocstringParsingException, TypeHintParsingException, NameError):
-        schema = _plain_schema(bound)
-    function = schema["function"]
-    function.pop("return", None)
-    function["name"] = name
-    parameters, names = function["parameters"], {p.name for p in named_parameters(bound)}
-    for undeclared_name in parameters["properties"].keys() - names:  # a documented *args
-        del parameters["properties"][undeclared_name]
-    parameters["required"] = [name for name in parameters.get("required", ()) if name in names]
-    _complete_schema(parameters, _argument_adapters(bound))
-    return schema
-
-
-def _plain_schema(method: Callable[..., Any]) -> dict[str, Any]:
-    parameters = named_parameters(method)
-    properties: dict[str, Any] = {parameter.name: {} for parameter in parameters}
-    required_names = [p.name for p in parameters if p.default is p.empty]
-    return {
-        "type": "function",
-        "function": {
-            "description": inspect.getdoc(method) or "",
-            "parameters": {"type": "object", "properties": properties, "required": required_names},
-        },
-    }
-
-
-def _complete_schema(schema: dict[str, Any], adapters: Mapping[str, TypeAdapter[Any]]) -> None:
-    """Add pydantic's schema of each argument whose type transformers does not know: it describes
-    enumerations, dataclasses and dates as plain objects."""
-    properties = schema["properties"]
-    for name in properties.keys() & adapters.keys():
-        description = {key: text for key, text in properties[name].items() if key == "description"}
-        if properties[name].items() <= {"type": "object", "nullable": True, **description}.items():
-            with contextlib.suppress(PydanticUserError):  # no JSON stands for this type
-                argument_schema = adapters[name].json_schema()
-                argument_schema.pop("title", None)
-                if definitions := argument_schema.pop("$defs", None):
-                    schema.setdefault("$defs", {}).update(definitions)
-                properties[name] = {**argument_schema, **description}

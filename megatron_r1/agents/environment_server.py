@@ -26,11 +26,10 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 from r1_grading.base.workers import LENGTH_HEADER, frame_payload
 
-from megatron_r1.agents.environment import (
+from megatron_r1.agents.environment import describe_environment, find_environment
+from megatron_r1.agents.method_arguments import (
     call_arguments,
     convert_arguments,
-    describe_environment,
-    find_environment,
     missing_arguments,
     row_arguments,
 )

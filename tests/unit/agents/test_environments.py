@@ -15,7 +15,7 @@ from refusals import refused
 from transformers.utils import get_json_schema
 from waiting import until
 
-from megatron_r1.agents import environment, environment_pool, environment_server
+from megatron_r1.agents import environment_pool, environment_server, method_arguments
 from megatron_r1.agents.environment import EnvironmentDescription, describe_environment
 from megatron_r1.agents.environment_pool import (
     EnvironmentFailed,
@@ -323,11 +323,11 @@ def test_the_types_of_a_tool_are_read_once(monkeypatch):
         @functools.wraps(add)
         def sum(self, *values, **named): ...
 
-    monkeypatch.setattr(environment, "TypeAdapter", adapter)
+    monkeypatch.setattr(method_arguments, "TypeAdapter", adapter)
     for name in ("add", "sum"):
         for _ in range(3):
             tool = getattr(Fresh(), name)
-            assert environment.convert_arguments(tool, {"number": "3"}) == {"number": 3}
+            assert method_arguments.convert_arguments(tool, {"number": "3"}) == {"number": 3}
     assert built == [int, int | None]
 
 

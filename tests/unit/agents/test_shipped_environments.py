@@ -12,9 +12,9 @@ from megatron_r1.agents.environment import (
     SHIPPED_ENVIRONMENTS,
     describe_environment,
     find_environment,
-    row_arguments,
 )
 from megatron_r1.agents.environment_prompts import load_environment_prompts
+from megatron_r1.agents.method_arguments import row_arguments
 from megatron_r1.agents.shipped_environments import Calculator, Gym, Lookup, Python, Retrieval
 
 LONG = 10_000.0
