@@ -31,8 +31,8 @@ from megatron_r1.engines.episodes import Episode
 from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.model_config import max_model_len
+from megatron_r1.engines.server.recipe_settings import engine_settings, fleet_settings
 from megatron_r1.engines.server.server import temporary_logs
-from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.reporting import formatting
 from megatron_r1.reporting.formatting import (
     format_count,

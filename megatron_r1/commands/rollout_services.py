@@ -25,7 +25,7 @@ from megatron_r1.engines.fleet.placement import open_host_pool, server_maker
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.environment_variables import fp8_scale_environment
 from megatron_r1.engines.server.model_config import max_model_len
-from megatron_r1.engines.server.settings import engine_settings, fleet_settings
+from megatron_r1.engines.server.recipe_settings import engine_settings, fleet_settings
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.weights.formats import published_layout
 from megatron_r1.push.matching.adapter_push import lora_arguments

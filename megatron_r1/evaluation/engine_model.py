@@ -24,8 +24,8 @@ from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
 from megatron_r1.engines.server.model_config import max_model_len
 from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
+from megatron_r1.engines.server.recipe_settings import engine_settings, fleet_settings
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.engines.server.settings import engine_settings, fleet_settings
 from megatron_r1.engines.server.stop_strings import truncate_at_stop
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.evaluation.model_folder import fingerprint_model, require_weights

@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from megatron_r1.config.rollout import SpeculativeConfig
 from megatron_r1.engines.fleet.draft_acceptance import AcceptanceMeter
 from megatron_r1.engines.fleet.engine_fleet import EngineFleet
+from megatron_r1.engines.server.recipe_settings import speculative_settings
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.engines.server.settings import speculative_settings
 from megatron_r1.models.weights.layout import hf_tensors
 from megatron_r1.models.weights.table import weight_table
 from tools.bench import host

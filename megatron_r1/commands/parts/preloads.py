@@ -6,8 +6,9 @@ from megatron_r1.config import Config
 from megatron_r1.controller.trainer_calls.rank_processes import RANK_MODULE as RANK
 from megatron_r1.controller.trainer_calls.rank_processes import import_environment
 from megatron_r1.engines.server import gpu
+from megatron_r1.engines.server.recipe_settings import engine_settings
 from megatron_r1.engines.server.settings import SERVER_MODULE as ENGINE
-from megatron_r1.engines.server.settings import EngineSettings, engine_settings
+from megatron_r1.engines.server.settings import EngineSettings
 
 
 def preload_vllm(config: Config) -> None:

@@ -22,7 +22,7 @@ from megatron_r1.controller.rollouts.rollout import Group
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.fleet.external_fleet import ExternalFleet
-from megatron_r1.engines.server import gpu, model_config, settings
+from megatron_r1.engines.server import gpu, model_config, recipe_settings
 
 NUM_SHOWN = 8
 """Sources that an error names."""
@@ -104,7 +104,7 @@ def teacher_fleet(
         source: a key of `teacher.by_source`; default: the section's own teacher."""
     teacher = config.teacher.engines_of(source)
     role = f"teacher-{quote(source, safe='')}" if source else "teacher"
-    supervision = {**settings.fleet_settings(teacher), "role": role, "notify": notify}
+    supervision = {**recipe_settings.fleet_settings(teacher), "role": role, "notify": notify}
     # vLLM samples one token after the given ones. If that is beyond the model's positions it must
     # be allowed; nothing is computed there, as the token is not an input.
     max_model_len = model_config.max_model_len(config) + 1
@@ -120,7 +120,7 @@ def teacher_fleet(
         extra_env={"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"},
         section=source_key(source),
         **supervision,
-        **settings.engine_settings(teacher),
+        **recipe_settings.engine_settings(teacher),
     )
 
 

@@ -20,7 +20,7 @@ from megatron_r1.engines.server.cpu_kernel_checks import check_cpu_kernels
 from megatron_r1.engines.server.errors import EngineError, with_log_excerpt
 from megatron_r1.engines.server.model_config import max_positions
 from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
-from megatron_r1.engines.server.settings import engine_settings, fleet_settings
+from megatron_r1.engines.server.recipe_settings import engine_settings, fleet_settings
 from megatron_r1.engines.server.vllm_arguments import check_arguments
 from megatron_r1.models.hf_config_file import load_raw_hf_config
 from megatron_r1.models.memory import engine_bytes

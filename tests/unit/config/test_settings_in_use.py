@@ -14,8 +14,8 @@ from megatron_r1.controller.push.pusher import create_pusher
 from megatron_r1.controller.rollouts.response_lines import response_lines
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.data.prompt import make_prompt
+from megatron_r1.engines.server.recipe_settings import fleet_settings
 from megatron_r1.engines.server.responses import Response
-from megatron_r1.engines.server.settings import fleet_settings
 
 
 @pytest.mark.parametrize("section", ["rollout", "teacher"])

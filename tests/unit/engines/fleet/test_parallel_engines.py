@@ -13,8 +13,8 @@ from megatron_r1.engines.fleet.engine_fleet import EngineFleet, with_gpu_share
 from megatron_r1.engines.server import recipe_checks
 from megatron_r1.engines.server.model_config import vocab_size
 from megatron_r1.engines.server.recipe_checks import check_engines, check_local_engines
+from megatron_r1.engines.server.recipe_settings import engine_settings
 from megatron_r1.engines.server.server import EngineServer
-from megatron_r1.engines.server.settings import engine_settings
 from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.push.matching import EngineLayout
 from megatron_r1.push.matching.recipe_plan import check_pushes, engine_layout

@@ -9,7 +9,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse_recipe
 from megatron_r1.engines.server import environment_variables
-from megatron_r1.engines.server.settings import EngineSettings, engine_settings
+from megatron_r1.engines.server.recipe_settings import engine_settings
+from megatron_r1.engines.server.settings import EngineSettings
 
 
 def arguments(**rollout) -> list[str]:

@@ -9,7 +9,8 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse_recipe
 from megatron_r1.engines.server import recipe_checks
-from megatron_r1.engines.server.settings import EngineSettings, engine_settings
+from megatron_r1.engines.server.recipe_settings import engine_settings
+from megatron_r1.engines.server.settings import EngineSettings
 from megatron_r1.push.matching.recipe_plan import check_drafter
 
 MTP = {"num_attention_heads": 4, "num_hidden_layers": 2, "num_nextn_predict_layers": 1}

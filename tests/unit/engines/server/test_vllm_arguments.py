@@ -11,7 +11,8 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse_recipe
 from megatron_r1.engines.server import vllm_arguments
 from megatron_r1.engines.server.recipe_checks import check_engines
-from megatron_r1.engines.server.settings import EngineSettings, engine_settings
+from megatron_r1.engines.server.recipe_settings import engine_settings
+from megatron_r1.engines.server.settings import EngineSettings
 from megatron_r1.engines.server.vllm_arguments import (
     FIXED_ARGUMENTS,
     RESERVED_ARGUMENTS,
