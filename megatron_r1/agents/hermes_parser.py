@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_r1.agents.parsed_turn import ParsedTurn
-from megatron_r1.agents.parser_worker import ParseJob, tool_call
+from megatron_r1.agents.parsed_turn import ParsedTurn, tool_call
+from megatron_r1.agents.parser_worker import ParseJob
 
 OPEN_TAG, CLOSE_TAG, END_THINK = "<tool_call>", "</tool_call>", "</think>"
 ARGUMENT_KEYS = ("arguments", "parameters")

@@ -1,7 +1,8 @@
-"""What a parser finds in a sampled turn, and the assistant's message made of it."""
+"""What a parser finds in a sampled turn, the assistant's message made of it, and a call's form."""
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,3 +36,15 @@ class ParsedTurn:
         if self.failure:
             message[PARSE_ERROR] = self.failure
         return message
+
+
+def tool_call(name: str, arguments: str, call_id: str | None = None) -> dict[str, Any]:
+    """Return a tool call in OpenAI's form, with a new id where it has none.
+
+    Args:
+        name: the tool's name.
+        arguments: the call's arguments, as JSON.
+        call_id: the call's id; None: a new one is made."""
+    function = {"name": name, "arguments": arguments}
+    call_id = call_id or f"call_{uuid.uuid4().hex[:24]}"
+    return {"id": call_id, "type": "function", "function": function}

@@ -7,13 +7,13 @@ vLLM, and a parser that hangs on what a model wrote can be killed here."""
 
 import os
 import sys
-import uuid
 from typing import Any, Literal
 
 import msgspec
 from r1_grading.base.workers import LENGTH_HEADER, encode_frame, private_streams
 
 from megatron_r1.agents.dropped_text import find_dropped_text
+from megatron_r1.agents.parsed_turn import tool_call
 from megatron_r1.base.errors import Cause, UserError, did_you_mean
 from megatron_r1.base.processes.children import end_without_parent
 
@@ -67,18 +67,6 @@ class ParseReply(msgspec.Struct):
     tool_calls: list[dict[str, Any]] = []
     key: str = ""
     cause: Cause = Cause.FAILED
-
-
-def tool_call(name: str, arguments: str, call_id: str | None = None) -> dict[str, Any]:
-    """Return a tool call in OpenAI's form, with a new id where it has none.
-
-    Args:
-        name: the tool's name.
-        arguments: the call's arguments, as JSON.
-        call_id: the call's id; None: a new one is made."""
-    function = {"name": name, "arguments": arguments}
-    call_id = call_id or f"call_{uuid.uuid4().hex[:24]}"
-    return {"id": call_id, "type": "function", "function": function}
 
 
 def main(options: ParserOptions) -> None:

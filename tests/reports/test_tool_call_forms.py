@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from megatron_r1.agents.dropped_text import find_dropped_text
-from megatron_r1.agents.parsed_turn import ParsedTurn
-from megatron_r1.agents.parser_worker import ParseJob, ParserOptions, TurnParser, tool_call
+from megatron_r1.agents.parsed_turn import ParsedTurn, tool_call
+from megatron_r1.agents.parser_worker import ParseJob, ParserOptions, TurnParser
 from tests.harness.chat_tokenizer import chat_tokenizer
 
 FORMS = yaml.safe_load((Path(__file__).parent / "tool_call_forms.yaml").read_text(encoding="utf-8"))

@@ -10,8 +10,7 @@ import msgspec
 
 from megatron_r1.agents.gateway.body import NO_DEFAULT, SAMPLING, Body, content_text, stop_strings
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest
-from megatron_r1.agents.parsed_turn import PARSE_ERROR
-from megatron_r1.agents.parser_worker import tool_call
+from megatron_r1.agents.parsed_turn import PARSE_ERROR, tool_call
 
 NEUTRAL_VALUES = SAMPLING | {"reasoning_effort": None, "verbosity": None}
 IGNORED_FIELDS = (

@@ -16,7 +16,7 @@ from megatron_r1.agents.gateway.request import (
     TurnRequest,
     server_sent_event,
 )
-from megatron_r1.agents.parser_worker import tool_call
+from megatron_r1.agents.parsed_turn import tool_call
 
 NEUTRAL_VALUES = {
     "temperature": None,

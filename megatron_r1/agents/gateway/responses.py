@@ -14,7 +14,7 @@ from megatron_r1.agents.gateway.request import (
     TurnRequest,
     server_sent_event,
 )
-from megatron_r1.agents.parser_worker import tool_call
+from megatron_r1.agents.parsed_turn import tool_call
 
 CONTENT_TYPES = ("input_text", "output_text", "text")
 NEUTRAL_VALUES = {"temperature": None, "top_p": None, "top_k": -1, "reasoning": None}

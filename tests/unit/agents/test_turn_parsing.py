@@ -9,9 +9,9 @@ from refusals import refused
 from megatron_r1.agents import parser_pool
 from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.hermes_parser import HermesParser
-from megatron_r1.agents.parsed_turn import ParsedTurn
+from megatron_r1.agents.parsed_turn import ParsedTurn, tool_call
 from megatron_r1.agents.parser_pool import ParserPool
-from megatron_r1.agents.parser_worker import ParseJob, tool_call
+from megatron_r1.agents.parser_worker import ParseJob
 from megatron_r1.agents.turn_parsing import TurnReader, find_parser
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import AgentsConfig
