@@ -11,9 +11,9 @@
 - The trainer: `memory`, of its ranks; `offload`, what leaves the GPU between phases;
   `exchange_overlap_time`, the exchange with experts behind computation; `step_time`, seconds of
   micro-batches and updates; `build`, the real ranks, compared with the plan.
-- The engines: `engine_memory`, weights and caches; `engine_buffers`, what vLLM's balancer and
-  DeepEP hold; `engine_communication`, exchanges between GPUs; `rollout`, seconds of decoding;
-  `teacher`, engines of teachers.
+- The engines: `engine_memory`, weights and caches; `engine_buffers`, what DeepEP holds, and
+  `expert_balancer`, what vLLM's balancer holds and moves; `engine_communication`, exchanges between
+  GPUs; `rollout`, seconds of decoding; `teacher`, engines of teachers.
 - Between them: `push_costs`, a push's bytes, with the links of `push_traffic`; `sample_traffic`,
   samples on their way to the trainer.
 - The estimate: `timing`, a step's seconds by part, with loads, sleeps and saves; `time_ranges`,

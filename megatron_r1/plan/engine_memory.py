@@ -7,13 +7,8 @@ from functools import cached_property
 
 from megatron_r1.models.hf_config import key_value_heads
 from megatron_r1.models.memory import BYTES, cache_bytes_per_token
-from megatron_r1.plan.engine_buffers import (
-    BALANCER,
-    DEEPEP_BUFFERS,
-    balancer_bytes,
-    deepep_buffer_bytes,
-    deepep_formula,
-)
+from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS, deepep_buffer_bytes, deepep_formula
+from megatron_r1.plan.expert_balancer import BALANCER, balancer_bytes
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.push_costs import (
     drafts_with_mtp,

@@ -6,9 +6,10 @@ from functools import cached_property
 
 from megatron_r1.plan.communication import communication_section
 from megatron_r1.plan.counts import parameter_section
-from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS, moved_experts_section
+from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS
 from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.exchange_overlap_time import StepEstimate, exchange_choice, unpaired_fraction
+from megatron_r1.plan.expert_balancer import moved_experts_section
 from megatron_r1.plan.flops import flops_section
 from megatron_r1.plan.hardware import described_fields, unit_of
 from megatron_r1.plan.job import PlannedJob

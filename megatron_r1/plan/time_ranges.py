@@ -4,8 +4,8 @@ A range goes from the estimate divided by `Assumptions.time_spread` to the estim
 is how far the plan is off published runs (`published_calibration`). A part that `--calibrate` has
 measured has no range; if fewer GPUs were measured than are planned, its communication has one."""
 
-from megatron_r1.plan.engine_buffers import EXPERT_MOVES
 from megatron_r1.plan.engine_communication import NCCL
+from megatron_r1.plan.expert_balancer import EXPERT_MOVES
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.offload import OFFLOAD
 from megatron_r1.plan.push_costs import drafts_with_mtp

@@ -9,7 +9,7 @@ from functools import lru_cache
 from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.models.memory import checkpoint_bytes
 from megatron_r1.plan.counts import RankCounts
-from megatron_r1.plan.engine_buffers import EXPERT_MOVES, expert_move_time
+from megatron_r1.plan.expert_balancer import EXPERT_MOVES, expert_move_time
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.offload import OFFLOAD, offload_time
 from megatron_r1.plan.push_costs import (
