@@ -24,7 +24,7 @@ from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.push.matching.planned_links import links_per_rank
 from megatron_r1.push.matching.recipe_plan import check_pushes, engine_layout, planned_push
-from megatron_r1.rehearse import coverage, miniature, model, null_gpu
+from megatron_r1.rehearse import coverage, miniature, null_gpu, served_reward_models
 from megatron_r1.rehearse.phases import PhaseRunner
 from megatron_r1.rehearse.settings import RehearsalConfig, RehearsalRecipe
 from megatron_r1.reporting.run_folder import RunFolder
@@ -171,7 +171,7 @@ def _rehearse_job(job: RehearsalJob, settings: RehearsalConfig) -> None:
         rows = coverage.structure_rows(
             config, hf_config, small.config, job.verb, device=settings.on
         )
-        with model.serve_reward_models(
+        with served_reward_models.serve_reward_models(
             small.config, small.hf_config, folder, job.verb
         ) as addresses:
             run = (job.verb, written, small.config, addresses)

@@ -14,8 +14,8 @@ from megatron_r1.controller.rollouts.players import find_player
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.rehearse import null_gpu
 from megatron_r1.rehearse.miniature import Change
-from megatron_r1.rehearse.model import reward_models
 from megatron_r1.rehearse.phases import PhaseResult
+from megatron_r1.rehearse.served_reward_models import reward_models
 from megatron_r1.rehearse.settings import RehearsalDevice
 
 

@@ -8,7 +8,7 @@ from megatron_r1.base.transports import TRANSPORTS
 from megatron_r1.config import Config, dump_recipe, parse_recipe
 from megatron_r1.engines.server.recipe_checks import num_experts
 from megatron_r1.models.hf_config import HFConfig
-from megatron_r1.rehearse import layout, model, synthetic_data
+from megatron_r1.rehearse import layout, model, served_reward_models, synthetic_data
 from megatron_r1.rehearse.engine_sections import (
     CPU_ROLLOUT,
     RESPONSE_TOKENS,
@@ -160,7 +160,10 @@ def _other_kinds(config: Config) -> list[str]:
     """Return the kinds of questions that a miniature has besides `synthetic_data.KIND`."""
     weights = [part.rl.kind_weights for _, part in config.schedule_parts()]
     has_named = any(synthetic_data.NAMED_KIND in kind_weights for kind_weights in weights)
-    return [*model.reward_models(config.rewards.options), *[synthetic_data.NAMED_KIND] * has_named]
+    return [
+        *served_reward_models.reward_models(config.rewards.options),
+        *[synthetic_data.NAMED_KIND] * has_named,
+    ]
 
 
 def _run_settings(config: Config, folder: Path) -> dict[str, Any]:

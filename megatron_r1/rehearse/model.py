@@ -1,25 +1,17 @@
-"""The models of a recipe in miniature: its own config.json with smaller sizes, and random weights;
-its reward models likewise, behind vLLM's own server."""
+"""The model of a recipe in miniature: its config.json with smaller sizes, and random weights."""
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from r1_grading.rewards import SERVED_REWARDS
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_r1.config import Config
 from megatron_r1.data.prompt_templates import TEMPLATES
-from megatron_r1.models.hf_config import HFConfig, has_score_head, score_model_config
+from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.hf_config_names import published_names
 from megatron_r1.models.weights.formats.published_layout import published_tensors
 from megatron_r1.models.weights.table import weight_table
-from megatron_r1.pipeline.pipeline_recipe import ServeConfig
-from megatron_r1.pipeline.serving import choose_ports, serve_models
 
 VOCABULARY_SIZE = 512
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
@@ -143,51 +135,3 @@ def _train_tokenizer() -> Tokenizer:
     filler = [f"<unused_{i}>" for i in range(VOCABULARY_SIZE - tokenizer.get_vocab_size())]
     tokenizer.add_tokens(filler)
     return tokenizer
-
-
-SERVED_NAME = "reward_model"
-MAX_TOKENS = 1024
-"""The longest question with its response; its template may be longer than the policy's."""
-
-
-def reward_models(options: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Return the kinds of `rewards.options` that a reward model grades, each with its name."""
-    return {
-        kind: values["model"]
-        for kind, values in options.items()
-        if kind in SERVED_REWARDS
-        and SERVED_REWARDS[kind].startswith("r1_grading.remote.reward_model:")
-    }
-
-
-@contextlib.contextmanager
-def serve_reward_models(
-    config: Config, hf_config: HFConfig, folder: Path, verb: str
-) -> Iterator[list[str]]:
-    """Serve one model with random weights in the place of every reward model of a miniature's `rl`.
-    Yield the settings that name its address, as on a cluster (examples/deepseek_r1/stage.sbatch).
-
-    Args:
-        config: the miniature.
-        hf_config: config.json of the policy, whose architecture the served model has.
-        folder: the folder of the served model and its logs.
-        verb: the recipe's verb.
-
-    Raises:
-        RunError: the server does not start."""
-    names = reward_models(config.rewards.options)
-    if verb != "rl" or not names:
-        yield []
-        return
-    write_random_model_folder(folder / SERVED_NAME, score_model_config(hf_config), seed=2)
-    tokens = min(MAX_TOKENS, hf_config.get("max_position_embeddings", MAX_TOKENS))
-    arguments = ["--dtype", "float32", "--max-model-len", str(tokens), "--served-model-name"]
-    server = ServeConfig(
-        model=str(folder / SERVED_NAME),
-        task="classify",
-        arguments=[*arguments, *set(names.values())],
-    )
-    ports = choose_ports({SERVED_NAME: server}, {})
-    log = {SERVED_NAME: folder / f"log-{SERVED_NAME}.txt"}
-    with serve_models({SERVED_NAME: server}, ports, log, lambda: None) as (running,):
-        yield [f"--rewards.options.{kind}.url={running.url}" for kind in names]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.config import Config
-from megatron_r1.rehearse import layout, model, synthetic_data
+from megatron_r1.rehearse import layout, served_reward_models, synthetic_data
 from megatron_r1.rehearse.engine_sections import miniature_model_len, response_tokens
 from megatron_r1.sample.filter_settings import FILTER_NAMES
 
@@ -150,7 +150,7 @@ def _shrink_minibatches(config: Config, number: int) -> int:
 
 def _kind_weights(config: Config, weights: dict[str, float]) -> dict[str, float]:
     """Return the weights of the kinds of questions that a miniature has."""
-    model_kinds = model.reward_models(config.rewards.options)
+    model_kinds = served_reward_models.reward_models(config.rewards.options)
     other_weights = [weight for kind, weight in weights.items() if kind not in model_kinds]
     stands_for_them = {synthetic_data.NAMED_KIND: max(other_weights)} if other_weights else {}
     return {
@@ -162,7 +162,7 @@ def _left_out_judges(config: Config) -> set[str]:
     """Return the rewards of served models that a miniature does not have."""
     options = config.rewards.options
     kinds = {kind for kind, values in options.items() if "url" in values}
-    return kinds - model.reward_models(options).keys()
+    return kinds - served_reward_models.reward_models(options).keys()
 
 
 def _term_weights(config: Config, weights: dict[str, Any]) -> dict[str, Any]:
