@@ -8,4 +8,4 @@
   `advantage_causes`, `sample_causes`, `optimizer_causes` and `fitted_causes`: those that are tried;
   `candidate_estimates`: which of them first.
 - `moment_fits`: what the run's moments say of its gradients: how they were clipped, and by
-  `term_coefficients` how often each of the `loss_terms` was added."""
+  `term_coefficients` how often each of the `loss_terms` was added, by their `term_gradients`."""

@@ -17,9 +17,9 @@ from megatron_r1.config.optimizer import OptimizerConfig
 from megatron_r1.why.comparison import ROUNDING_BY_DTYPE, CannotRecompute
 from megatron_r1.why.update.adam import Moments, gradient_norm
 from megatron_r1.why.update.checkpoint_after import CheckpointAfter
-from megatron_r1.why.update.loss_terms import TermGradients
 from megatron_r1.why.update.step_updates import StepUpdates, Trace
 from megatron_r1.why.update.term_coefficients import FirstMoments, TermFit, fit_run
+from megatron_r1.why.update.term_gradients import TermGradients
 from megatron_r1.why.update.update_inputs import UpdateInputs
 
 _Fitted = TypeVar("_Fitted")

@@ -21,12 +21,12 @@ from megatron_r1.why.update.candidate_cause import CandidateCause
 from megatron_r1.why.update.candidate_estimates import CandidateEstimates
 from megatron_r1.why.update.checkpoint_after import CheckpointAfter
 from megatron_r1.why.update.loss_formulas import Update, update_means
-from megatron_r1.why.update.loss_terms import TermGradients
 from megatron_r1.why.update.moment_fits import MomentFits
 from megatron_r1.why.update.recomputed_token_advantages import with_token_advantages
 from megatron_r1.why.update.run_differences import RunDifferences, find_run_differences
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.term_coefficients import MAX_ROUNDS, TermFit
+from megatron_r1.why.update.term_gradients import TermGradients
 from megatron_r1.why.update.update_inputs import UpdateInputs
 
 MIN_CLIPPED_NORM_FACTOR = 1.001

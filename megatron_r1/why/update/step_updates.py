@@ -28,7 +28,7 @@ from megatron_r1.why.update.loss_formulas import (
     recomputed_loss_denominator,
     row_terms,
 )
-from megatron_r1.why.update.loss_terms import TermGradients, add_gradients
+from megatron_r1.why.update.term_gradients import TermGradients, add_gradients
 
 
 @dataclass

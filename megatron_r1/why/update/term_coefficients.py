@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.update.adam import Moments
-from megatron_r1.why.update.loss_terms import LossTerm, TermGradients
+from megatron_r1.why.update.loss_terms import LossTerm
+from megatron_r1.why.update.term_gradients import TermGradients
 
 MAX_UNCERTAINTY = 0.25
 """The largest uncertainty of a coefficient that tells 0, 1 and 2 apart."""

@@ -13,8 +13,8 @@ from megatron_r1.why.policy import token_logprobs
 from megatron_r1.why.policy.step_models import threads_for
 from megatron_r1.why.update import first_update as first_updates
 from megatron_r1.why.update.first_update import FirstUpdate, first_update
-from megatron_r1.why.update.loss_terms import TermGradients
 from megatron_r1.why.update.step_updates import StepUpdates
+from megatron_r1.why.update.term_gradients import TermGradients
 
 ORDER = ORDERS[2]
 SETTINGS = LOSS, ADAM, True

@@ -16,10 +16,11 @@ from megatron_r1.config import parse_recipe
 from megatron_r1.why.checks.departing_terms import GRADIENT_REMEDY, compare_terms
 from megatron_r1.why.comparison import ROUNDING_BY_DTYPE, CannotRecompute
 from megatron_r1.why.policy.token_logprobs import sampled_logprobs
-from megatron_r1.why.update.loss_terms import LossTerm, TermGradients, left_out_terms, loss_terms
+from megatron_r1.why.update.loss_terms import LossTerm, left_out_terms, loss_terms
 from megatron_r1.why.update.recomputation import Recomputation
 from megatron_r1.why.update.step_updates import StepUpdates
 from megatron_r1.why.update.term_coefficients import FirstMoments, fit_coefficients, fit_run
+from megatron_r1.why.update.term_gradients import TermGradients
 
 LOSS = replace(RULES, kl_beta=0.5, entropy_coef=0.2, clip_low=10.0, clip_high=10.0)
 POLICY = LossTerm("the policy term", "policy", "advantages", frozenset({0, 3}))
