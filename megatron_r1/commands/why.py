@@ -34,13 +34,13 @@ from megatron_r1.why import page
 from megatron_r1.why.all_checks import examine_step
 from megatron_r1.why.checks.reruns import RERUNS
 from megatron_r1.why.comparison import EQUAL, NOT_CHECKED
-from megatron_r1.why.record.step_reader import (
+from megatron_r1.why.record.examinable_steps import (
     ExaminableStep,
     choose_step,
     examinable_steps,
     open_run,
-    read_step,
 )
+from megatron_r1.why.record.step_reader import read_step
 from megatron_r1.why.step_report import Report
 
 ARGUMENTS = ("RUN",)

@@ -12,7 +12,8 @@ from lookup_base import ROOT, lines
 
 from megatron_r1.why.all_checks import examine_step
 from megatron_r1.why.comparison import EQUAL
-from megatron_r1.why.record.step_reader import open_run, read_step
+from megatron_r1.why.record.examinable_steps import open_run
+from megatron_r1.why.record.step_reader import read_step
 
 
 def arguments(base: Path, folder: Path, name: str, steps: int, *more: object) -> list:

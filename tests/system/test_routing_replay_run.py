@@ -10,7 +10,8 @@ from command_line import run, write_model
 from megatron_r1.why.all_checks import examine_step
 from megatron_r1.why.checks.trainer_logprobs import compare_policies
 from megatron_r1.why.comparison import EQUAL
-from megatron_r1.why.record.step_reader import open_run, read_step
+from megatron_r1.why.record.examinable_steps import open_run
+from megatron_r1.why.record.step_reader import read_step
 from megatron_r1.why.update.recomputation import Recomputation
 
 # Enough experts and layers that a bf16 engine sometimes chooses otherwise than the fp32 trainer.

@@ -11,7 +11,8 @@ from command_line import run, write_model
 
 from megatron_r1.why.all_checks import examine_step
 from megatron_r1.why.comparison import EQUAL
-from megatron_r1.why.record.step_reader import open_run, read_step
+from megatron_r1.why.record.examinable_steps import open_run
+from megatron_r1.why.record.step_reader import read_step
 
 CUT = {"rollout.top_p": 0.8, "rollout.top_k": 24}
 # fp32 on both sides. Without the kept tokens the gap is their probability's logarithm, above 0.05.

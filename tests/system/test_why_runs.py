@@ -25,8 +25,9 @@ from megatron_r1.why.all_checks import examine_step
 from megatron_r1.why.comparison import EQUAL
 from megatron_r1.why.policy import step_logprobs
 from megatron_r1.why.policy.checkpoint_model import STATE_PREFIX
+from megatron_r1.why.record.examinable_steps import open_run
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.record.step_reader import open_run, read_step
+from megatron_r1.why.record.step_reader import read_step
 from megatron_r1.why.step_report import Report
 from megatron_r1.why.update.recomputation import Recomputation
 

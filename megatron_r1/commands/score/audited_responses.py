@@ -15,7 +15,8 @@ from megatron_r1.controller.loop import training_reward
 from megatron_r1.data.table_files import describe_json_error
 from megatron_r1.evaluation.verifier_errors import AUDITED_REWARDS, AnswerContent, AuditedResponse
 from megatron_r1.reporting.record_values import finite_metric
-from megatron_r1.why.record.step_reader import examinable_steps, open_run, read_steps
+from megatron_r1.why.record.examinable_steps import examinable_steps, open_run
+from megatron_r1.why.record.step_reader import read_steps
 
 OPTION = "--audit"
 GROUP_FIELDS = ("group", "prompt_id", "question")

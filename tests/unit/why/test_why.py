@@ -51,8 +51,9 @@ from megatron_r1.why.checks import (
     update_tolerances,
 )
 from megatron_r1.why.comparison import Comparison
+from megatron_r1.why.record.examinable_steps import choose_step, examinable_steps, open_run
 from megatron_r1.why.record.recorded_step import RecordedStep
-from megatron_r1.why.record.step_reader import choose_step, examinable_steps, open_run, read_step
+from megatron_r1.why.record.step_reader import read_step
 from megatron_r1.why.step_report import Report
 from megatron_r1.why.update.recomputation import Recomputation, RecomputedUpdates
 from megatron_r1.why.update.run_differences import RunDifferences
