@@ -20,9 +20,10 @@ from megatron_r1.why.checks.engine_causes import (
     stale_weights,
 )
 from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
+from megatron_r1.why.checks.expert_causes import departing_expert
 from megatron_r1.why.checks.fp8_causes import other_fp8_weights
 from megatron_r1.why.checks.sampling import FAMILY
-from megatron_r1.why.checks.weight_causes import departing_expert, departing_tensor
+from megatron_r1.why.checks.tensor_causes import departing_tensor
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,

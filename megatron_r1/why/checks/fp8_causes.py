@@ -21,13 +21,9 @@ import numpy as np
 
 from megatron_r1.why.checks.engine_causes import DepartureCause, older_weights
 from megatron_r1.why.checks.engine_gaps import EngineGaps, ExplainedEngine, mean_gap
-from megatron_r1.why.checks.weight_causes import (
-    MAX_CANDIDATE_EXPERTS,
-    MAX_TRIED,
-    experts_by_gap,
-    layer_parts,
-    whole_groups,
-)
+from megatron_r1.why.checks.expert_causes import MAX_CANDIDATE_EXPERTS, experts_by_gap
+from megatron_r1.why.checks.tensor_causes import MAX_TRIED
+from megatron_r1.why.checks.tensor_groups import layer_parts, whole_groups
 
 if TYPE_CHECKING:
     from torch import Tensor

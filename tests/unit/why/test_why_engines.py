@@ -10,7 +10,7 @@ import torch
 import transformers
 from test_expert_replay import random_row
 
-from megatron_r1.why.checks import engine_causes, weight_causes
+from megatron_r1.why.checks import engine_causes, tensor_causes, tensor_groups
 from megatron_r1.why.checks.engine_gaps import EngineGaps
 from megatron_r1.why.policy import changed_weights, step_logprobs
 from megatron_r1.why.policy.changed_weights import merged_copy
@@ -119,7 +119,7 @@ def with_tensors(model, changed: dict):
 def found(models, engine):
     recomputed = Recomputed(models, engine, rows_of())
     gaps = EngineGaps(recomputed.step, recomputed)
-    return engine_causes.stale_weights(gaps), weight_causes.departing_tensor(gaps)
+    return engine_causes.stale_weights(gaps), tensor_causes.departing_tensor(gaps)
 
 
 @pytest.mark.first_cases(2)
@@ -192,7 +192,7 @@ def test_exchanged_tensors_are_named(kept_versions, noun):
     models = versions()
     tensors = dict(merged_copy(models[NEWEST]).state_dict())
     values = next(
-        sources for name, sources in weight_causes.tensor_exchanges(tensors) if noun in name
+        sources for name, sources in tensor_groups.tensor_exchanges(tensors) if noun in name
     )
     _, explained = found(models, with_tensors(models[NEWEST], values))
     assert noun in explained.reason and "are exchanged in engine-0" in explained.reason
