@@ -17,14 +17,15 @@ from megatron_r1.models.transformers_model import build_without_weights
 from megatron_r1.models.weights.adapter_table import A, B
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import (
-    changed_weights,
+    changed_parts,
     checkpoint_tensors,
     routed_experts,
     step_logprobs,
     streamed_model,
     token_logprobs,
 )
-from megatron_r1.why.policy.changed_weights import ChangedPartLogprobs, ChangedWeights
+from megatron_r1.why.policy.changed_parts import ChangedPartLogprobs
+from megatron_r1.why.policy.changed_weights import ChangedWeights
 from megatron_r1.why.policy.checkpoint_model import read_model
 from megatron_r1.why.policy.model_distance import relative_distance, source_distance
 from megatron_r1.why.policy.step_logprobs import StepLogprobs
@@ -281,7 +282,7 @@ class Versions(StepLogprobs):
     ],
 )
 def test_other_weights_and_rows_give_what_they_give_whole_models(name, make, tmp_path, monkeypatch):
-    for module in (step_logprobs, changed_weights):
+    for module in (step_logprobs, changed_parts):
         monkeypatch.setattr(module, "weights_after", lambda folder, config, step: folder)
     folders = folder_of(name, tmp_path / "hf"), folder_of(name, tmp_path / "older", seed=5)
     found, expected = (Versions(*folders, is_streamed=each) for each in (True, False))

@@ -15,7 +15,7 @@ from megatron_r1.why.comparison import ROUNDING_BY_DTYPE
 from megatron_r1.why.record.recorded_step import RecordedStep
 
 if TYPE_CHECKING:
-    from megatron_r1.why.policy.changed_weights import ChangedPartLogprobs
+    from megatron_r1.why.policy.changed_parts import ChangedPartLogprobs
     from megatron_r1.why.policy.step_logprobs import StepLogprobs
 
 MAX_UNEXPLAINED_FRACTION = 0.5
@@ -92,7 +92,7 @@ class EngineGaps:
     @cached_property
     def changed_parts(self) -> ChangedPartLogprobs:
         """Log-probabilities under the newest weights with a part of them changed."""
-        from megatron_r1.why.policy.changed_weights import ChangedPartLogprobs
+        from megatron_r1.why.policy.changed_parts import ChangedPartLogprobs
 
         return ChangedPartLogprobs(self.policies)
 

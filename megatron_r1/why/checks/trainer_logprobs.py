@@ -136,7 +136,7 @@ def _find_trainer_cause(
 def _trainer_candidates(step: RecordedStep, recomputation: Recomputation) -> list[TrainerCandidate]:
     """Return the candidate causes of the trainer's departure, in the order in which they are
     tried."""
-    from megatron_r1.why.policy.changed_weights import ChangedPartLogprobs
+    from megatron_r1.why.policy.changed_parts import ChangedPartLogprobs
 
     newest_version, lora = step.step - 1, step.run_config.model.lora
     changed_parts = ChangedPartLogprobs(recomputation.policies)

@@ -7,4 +7,5 @@
   routers choose, `expert_replay` makes them choose the engine's; `streamed_model` gives the same of
   a model that does not fit into memory.
 - All models of a step: `step_models`; the log-probabilities of its tokens: `step_logprobs`, with
-  other weights `changed_weights`, as engines have them with `push.fp8` `fp8_engines`."""
+  other weights `changed_weights` and `changed_parts`, as engines have them with `push.fp8`
+  `fp8_engines`."""

@@ -16,6 +16,7 @@ from megatron_r1.why.checks import engine_logprobs, trainer_logprobs
 from megatron_r1.why.checks.fp8_causes import fit_effect
 from megatron_r1.why.comparison import EQUAL, NOT_CHECKED
 from megatron_r1.why.policy import (
+    changed_parts,
     changed_weights,
     fp8_engines,
     step_logprobs,
@@ -159,6 +160,7 @@ def kept_versions(monkeypatch, request):
         return
     made = request.getfixturevalue("folders")
     for module in (
+        changed_parts,
         changed_weights,
         fp8_engines,
         step_logprobs,
