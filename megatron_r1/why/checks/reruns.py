@@ -117,7 +117,7 @@ def _compare_fresh_engine(
 
     A rerun computes tokens as parts of a prompt, which vLLM does at temperature 1 over the whole
     vocabulary. Where the run sampled otherwise, it is compared with transformers alone."""
-    from megatron_r1.why.policy.step_models import write_policy
+    from megatron_r1.why.policy.policy_writer import write_policy
     from megatron_r1.why.rerun import fresh_engine
 
     fresh_engine.check_engine(

@@ -1,14 +1,8 @@
 """Reads the models of a step: the policy before it and those of other checkpoints, whole where they
-fit into memory, else with their layers read one by one.
-
-`threads_for` sets the threads of torch for them, and `write_policy` writes the policy for an
-engine."""
+fit into memory, else with their layers read one by one."""
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_r1.base.errors import UserError
 from megatron_r1.base.processes import host_memory
 from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.models.transformers_model import build_without_weights
@@ -35,9 +28,6 @@ from megatron_r1.why.record.step_sequences import TokenSequence
 
 KEPT_MODELS = 40
 """Models are kept where so many fit into the free memory."""
-MAX_SINGLE_THREAD_FLOPS = 2.0**32
-"""Floating-point operations of a pass over a step's tokens, a fraction of a second of one core, up
-to which threads wait for each other longer than they compute."""
 
 
 class NotInMemory(CannotRecompute):
@@ -238,60 +228,6 @@ def require_in_memory(model: Any) -> Any:
     if isinstance(model, StreamedModel):
         raise NotInMemory("the model does not fit into memory as a whole")
     return model
-
-
-@contextlib.contextmanager
-def threads_for(models: StepModels) -> Iterator[None]:
-    """Compute in the block with one thread where a step is small.
-
-    Args:
-        models: the step's models and rows."""
-    num_threads, is_small = torch.get_num_threads(), False
-    with contextlib.suppress(CannotRecompute, UserError):  # the checks say why not
-        is_small = models.pass_flops <= MAX_SINGLE_THREAD_FLOPS
-    try:
-        if is_small:
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def write_policy(
-    step: RecordedStep, num_parameters: int, folder: Path, free_bytes: int | None = None
-) -> None:
-    """Write the policy before a step, fp32, with its adapters merged.
-
-    Args:
-        step: what the run recorded of it.
-        num_parameters: the number of the policy's weights.
-        folder: an empty folder.
-        free_bytes: the memory that all weights may take; None: as much as they need.
-
-    Raises:
-        CannotRecompute: there are no weights, or no room for them in memory or in the folder."""
-    num_bytes, disk_bytes = 4 * num_parameters, shutil.disk_usage(folder).free
-    if num_bytes > disk_bytes:
-        raise CannotRecompute(
-            f"the weights take {num_bytes / 1e9:.0f} GB in {folder.parent}, "
-            f"{disk_bytes / 1e9:.0f} GB are free; set TMPDIR"
-        )
-    if free_bytes is not None and num_bytes > free_bytes:
-        raise CannotRecompute(
-            f"the weights take {num_bytes / 1e9:.1f} GB of memory while they are written for a "
-            f"fresh engine, {free_bytes / 1e9:.1f} GB are free"
-        )
-    before, lora = step.checkpoint_before, step.run_config.model.lora
-    source = before if lora is None else weights_after(step.folder, step.run_config, 0)
-    if before is None or source is None:
-        raise CannotRecompute(f"the weights after step {step.step - 1} are not here")
-    tensors = checkpoint_model.read_tensors(source, step.hf_config)
-    if lora is not None and source != before:
-        names, read = checkpoint_model.read_adapter_factors(before, "")
-        transformers_adapters.merge_adapters(
-            tensors, {name: read(name) for name in names}, lora.scale
-        )
-    checkpoint_model.write_checkpoint_folder(tensors, step.model, folder)
 
 
 def _make_token_row(sequence: TokenSequence, is_cut: bool) -> TokenRow:

@@ -24,7 +24,7 @@ from megatron_r1.why.comparison import (
     Comparison,
     not_checked,
 )
-from megatron_r1.why.policy import step_models
+from megatron_r1.why.policy import policy_writer
 from megatron_r1.why.rerun import fresh_engine, single_rank
 from megatron_r1.why.rerun.rerun_verdicts import (
     ENGINE_REMEDY,
@@ -247,7 +247,7 @@ def test_a_model_larger_than_the_memory_is_not_started(monkeypatch, check):
 
 def test_weights_that_do_not_fit_on_the_disk_are_not_written(tmp_path):
     with pytest.raises(CannotRecompute, match="set TMPDIR"):
-        step_models.write_policy(STEP, 10**18, tmp_path)
+        policy_writer.write_policy(STEP, 10**18, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
