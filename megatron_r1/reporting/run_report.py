@@ -122,7 +122,7 @@ def write_run_report(
 
 
 def run_headline(folder: RunFolder) -> str:
-    """Return the result of a run as a sentence, with its verdict (`outcome.change_verdict`)."""
+    """Return the result of a run as a sentence, with its verdict by the `change_interval`."""
     metrics = folder.read_metrics()
     sentence = outcome_sentence(metrics, merge_evaluations([*metrics, *folder.read_evaluations()]))
     kind = str((folder.read_config().get("data") or {}).get("kind") or "")

@@ -9,8 +9,9 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
+from megatron_r1.reporting.change_interval import LEARNED, NOT_SHOWN, WORSE
 from megatron_r1.reporting.evaluations import HeldoutEstimate, merge_evaluations
-from megatron_r1.reporting.outcome import LEARNED, NOT_SHOWN, WORSE, outcome_sentence
+from megatron_r1.reporting.outcome import outcome_sentence
 from megatron_r1.reporting.plots import (
     Curve,
     curve_plot,
