@@ -1,22 +1,12 @@
-"""A model as transformers loads it, for comparisons; in a process that does not prepare Megatron.
+"""A model as transformers loads it, for comparisons in a process that does not prepare Megatron."""
 
-`write_dequantized` makes a quantized model folder into one that transformers and vLLM can load on a
-CPU, with weights in fp32. Their own dequantization there takes an optional package, wants a GPU, or
-assumes evenly cut blocks and so refuses or misreads matrices with a partial last block, such as
-DeepSeek-V3's kv_a_proj of 576 rows (integrations/finegrained_fp8.py, transformers 5.19)."""
-
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.models.hf_config import HFConfig
-from megatron_r1.models.weights.formats.hf_folder import HFWeights
-from megatron_r1.models.weights.formats.hf_writer import copy_model_files
-from megatron_r1.models.weights.formats.published_layout import published_tensors
 
 
 def load_with_transformers(
@@ -88,19 +78,3 @@ def _class_and_config(folder: str | Path, hf_config: HFConfig) -> tuple[Any, Any
         ) from error
     config.model_type = kind.config_class.model_type
     return kind, config
-
-
-def write_dequantized(weights: HFWeights, folder: Path) -> None:
-    """Write the checked `weights` with their tokenizer and configuration into `folder`. All of them
-    are in memory at once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    copy_model_files(weights.path, folder)
-    config = json.loads((weights.path / "config.json").read_text(encoding="utf-8"))
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tensors = {
-        name: weights.read_whole(name).float().contiguous()
-        for name in published_tensors(weights.hf_config)
-        if weights.has(name)
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -22,7 +22,8 @@ from megatron_r1.commands.check_model.results import ReferenceFailure, Reference
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.hf_config_file import read_hf_config
-from megatron_r1.models.transformers_model import load_with_transformers, write_dequantized
+from megatron_r1.models.transformers_model import load_with_transformers
+from megatron_r1.models.weights.formats.dequantized_folder import write_dequantized
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 
 TEXTS = (

@@ -95,7 +95,8 @@ def _transformers_logits(folder: Path, scratch: Path) -> torch.Tensor:
         folder: the Hugging Face folder.
         scratch: an empty folder."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from megatron_r1.models.transformers_model import load_with_transformers, write_dequantized
+    from megatron_r1.models.transformers_model import load_with_transformers
+    from megatron_r1.models.weights.formats.dequantized_folder import write_dequantized
     from megatron_r1.models.weights.formats.hf_folder import HFWeights
 
     hf_config = read_hf_config(str(folder), None)

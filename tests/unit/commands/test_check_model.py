@@ -19,10 +19,10 @@ from megatron_r1.commands.check_model import verb as check_model
 from megatron_r1.commands.check_model.results import NotCompared, ReferenceResult
 from megatron_r1.data.tokenizer import load_tokenizer
 from megatron_r1.engines.server.errors import EngineError
-from megatron_r1.models import transformers_model
 from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.support_checks import check_supported
 from megatron_r1.models.weights.formats import published_layout
+from megatron_r1.models.weights.formats.dequantized_folder import write_dequantized
 from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.rehearse.model import write_random_model_folder
 
@@ -213,7 +213,7 @@ def test_quantized_weights_are_compared_as_plain_ones(folder, tmp_path):
     plain = tmp_path / "plain"
     with HFWeights(folder, read_hf_config(folder)) as weights:
         weights.check(with_mtp=True)
-        transformers_model.write_dequantized(weights, plain)
+        write_dequantized(weights, plain)
     every = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[:rows, :columns]
     copied = load_file(plain / WEIGHTS)
     assert copied.keys() == tensors.keys()

@@ -3,4 +3,4 @@
 They are Hugging Face's (`hf_folder` and `hf_writer`) or Megatron's (`dcp` and `dcp_writer`, and
 `megatron_weights`, which reads them as Hugging Face tensors). `stacked_experts`,
 `published_layout` and `quantized_blocks` have what differs in published checkpoints: stacked
-experts, FP8 and MXFP4 blocks."""
+experts, FP8 and MXFP4 blocks. `dequantized_folder` writes a folder without such blocks."""
