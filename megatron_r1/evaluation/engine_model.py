@@ -28,7 +28,8 @@ from megatron_r1.engines.server.recipe_settings import engine_settings, fleet_se
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.engines.server.stop_strings import truncate_at_stop
 from megatron_r1.engines.server.vllm_arguments import check_arguments
-from megatron_r1.evaluation.model_folder import fingerprint_model, require_weights
+from megatron_r1.evaluation.identity import fingerprint_model
+from megatron_r1.evaluation.model_folder import require_weights
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.sampling_settings import SamplingSettings
 from megatron_r1.models.hf_config_file import describe_config_changes, load_raw_hf_config

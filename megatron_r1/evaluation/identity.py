@@ -1,5 +1,7 @@
-"""`identity.json`: the settings that must not change while a folder of samples is continued."""
+"""`identity.json`: the settings that must not change while a folder of samples is continued, and a
+model's fingerprint, which is one of them."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +9,12 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
+from megatron_r1.base.files.file_blocks import sample_blocks
 from megatron_r1.config import Config
+
+NUM_BLOCKS = 16
+"""Blocks of each of a model's files that count in its fingerprint."""
+WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
 
 
 def identity_settings(config: Config, model_identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,3 +81,15 @@ def _deciding_part(name: str, value: Any) -> Any:
         reward: {k: v for k, v in options.items() if k != "url"}
         for reward, options in value.items()
     }
+
+
+def fingerprint_model(folder: Path) -> str:
+    """Return a digest of a model folder's files: names, sizes, and 16 blocks of 64 KiB of each.
+    Training changes nearly every weight, so the blocks distinguish models without reading hundreds
+    of gigabytes."""
+    digest = hashlib.sha256()
+    for path in sorted({p for pattern in WEIGHTS for p in folder.glob(pattern)}):
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        for block in sample_blocks(path, NUM_BLOCKS):
+            digest.update(block)
+    return digest.hexdigest()[:16]

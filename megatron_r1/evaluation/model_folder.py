@@ -1,10 +1,8 @@
-"""The model folder that a path names, whether its weights are whole, and its fingerprint."""
+"""The model folder that a path names, and whether its weights are whole."""
 
-import hashlib
 from pathlib import Path
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.file_blocks import sample_blocks
 from megatron_r1.base.files.weight_files import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -12,10 +10,6 @@ from megatron_r1.base.files.weight_files import (
     weight_files,
 )
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, complete_checkpoints
-
-NUM_BLOCKS = 16
-"""Blocks of each of a model's files that count in its fingerprint."""
-WEIGHTS = ("*.safetensors", "*.bin", "*.json", "tokenizer.model")
 
 
 def find_model(path: str) -> tuple[Path, bool]:
@@ -69,15 +63,3 @@ def require_weights(folder: Path, key: str = "model.path") -> None:
     except UserError as error:
         raise UserError(f"{key}: {error}", key=key, cause=error.cause) from None
     require_complete(folder)
-
-
-def fingerprint_model(folder: Path) -> str:
-    """Return a digest of a model folder's files: names, sizes, and 16 blocks of 64 KiB of each.
-    Training changes nearly every weight, so the blocks distinguish models without reading hundreds
-    of gigabytes."""
-    digest = hashlib.sha256()
-    for path in sorted({p for pattern in WEIGHTS for p in folder.glob(pattern)}):
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-        for block in sample_blocks(path, NUM_BLOCKS):
-            digest.update(block)
-    return digest.hexdigest()[:16]
