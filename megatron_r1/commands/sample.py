@@ -35,11 +35,11 @@ from megatron_r1.evaluation.sampling_settings import SamplingSettings
 from megatron_r1.evaluation.text_response_grader import TextResponseGrader
 from megatron_r1.reporting.formatting import format_count
 from megatron_r1.reporting.run_folder import RunFolder
-from megatron_r1.sample.cached_calls import ResultCache
 from megatron_r1.sample.filter_settings import FILTER_NAMES, active_filters, check_filters
 from megatron_r1.sample.filters import PooledFilters
 from megatron_r1.sample.preference_pairs import PreferencePairs
 from megatron_r1.sample.response_judges import ResponseJudge, make_judge
+from megatron_r1.sample.result_cache import ResultCache
 from megatron_r1.sample.safety_labels import SafetyLabels
 from megatron_r1.sample.second_pass import OUTPUT_FILES, Decide, decide_all, write_outputs
 from megatron_r1.sample.selection import DUPLICATE, DecisionCounts, Selection

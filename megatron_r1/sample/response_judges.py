@@ -12,7 +12,8 @@ from r1_grading.remote.judge_settings import JudgeSettings
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config.sample import SERVED_JUDGE, SampleConfig
-from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
+from megatron_r1.sample.result_cache import ResultCache
+from megatron_r1.sample.user_functions import UserFunction, load_function
 
 NO_VOTE = {"url", "api_key_env", "timeout_seconds", "retry_seconds", "concurrency", "cache"}
 """Settings of a served judge that change none of its votes."""

@@ -25,9 +25,10 @@ from megatron_r1.data.prompt_templates import (
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.text_response_grader import TextResponseGrader
-from megatron_r1.sample.cached_calls import ResultCache, UserFunction
+from megatron_r1.sample.result_cache import ResultCache
 from megatron_r1.sample.second_pass import PromptResult
 from megatron_r1.sample.selection import KEPT, NOT_CHOSEN, Decision, Selection
+from megatron_r1.sample.user_functions import UserFunction
 
 
 def _response_summary(response: TextResponse) -> str | None:

@@ -8,9 +8,9 @@ from megatron_r1.config import Config
 from megatron_r1.data.few_shot import FewShotExamples
 from megatron_r1.data.prompts import load_prompts, prompt_options
 from megatron_r1.evaluation.prompt_sets import PromptSet
-from megatron_r1.sample.cached_calls import UserFunction, load_function
 from megatron_r1.sample.decontamination import find_contaminated, load_avoided
 from megatron_r1.sample.sft_examples import Rendering
+from megatron_r1.sample.user_functions import UserFunction, load_function
 
 KIND_WITHOUT_TRUTH = "helpful"
 """The kind of rows that name none, if nothing is graded: it needs no truth."""

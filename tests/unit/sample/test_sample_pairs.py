@@ -18,7 +18,6 @@ from sample_answers import PROMPT, answer, run_decide, selection
 from megatron_r1.base.errors import Cause
 from megatron_r1.config.sample import PairsConfig, SampleConfig
 from megatron_r1.data.prompt import make_prompt
-from megatron_r1.sample.cached_calls import ResultCache, UserFunction, load_function
 from megatron_r1.sample.preference_pairs import (
     PreferencePairs,
     log_ratio,
@@ -26,7 +25,9 @@ from megatron_r1.sample.preference_pairs import (
     pairs_to_drop,
 )
 from megatron_r1.sample.response_judges import FunctionJudge, make_judge
+from megatron_r1.sample.result_cache import ResultCache
 from megatron_r1.sample.safety_labels import SafetyLabels
+from megatron_r1.sample.user_functions import UserFunction, load_function
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused_judges.yaml").read_text())
 

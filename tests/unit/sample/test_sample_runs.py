@@ -21,7 +21,7 @@ from megatron_r1.data.prompt import make_prompt, normalize_question
 from megatron_r1.evaluation.prompt_sets import PromptSet
 from megatron_r1.evaluation.response import TextResponse
 from megatron_r1.evaluation.response_log import ResponseLog
-from megatron_r1.sample.cached_calls import ResultCache
+from megatron_r1.sample.result_cache import ResultCache
 from megatron_r1.sample.second_pass import WINDOW, PromptResult, decide_all
 from megatron_r1.sample.selection import Decision
 
