@@ -3,7 +3,7 @@
 - `families`: the table of architectures, where one made of known parts is a new entry.
 - `hf_config`, `support_checks`, `attention_fields`, `rotary_fields`, `experts`, `routing_shape`:
   what `config.json` says; `hf_config_file`, `hf_config_names`: how it is read.
-- `parallel_checks`: which settings of `parallel` a model refuses.
+- `parallel_checks`, `exchange_overlap_checks`: which settings of `parallel` a model refuses.
 - `megatron_config`, `build`: Megatron's configuration, and a rank's part of a model of it, which is
   a `policy_model` or a `score_model`; `pipeline_stages`: the layers of each part.
 - `memory`, `compute_cost`: a model's bytes, and the compute of a sample.

@@ -24,9 +24,10 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, FP8Config, ParallelConfig
 from megatron_r1.config.model import Fusion
 from megatron_r1.models import platform
+from megatron_r1.models.exchange_overlap_checks import check_exchange_overlap
 from megatron_r1.models.fp8_checks import transformer_engine_fp8_fields
 from megatron_r1.models.hf_config import HFConfig, model_family
-from megatron_r1.models.parallel_checks import check_divisions, check_exchange_overlap
+from megatron_r1.models.parallel_checks import check_divisions
 from megatron_r1.models.pipeline_stages import pipeline_stages, uneven_layout
 from megatron_r1.models.support_checks import model_fields
 

@@ -17,8 +17,8 @@ from itertools import islice
 from math import prod
 
 from megatron_r1.config import ParallelConfig
+from megatron_r1.models.exchange_overlap_checks import overlap_conflicts
 from megatron_r1.models.memory import LayerActivations
-from megatron_r1.models.parallel_checks import overlap_conflicts
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 

@@ -8,8 +8,8 @@ from small_configs import DEEPSEEK, QWEN
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import Config
-from megatron_r1.models import parallel_checks, transformer_config
-from megatron_r1.models.parallel_checks import OVERLAP_KEY, check_exchange_overlap
+from megatron_r1.models import exchange_overlap_checks, transformer_config
+from megatron_r1.models.exchange_overlap_checks import OVERLAP_KEY, check_exchange_overlap
 
 MTP = {**DEEPSEEK, "num_nextn_predict_layers": 1}
 TWO_MTP = {**DEEPSEEK, "num_nextn_predict_layers": 2}
@@ -95,7 +95,7 @@ def test_megatron_refuses_the_same(fields):
     ],
 )
 def test_megatron_takes_what_is_not_refused(settings, hf_config):
-    assert not list(parallel_checks.overlap_conflicts(recipe(**settings), hf_config))
+    assert not list(exchange_overlap_checks.overlap_conflicts(recipe(**settings), hf_config))
     config = transformer_config(hf_config, recipe(**settings))
     assert config.overlap_moe_expert_parallel_comm
     assert not config.delay_wgrad_compute and not config.moe_shared_expert_overlap
