@@ -19,7 +19,7 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.config import Config
 from megatron_r1.models import platform
 from megatron_r1.trainer.offload_stores import DiskStore, HostMemoryStore, Store
-from megatron_r1.trainer.operation_needs import needs_optimizer, needs_parameters
+from megatron_r1.trainer.operations import needs_optimizer, needs_parameters
 
 StateKind = Literal["parameters", "optimizer"]
 

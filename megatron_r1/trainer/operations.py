@@ -1,11 +1,12 @@
 """The operations that the controller may call on the trainer ranks, with arguments and results:
-four protocols.
+four protocols, and what each operation needs of the model.
 
 The controller names a method of the protocols, `trainer.call(ModelOperations.update, …)`
 (`controller.trainer_calls.client`), its name and arguments travel as a `RankCall`
 (`trainer.rank_messages`), and each rank runs the method of that name (`trainer.rank_server`).
-`trainer.operation_needs` says what each needs of the model. Imports neither torch nor Megatron,
-because the controller imports it."""
+Where weights or the optimizer's state are offloaded between phases, the ranks bring back what an
+operation uses (`trainer.offload`), and the controller refuses one that uses weights while engines
+compute in their memory. Imports neither torch nor Megatron, because the controller imports it."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.config.loss_settings import LossSettings, TokenAdvantageSettings
 from megatron_r1.push.control_messages import ConnectedSets, OpenedPush, SentWeights
 from megatron_r1.push.matching.layouts import EngineLayout
+from megatron_r1.trainer.rank_messages import LOAD, STOP
 from megatron_r1.trainer.training_sample import Sample
 
 SUPERVISED = "megatron_r1.trainer.losses:supervised_loss"
@@ -320,3 +322,31 @@ class PushOperations(Protocol):
 def operation_names(protocol: type) -> set[str]:
     """Return the names of the operations of one of these protocols."""
     return {name for name in vars(protocol) if not name.startswith("_")}
+
+
+OPTIMIZER_OPERATIONS = {"update", "update_critic", "save_checkpoint", "load_checkpoint"}
+"""Operations that use the optimizer's state."""
+WEIGHTLESS_OPERATIONS = {
+    LOAD,
+    STOP,
+    "free_memory",
+    "measure_logprob_diff",
+    "compute_token_advantages",
+    "mask_advantages",
+    "compare_probe",
+    "checkpoint_progress",
+    "verify_checkpoint",
+}
+"""Operations that use no weights: they may be called while the weights are offloaded
+(`parallel.offload_between_phases`)."""
+
+
+def needs_parameters(operation: str) -> bool:
+    """Return whether an operation uses the model's weights; all do that are not known to go
+    without."""
+    return operation not in WEIGHTLESS_OPERATIONS
+
+
+def needs_optimizer(operation: str) -> bool:
+    """Return whether an operation uses the optimizer's state."""
+    return operation in OPTIMIZER_OPERATIONS

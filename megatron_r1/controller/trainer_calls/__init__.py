@@ -3,5 +3,5 @@
 `rank_processes` starts the ranks, `rank_socket` carries their calls over ZeroMQ, `client` calls
 their operations, `packing` divides samples among ranks and micro-batches of equal cost, and
 `batch_checks` refuses batches too small for the ranks. Both sides import `trainer.operations`,
-`trainer.operation_needs`, `trainer.rank_messages`, and what of `trainer.training_sample` and
-`trainer.checkpoints` needs no torch; `trainer.result_decoding` reads the results."""
+`trainer.rank_messages`, and what of `trainer.training_sample` and `trainer.checkpoints` needs no
+torch; `trainer.result_decoding` reads the results."""

@@ -18,7 +18,7 @@ from megatron_r1.controller.push.pusher import WeightPusher
 from megatron_r1.engines.fleet.engine import Engine
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.push.matching import EngineLayout
-from megatron_r1.trainer.operation_needs import needs_parameters
+from megatron_r1.trainer.operations import needs_parameters
 
 
 class OffloadedTrainer:
