@@ -3,7 +3,7 @@ controller calls over ZeroMQ (`controller.trainer_calls`).
 
 - `rank`, `rank_server`: a rank's process and its loop over the calls.
 - `operations`, `rank_messages`, `training_sample`, `sample_encoding`: what both sides send;
-  `result_decoding`: how the controller reads results; `replica`: the ranks that get one share.
+  `replica`: the ranks that get one share.
 - `distributed`, `construction`, `optimizer`: process groups, model and optimizer.
 - `trainer`, `critic`, `reference_policy`: the operations of a step; `loaded_rollout`: their
   samples.

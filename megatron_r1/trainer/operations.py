@@ -1,5 +1,5 @@
 """The operations that the controller may call on the trainer ranks, with arguments and results:
-four protocols, and what each operation needs of the model.
+four protocols, what each operation needs of the model, and how its result is decoded.
 
 The controller names a method of the protocols, `trainer.call(ModelOperations.update, …)`
 (`controller.trainer_calls.client`), its name and arguments travel as a `RankCall`
@@ -10,8 +10,13 @@ compute in their memory. Imports neither torch nor Megatron, because the control
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypedDict
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Protocol, TypedDict, TypeVar, cast, get_type_hints
 
+import msgspec
+
+from megatron_r1.base.errors import TrainerError
 from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.config.loss_settings import LossSettings, TokenAdvantageSettings
 from megatron_r1.push.control_messages import ConnectedSets, OpenedPush, SentWeights
@@ -19,6 +24,7 @@ from megatron_r1.push.matching.layouts import EngineLayout
 from megatron_r1.trainer.rank_messages import LOAD, STOP
 from megatron_r1.trainer.training_sample import Sample
 
+R = TypeVar("R")
 SUPERVISED = "megatron_r1.trainer.losses:supervised_loss"
 """The loss of sft in `Trainer.update`."""
 MetricValues = dict[str, float]
@@ -350,3 +356,30 @@ def needs_parameters(operation: str) -> bool:
 def needs_optimizer(operation: str) -> bool:
     """Return whether an operation uses the optimizer's state."""
     return operation in OPTIMIZER_OPERATIONS
+
+
+def decode_result(operation: Callable[..., R], rank: int, result: dict[str, Any]) -> R:
+    """Return the result of an operation with the class that the operation returns; one that returns
+    a dict is not checked.
+
+    Args:
+        operation: a method of the protocols.
+        rank: the rank that replied.
+        result: `RankReply.result`.
+
+    Raises:
+        TrainerError: a field is missing or of another type."""
+    kind = _returned_type(operation)
+    if not (isinstance(kind, type) and issubclass(kind, msgspec.Struct)):
+        return cast(R, result)
+    try:
+        return cast(R, msgspec.convert(result, kind))
+    except msgspec.ValidationError as error:
+        raise TrainerError(
+            f"trainer rank {rank}: its reply to {operation.__name__} is no {kind.__name__}: {error}"
+        ) from error
+
+
+@cache
+def _returned_type(operation: Callable[..., Any]) -> Any:
+    return get_type_hints(operation)["return"]

@@ -4,4 +4,4 @@
 their operations, `packing` divides samples among ranks and micro-batches of equal cost, and
 `batch_checks` refuses batches too small for the ranks. Both sides import `trainer.operations`,
 `trainer.rank_messages`, and what of `trainer.training_sample` and `trainer.checkpoints` needs no
-torch; `trainer.result_decoding` reads the results."""
+torch."""

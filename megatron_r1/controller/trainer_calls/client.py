@@ -27,9 +27,13 @@ from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
 from megatron_r1.controller.trainer_calls.rank_socket import RankSocket
 from megatron_r1.models import read_hf_config
 from megatron_r1.models.compute_cost import sample_cost
-from megatron_r1.trainer.operations import EvaluationOperations, ModelOperations, needs_parameters
+from megatron_r1.trainer.operations import (
+    EvaluationOperations,
+    ModelOperations,
+    decode_result,
+    needs_parameters,
+)
 from megatron_r1.trainer.rank_messages import LOAD, STOP, RankCall, RankDescription, RankReply
-from megatron_r1.trainer.result_decoding import decode_result
 from megatron_r1.trainer.sample_encoding import ReplicaSamples, encode_samples
 from megatron_r1.trainer.training_sample import Buffer, Sample
 

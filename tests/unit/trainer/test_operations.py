@@ -12,11 +12,11 @@ from megatron_r1.trainer.operations import (
     EvaluationOperations,
     ModelOperations,
     PushOperations,
+    decode_result,
     operation_names,
 )
 from megatron_r1.trainer.rank_messages import RankCall
 from megatron_r1.trainer.rank_server import RankServer, argument_types, operations_by_name
-from megatron_r1.trainer.result_decoding import decode_result
 from megatron_r1.trainer.training_sample import Sample
 
 PROTOCOLS = (ModelOperations, EvaluationOperations, CheckpointOperations, PushOperations)
