@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.controller.trainer_calls.batch_checks import check_batches
+from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.engines.server.recipe_checks import check_engines
 from megatron_r1.models.exchange_overlap_checks import check_exchange_overlap
 from megatron_r1.models.parallel_checks import check_divisions

@@ -8,7 +8,7 @@ from megatron_r1.base.files.weight_files import require_complete, weight_files
 from megatron_r1.commands.parts import torchrun
 from megatron_r1.config import Config, ModelConfig
 from megatron_r1.config.algorithms import find_rules
-from megatron_r1.controller.trainer_calls.batch_checks import check_batches
+from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.models.exchange_overlap_checks import check_exchange_overlap
 from megatron_r1.models.hf_config import num_mtp_layers
 from megatron_r1.models.hf_config_file import read_hf_config

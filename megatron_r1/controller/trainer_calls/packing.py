@@ -1,4 +1,5 @@
-"""Distributes samples over data-parallel ranks and micro-batches.
+"""Distributes samples over data-parallel ranks and micro-batches, and refuses recipes whose batches
+are too small for the ranks.
 
 Samples are packed end to end without padding. Every rank runs the same number of micro-batches
 (pipeline and expert collectives require it), and all ranks run micro-batch m at the same time, so
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from megatron_r1.base.errors import Cause, UserError
+from megatron_r1.config import Config
+from megatron_r1.reporting.formatting import format_count
 from megatron_r1.trainer.prefix_matching import PrefixMatcher, group_by_first_prompt
 from megatron_r1.trainer.training_sample import Sample
 
@@ -168,3 +171,38 @@ def _split_to_limit(
             unit, length, matcher = [], 0, PrefixMatcher()
         units.append(([*unit, member], length + matcher.add(sample)))
     return units
+
+
+def check_batches(config: Config, verb: str, world_size: int, rank: str = "trainer rank") -> None:
+    """Refuse batches that do not give each data-parallel rank a sample.
+
+    Args:
+        config: the recipe.
+        verb: rl, sft or reward-model.
+        world_size: the number of ranks, the data-parallel ones among them.
+        rank: what a data-parallel rank is called.
+
+    Raises:
+        UserError: an optimizer step has too few samples."""
+    rl, item = config.rl, "sample"
+    data_parallel_size = config.parallel.data_parallel_size(world_size)
+    if verb == "rl":
+        num_samples = rl.prompts_per_rollout * rl.group_size // rl.minibatches
+        key, remedy = "rl.prompts_per_rollout", "raise rl.prompts_per_rollout"
+        if rl.minibatches > 1:
+            key, remedy = "rl.minibatches", f"lower rl.minibatches={rl.minibatches}"
+    else:
+        section = verb.replace("-", "_")
+        key, num_samples = f"{section}.batch_size", getattr(config, section).batch_size
+        remedy = f"raise {key}"
+        if verb == "reward-model" and config.reward_model.kind == "pairwise":
+            item = "pair"  # stays together on one rank (`samples_per_unit`)
+    if num_samples < data_parallel_size:
+        max_ranks = num_samples * (world_size // data_parallel_size)
+        raise UserError(
+            f"{format_count(num_samples, item)} of an optimizer step cannot be spread over "
+            f"{data_parallel_size:,} data-parallel ranks; {remedy}, raise parallel.context, "
+            f".tensor or .pipeline, or use at most {format_count(max_ranks, rank)}",
+            key=key,
+            cause=Cause.OUT_OF_RANGE,
+        )

@@ -6,7 +6,7 @@ from refusals import refused
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import reward_model, rl, sft
 from megatron_r1.config import Config
-from megatron_r1.controller.trainer_calls.batch_checks import check_batches
+from megatron_r1.controller.trainer_calls.packing import check_batches
 
 RL = {"prompts_per_rollout": 4, "group_size": 4, "minibatches": 2}
 
