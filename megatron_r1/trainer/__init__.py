@@ -10,8 +10,8 @@ controller calls over ZeroMQ (`controller.trainer_calls`).
 - `output_heads`: what reads the model's output; `evaluation_passes`: the passes that train nothing.
 - `passes`: Megatron's schedule; `stage_communication`: the hops between its stages.
 - `sequence_packing`, `batch`, `whole_microbatch`, `rollout_batches`, `token_advantages`,
-  `loss_head`, `losses`, `reward_losses`, `value_loss`, `metrics`, `logprob_metrics`: from
-  samples to a loss and its figures.
+  `loss_head`, `losses`, `reward_losses`, `value_loss`, `metrics`: from samples to a loss and its
+  figures.
 - `token_split`, `prefix_matching`: which rank has which tokens, and which tokens samples share.
 - `routing`: the experts that the engine chose, for the rank that replays them.
 - `offload`, `offload_stores`: the state's way off the device and back.

@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_r1.trainer.batch import PackedMicrobatch
-from megatron_r1.trainer.logprob_metrics import logprob_diff
-from megatron_r1.trainer.metrics import reduce_over_data
+from megatron_r1.trainer.metrics import logprob_diff, reduce_over_data
 from megatron_r1.trainer.operations import SampleScores
 from megatron_r1.trainer.trainer import Trainer
 from megatron_r1.trainer.training_sample import Sample

@@ -13,8 +13,7 @@ from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.trainer.batch import PackedMicrobatch
 from megatron_r1.trainer.distributed import GridPosition
-from megatron_r1.trainer.logprob_metrics import logprob_diff, teacher_kl
-from megatron_r1.trainer.metrics import Maximum, Mean, reduce_over_data
+from megatron_r1.trainer.metrics import Maximum, Mean, logprob_diff, reduce_over_data, teacher_kl
 from megatron_r1.trainer.rollout_batches import RolloutBatches
 from megatron_r1.trainer.routing import RoutingScatter, RoutingShard
 from megatron_r1.trainer.sample_encoding import ReplicaSamples

@@ -32,8 +32,7 @@ from megatron_r1.trainer.checkpoints.contents import Network, Networks
 from megatron_r1.trainer.critic import Critic, needs_critic
 from megatron_r1.trainer.distributed import GridPosition
 from megatron_r1.trainer.loaded_rollout import LoadedRollout
-from megatron_r1.trainer.logprob_metrics import logprob_diff
-from megatron_r1.trainer.metrics import merge_reports, reduce_over_data
+from megatron_r1.trainer.metrics import logprob_diff, merge_reports, reduce_over_data
 from megatron_r1.trainer.offload import make_offload
 from megatron_r1.trainer.operations import SUPERVISED
 from megatron_r1.trainer.output_heads import OutputHeads

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from megatron_r1.trainer.logprob_metrics import logprob_diff, teacher_kl
-from megatron_r1.trainer.metrics import Maximum, Mean
+from megatron_r1.trainer.metrics import Maximum, Mean, logprob_diff, teacher_kl
 
 
 def batch(old, engine, is_response, teacher=()):
