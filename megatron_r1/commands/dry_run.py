@@ -12,10 +12,10 @@ from r1_grading.base.errors import shorten
 from r1_grading.terms import ACCURACY, weights_at
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.commands.parts.run_costs import describe_run_memory, kept_files_lines
-from megatron_r1.commands.parts.run_facts import describe_stop_tokens
 from megatron_r1.commands.rl_prompts import explain_renamed_columns
 from megatron_r1.commands.rollout_services import open_player
+from megatron_r1.commands.run_costs import describe_run_memory, kept_files_lines
+from megatron_r1.commands.run_facts import describe_stop_tokens
 from megatron_r1.config import Config
 from megatron_r1.config.optimizer import warmup_note
 from megatron_r1.controller.advice import find_advice

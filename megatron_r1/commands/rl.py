@@ -12,12 +12,12 @@ from megatron_r1.base.processes import timeline
 from megatron_r1.base.processes.process_memory import without_garbage_collection
 from megatron_r1.base.processes.stopping import run_until_stopped
 from megatron_r1.commands.parts.preloads import preload_megatron, preload_vllm
-from megatron_r1.commands.parts.run_facts import describe_kind_weights, describe_teachers, run_facts
 from megatron_r1.commands.parts.trained_model import next_commands
 from megatron_r1.commands.parts.training_run import TrainingRun, show_trainer, training_run
 from megatron_r1.commands.rl_checks import check_rl_settings, engines_share_gpus
 from megatron_r1.commands.rl_prompts import read_prompts
 from megatron_r1.commands.rollout_services import RolloutServices, open_rollout_services
+from megatron_r1.commands.run_facts import describe_kind_weights, describe_teachers, run_facts
 from megatron_r1.config import Config
 from megatron_r1.controller.loop import train_policy
 from megatron_r1.controller.policy_engines import PolicyEngines

@@ -10,8 +10,8 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.files.framed_records import append_frame
-from megatron_r1.commands import dry_run
-from megatron_r1.commands.parts import cpu_memory, run_costs
+from megatron_r1.commands import dry_run, run_costs
+from megatron_r1.commands.parts import cpu_memory
 from megatron_r1.config import Config, load_recipe
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
 from megatron_r1.controller.rollouts.sample_log import encode, to_record

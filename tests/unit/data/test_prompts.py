@@ -12,8 +12,8 @@ from r1_grading import logic
 from refusals import raised, refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.parts.run_facts import describe_kind_weights
 from megatron_r1.commands.rl_prompts import drop_long_prompts
+from megatron_r1.commands.run_facts import describe_kind_weights
 from megatron_r1.config import parse_recipe
 from megatron_r1.config.data import DataConfig
 from megatron_r1.data.prompt import Prompt, is_heldout, make_prompt, normalize_question

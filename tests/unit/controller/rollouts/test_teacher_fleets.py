@@ -8,7 +8,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.parts.run_facts import describe_teachers
+from megatron_r1.commands.run_facts import describe_teachers
 from megatron_r1.config import Config
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group
 from megatron_r1.controller.rollouts.teacher_fleets import TeacherFleets, teacher_source
