@@ -17,12 +17,12 @@ from r1_grading.terms import weights_at
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.parts.sample_inputs import SampleInputs, load_sample_inputs
 from megatron_r1.commands.parts.sampling_run import (
     open_evaluated_model,
     require_same_settings,
     run_in_folder,
 )
+from megatron_r1.commands.sample_inputs import SampleInputs, load_sample_inputs
 from megatron_r1.config import Config
 from megatron_r1.config.sample import KeepConfig
 from megatron_r1.data.few_shot import FewShotExamples

@@ -1,6 +1,6 @@
 """What several of the command line's verbs are made of; none of these modules is a verb.
 
-- Before a run: `trainer_checks` refuses recipes; `sample_inputs` reads questions.
+- Before a run: `trainer_checks` refuses recipes.
 - A run: `training_run` locks its folder and restarts it, `supervised_training` is one without
   rollouts; `sampling_run`: what `sample` and `eval` have in common; `rehearsal_jobs`: a recipe in
   miniature; `torchrun`: several nodes; `preloads`: what ranks import.
