@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron_r1.base.errors import Cause, RunError, UserError
 from megatron_r1.commands import reward_model
-from megatron_r1.commands.parts.rehearsal_jobs import RehearsalJob, rehearsal_jobs
 from megatron_r1.commands.parts.trainer_checks import check_trainer
+from megatron_r1.commands.rehearsal_jobs import RehearsalJob, rehearsal_jobs
 from megatron_r1.config import Config
 from megatron_r1.config.overrides import take_section
 from megatron_r1.controller.rollouts.players import find_player
