@@ -2,4 +2,4 @@
 
 `python tools/bench push` runs on this machine; `scale` plans the real size, whose orders
 `schedule_check` proves and `stream_queues` runs; `control` has the control path of 256
-processes."""
+processes, and `gloo_rates` what gloo moves between processes."""
