@@ -59,12 +59,12 @@ def compare_checkouts(
     for name, sides in steps.items():
         comparisons[name] = comparison = compare_systems(**sides)
         # Of sums, which other work on the cores moves least.
-        own_speeds, peer_speeds = (
+        own_cost, peer_cost = (
             sum(step["core_seconds"] for step in lines)
             / sum(step["response_tokens"] for step in lines)
             for lines in sides.values()
         )
-        comparison["core_ratio"] = own_speeds / peer_speeds
+        comparison["core_ratio"] = own_cost / peer_cost
         print(
             f"{name}: this has {comparison['ratio']:.3f} x the tokens/s of the other, and takes "
             f"{comparison['core_ratio']:.3f} x its processor time a token"
