@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.commands.convert import work_folder
+from megatron_r1.commands.convert import conversion_parts
 from megatron_r1.commands.convert.sources import (
     HF_FILES,
     fingerprint_source,
@@ -136,7 +136,9 @@ def run(args: Namespace) -> int:
     files = group_into_files(
         p for slot in layout.slots for p in split_rows(slot, job.dtype_of(slot.key).itemsize)
     )
-    outputs = work_folder.run_parts(partial(_write_file, job), list(enumerate(files)), args.workers)
+    outputs = conversion_parts.run_parts(
+        partial(_write_file, job), list(enumerate(files)), args.workers
+    )
     _finish_checkpoint(work, job, layout, outputs, with_mtp)
     tensors = format_count(len(layout.shapes), "Megatron tensor")
     print(f"{args.out}: {tensors}, {plan['dtype']}, in {format_count(len(files), 'file')}")

@@ -15,7 +15,7 @@ import torch
 
 from megatron_r1.base.errors import UserError
 from megatron_r1.base.files import fsync
-from megatron_r1.commands.convert import work_folder
+from megatron_r1.commands.convert import conversion_parts
 from megatron_r1.commands.convert.reload_check import check_reload
 from megatron_r1.commands.convert.sources import (
     check_manifest,
@@ -100,7 +100,7 @@ def run(args: Namespace) -> int:
             work.abandon_empty()
             raise
     job = ExportJob(checkpoint, hf_files, work.path, dtype)
-    work_folder.run_parts(partial(_write_file, job), list(files.items()), args.workers)
+    conversion_parts.run_parts(partial(_write_file, job), list(files.items()), args.workers)
     copy_model_files(hf_files, work.path)
     write_config(hf_files, work.path, dtype, with_mtp, has_score_head(hf_config))
     write_index(work.path, files)
@@ -166,7 +166,7 @@ def _write_tensor(
     if name in stacked:
         return
     scale_row = scales.shape[1] * scales.dtype.itemsize if scales else 0
-    for first, count in work_folder.row_stripes(
+    for first, count in conversion_parts.row_stripes(
         planned.shape, published_layout.FP8_BLOCK_SIZE if scales else 1
     ):
         values = weights.read(name, 0, first, count)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_r1.commands.convert import work_folder
+from megatron_r1.commands.convert import conversion_parts
 from megatron_r1.commands.convert.sources import (
     Weights,
     check_manifest,
@@ -127,7 +127,9 @@ def compare_tensors(sides: ModelPair, names: list[str], workers: int) -> list[Te
         workers: processes that compare."""
     step = max(1, len(names) // (workers * 64))
     batches = [names[first : first + step] for first in range(0, len(names), step)]
-    differences = work_folder.run_parts(partial(_compare_batch, sides), batches, workers, "batch")
+    differences = conversion_parts.run_parts(
+        partial(_compare_batch, sides), batches, workers, "batch"
+    )
     return [difference for batch in differences for difference in batch]
 
 
@@ -147,7 +149,7 @@ def _compare_tensor(sides: ModelPair, name: str) -> TensorDifference | None:
     lossy = (a == published_layout.FP8_DTYPE) != (b == published_layout.FP8_DTYPE)
     count, largest = 0, -1.0
     location: tuple[int, ...] = ()
-    for first, rows in work_folder.row_stripes(shape, published_layout.FP8_BLOCK_SIZE):
+    for first, rows in conversion_parts.row_stripes(shape, published_layout.FP8_BLOCK_SIZE):
         x, y = (side.read(name, 0, first, rows) for side in pair)
         if lossy:
             unequal = _beyond_rounding(pair, name, first, x.float(), y.float())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_r1.commands.convert import work_folder
+from megatron_r1.commands.convert import conversion_parts
 from megatron_r1.commands.convert.from_hf import FILE_BYTES, PlannedChunk, group_into_files
 
 
@@ -16,8 +16,8 @@ from megatron_r1.commands.convert.from_hf import FILE_BYTES, PlannedChunk, group
     ],
 )
 def test_stripes_cover_a_tensor_and_end_with_it(monkeypatch, shape, multiple, expected):
-    monkeypatch.setattr(work_folder, "STRIPE_ELEMENTS", 8)
-    assert list(work_folder.row_stripes(shape, multiple)) == expected
+    monkeypatch.setattr(conversion_parts, "STRIPE_ELEMENTS", 8)
+    assert list(conversion_parts.row_stripes(shape, multiple)) == expected
 
 
 def test_files_have_about_their_size_and_chunks_stay_in_order():
