@@ -22,15 +22,21 @@ from r1_grading.truths import accepted_answers
 
 THOUGHT_END = "</think>"
 ANSWER_TAG = re.compile(r"</?answer>")
+"""The begin or the end of an answer in tags."""
 SPECIAL_TOKEN = re.compile(
     r"\s*(?:<\|[^|<>]{1,40}\|>|<｜[^｜<>]{1,40}｜>|</s>|<eos>|<end_of_turn>)\s*\Z"
 )
+"""A token of a chat template at the end, such as `<|im_end|>`."""
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+"""The begin of a box, up to its content."""
 DELIMITERS = re.compile(r"\\[()\[\]]|[$*`_#]")
+"""What sets off formulas and emphasis, in LaTeX and in Markdown."""
 HARMLESS_AFTER = re.compile(r"[\s.,;!]*\Z")
+"""The rest of a line that adds nothing to the box before it."""
 CONCLUDES = re.compile(
     r"(?:\b(?:is|are|get|have|equals|answer|so|thus|hence|therefore),?|[:=])\s*\Z", re.IGNORECASE
 )
+"""The end of a text that introduces an answer."""
 CHANGES = re.compile(
     r"\b(?:not|no|never|neither|nor|cannot|doubt|maybe|perhaps|could|might|would|wrong|incorrect"
     r"|false|if|or|than|least|most|about|near|nearly|almost|half|twice|double|minus|negative|either"
