@@ -13,7 +13,11 @@ SMALLEST_AMAX = 1e-4  # DeepGEMM's per_block_cast_to_fp8
 
 
 def eager_token_logprobs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (T, V), targets (T,) -> log-probabilities and entropies, each (T,) fp32."""
+    """Return the log-probabilities of the targets and the entropies, each (T,) fp32.
+
+    Args:
+        logits: (T, V).
+        targets: (T,) ids."""
     log_p = torch.log_softmax(logits.float(), dim=-1)
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1)
@@ -72,7 +76,14 @@ def eager_linear_policy_loss(
 
 
 def eager_quantize(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
-    """x (M, N) -> x / scale in float8_e4m3fn, and each square block's fp32 scale, amax / 448."""
+    """Return FP8 codes and the scale of each square block, its largest magnitude / 448.
+
+    Args:
+        x: (M, N).
+        block: rows and columns of a block.
+
+    Returns:
+        x / scale, (M, N) e4m3; scales, (ceil(M / block), ceil(N / block)) fp32."""
     rows, columns = x.shape
     tiles = torch.nn.functional.pad(x.float(), (0, -columns % block, 0, -rows % block))
     tiles = tiles.unflatten(1, (-1, block)).unflatten(0, (-1, block))  # (M/b, b, N/b, b)
