@@ -19,6 +19,8 @@ KINDS = ["none", "stream", "device", "event", "copy", "free", "operator", "creat
 
 
 class StreamRecord(ctypes.Structure):
+    """The state of a stream, and the stream that it waits for."""
+
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("state", "behind", "gpu", "padding")),
         ("blocked_ns", ctypes.c_int64),
@@ -26,6 +28,8 @@ class StreamRecord(ctypes.Structure):
 
 
 class CallRecord(ctypes.Structure):
+    """A call of NCCL; `Call` explains the fields."""
+
     _fields_ = [
         ("comm", ctypes.c_uint64),
         ("number", ctypes.c_int64),
@@ -34,6 +38,8 @@ class CallRecord(ctypes.Structure):
 
 
 class WaitRecord(ctypes.Structure):
+    """What a thread of the host waits for; `Wait` explains the fields."""
+
     _fields_ = [
         ("comm", ctypes.c_uint64),
         *((name, ctypes.c_int32) for name in ("kind", "stream", "rank", "thread")),
@@ -41,11 +47,13 @@ class WaitRecord(ctypes.Structure):
 
 
 class MemberRecord(ctypes.Structure):
+    """The rank of a process in a communicator, and how many ranks that has."""
+
     _fields_ = [("comm", ctypes.c_uint64), ("rank", ctypes.c_int32), ("size", ctypes.c_int32)]
 
 
 class ProcessRecord(ctypes.Structure):
-    """`process` in shim/segment.h."""
+    """All records of one process: `process` in shim/segment.h."""
 
     _fields_ = [
         ("pid", ctypes.c_int32),
@@ -125,6 +133,8 @@ class Wait:
 
 @dataclass
 class Process:
+    """What a process has not ended, and the communicators that it is in."""
+
     pid: int
     changes: int
     behind: dict[int, int]
@@ -182,6 +192,7 @@ def _unended_calls(calls: ctypes.Array[CallRecord]) -> list[CallRecord]:
 
 
 def parse(record: ProcessRecord) -> Process:
+    """Return what a process has not ended, without the empty records."""
     calls = [
         Call(
             record.pid,
