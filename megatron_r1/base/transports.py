@@ -26,7 +26,7 @@ class Transport:
     memory: Literal["host", "GPU"]
     """Where an engine rank's receive buffer is."""
     rate: Literal["host_link", "nvlink", "host_network", "network"]
-    """The rate into an engine rank that a plan assumes: a field of `config.hardware.Hardware`."""
+    """The rate into an engine rank that a plan assumes: a field of `plan.hardware.Hardware`."""
     link: str
     """What a plan calls the link of that rate."""
     is_single_node: bool = False

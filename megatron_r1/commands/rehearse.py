@@ -38,7 +38,7 @@ GPUs has 17; with links between nearly all pairs of ranks it would have 1,185.""
 PAIR_REQUESTS = 4
 """Requests to the store for a pair of ranks: each sets its address and gets the other's."""
 MAX_REQUESTS = 1_000_000
-"""Most requests of all pairs. One store answers about 25,000 a second (`config.hardware`)."""
+"""Most requests of all pairs. One store answers about 25,000 a second (`plan.assumptions`)."""
 
 
 def run(path: str, overrides: Mapping[str, Any], verbs: Mapping[str, str]) -> None:

@@ -140,7 +140,7 @@ class CoreAttention(MegatronModule):
         layer_number: the layer, from 1.
         *positional: further arguments of Megatron's; not used.
         softmax_scale: the factor of query times key; None: 1 / sqrt(`k_channels`).
-        k_channels: the size of a head's keys; None: `config.kv_channels`.
+        k_channels: the size of a head's keys; None: `kv_channels` of the config.
         pg_collection: the groups of context-parallel and of tensor-parallel ranks.
         **unused: further arguments of Megatron's; not used."""
 

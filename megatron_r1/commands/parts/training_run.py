@@ -70,8 +70,8 @@ async def training_run(
     """Lock the run's folder, start the trainer, and supervise the block, which trains; then export.
     However it ends: wait for the checkpoint being written, stop the ranks, write the report.
 
-    Yields the run while its ranks are still starting: the block awaits `trainer.connect()`. Yields
-    None where the run is finished and exported: nothing is left to do.
+    Yields the run while its ranks are still starting: the block awaits `TrainerClient.connect`.
+    Yields None where the run is finished and exported: nothing is left to do.
 
     Args:
         config: the run's settings.

@@ -148,7 +148,7 @@ class GroupRecord(msgspec.Struct, array_like=True, frozen=True, tag="group"):
         prompt_id: the id of that prompt.
         prompt_ids: int32, the prompt's tokens.
         responses: all of the group.
-        schedule: `config.rl.digest_until` the step, under which it was sampled.
+        schedule: `config.schedule.digest_until` the step, under which it was sampled.
         sampling: how it was sampled; None in the records of earlier versions of this program.
     """
 

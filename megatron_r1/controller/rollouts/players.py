@@ -1,7 +1,7 @@
 """What plays the episodes of a run, an environment's player or an agent: found, checked before the
 run starts, and made.
 
-Only a run whose recipe names one (`config.agents.player_settings`) imports this module, and with it
+Only a run whose recipe names one (`AgentsConfig.player_settings`) imports this module, and with it
 `megatron_r1.agents`."""
 
 import sys

@@ -83,8 +83,8 @@ class SampleLog:
 
         Args:
             step: the training step, from 1.
-            schedule: `config.rl.digest_until` the step; groups that were sampled under another
-                schedule, as a continued run may have it, are not used."""
+            schedule: `config.schedule.digest_until` the step; groups that were sampled under
+                another schedule, as a continued run may have it, are not used."""
         path = step_log_path(self.folder, step)
         step_log = await asyncio.wrap_future(self._thread.submit(StepLog, self, path, schedule))
         if step_log.num_damaged_bytes:

@@ -3,10 +3,9 @@
 It has tiny weights, gloo, real rendezvous, groups, order of calls, and ranks that die in the
 middle.
 
-128 trainer ranks and 8 engines of 16 ranks, as planned by `matching.planned_links`. After an
-undisturbed push, which is compared with the trainer's weights byte by byte, a second one
-is broken off in each way of `FAULTS`; every rank that could not end it must
-say which rank was at fault."""
+128 trainer ranks and 8 engines of 16 ranks, as planned by `push.matching.planned_links`. After an
+undisturbed push, which is compared with the trainer's weights byte by byte, a second one is broken
+off in each way of `FAULTS`; every rank that could not end it must say which rank was at fault."""
 
 from __future__ import annotations
 
