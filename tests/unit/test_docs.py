@@ -274,7 +274,7 @@ def test_new_names_of_renamed_modules_exist():
 
 
 def test_dotted_names_of_modules_exist():
-    """`trainer.operations` in a docstring, a comment or a document is a module or a name of one."""
+    """`trainer.operations` in a document is a module or a name of one (code: test_references)."""
     # Packages that share their name with no section of a recipe.
     packages = "base|commands|controller|engines|evaluation|models|plan|rehearse|reporting|trainer"
 
@@ -291,10 +291,8 @@ def test_dotted_names_of_modules_exist():
             )
         return True
 
-    folders = ("megatron_r1", "kernels", "tools")
-    modules = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     wrong, found = [], 0
-    for file in [*PAGES, *modules]:
+    for file in PAGES:
         # A name with "(" is a call of an object's method.
         pattern = rf"`((?:{packages})(?:\.\w+)+)(?![\w(])"
         for name in re.findall(pattern, file.read_text(encoding="utf-8")):
@@ -303,5 +301,5 @@ def test_dotted_names_of_modules_exist():
             below = [ROOT / "megatron_r1", ROOT / "megatron_r1/push", *file.parents]
             if not is_file and not any(exists(base, name) for base in below):
                 wrong.append(f"{file.relative_to(ROOT)}: {name}")
-    assert found > 50
+    assert found > 20
     assert wrong == []
