@@ -83,11 +83,11 @@ class MatchedRegions:
         These are the regions of the part that an engine needs, each with the engine's ranks."""
         for stage in range(self.grid.pipeline):
             for expert_rank in range(self.grid.expert):
-                for item in self._held_tensors(stage, expert_rank):
-                    if item.expert is None and expert_rank:
+                for hf_tensor in self._held_tensors(stage, expert_rank):
+                    if hf_tensor.expert is None and expert_rank:
                         continue
-                    engine_regions = self.sharding.regions.get(item.name, {}).items()
-                    for held_region, replicas in self._held_regions(item, stage):
+                    engine_regions = self.sharding.regions.get(hf_tensor.name, {}).items()
+                    for held_region, replicas in self._held_regions(hf_tensor, stage):
                         common_regions = (
                             (held_region.intersection(region), ranks)
                             for region, ranks in engine_regions
@@ -95,25 +95,25 @@ class MatchedRegions:
                         if needed_regions := [
                             (region, ranks) for region, ranks in common_regions if region
                         ]:
-                            yield item, replicas, needed_regions
+                            yield hf_tensor, replicas, needed_regions
 
-    def _held_regions(self, item: HFTensor, stage: int) -> Iterator[tuple[Region, range]]:
+    def _held_regions(self, hf_tensor: HFTensor, stage: int) -> Iterator[tuple[Region, range]]:
         """Yield the parts of a tensor, each with the trainer ranks that hold it."""
-        grid, rule = self.grid, item.rule
-        if rule.split in (replicated, replicated_stack) and item.expert is None:
-            yield Region.full(item.shape), grid.unsplit_replicas(stage)
+        grid, rule = self.grid, hf_tensor.rule
+        if rule.split in (replicated, replicated_stack) and hf_tensor.expert is None:
+            yield Region.full(hf_tensor.shape), grid.unsplit_replicas(stage)
             return
-        ranks = grid.tensor if item.expert is None else grid.expert_tensor
-        name = rule.sources[item.source].name
+        ranks = grid.tensor if hf_tensor.expert is None else grid.expert_tensor
+        name = rule.sources[hf_tensor.source].name
         for tensor_rank in range(ranks):
-            if item.expert is None:
+            if hf_tensor.expert is None:
                 replicas = grid.dense_replicas(stage, tensor_rank)
             else:
-                owner = item.expert * grid.expert // self.weight_table.num_experts
+                owner = hf_tensor.expert * grid.expert // self.weight_table.num_experts
                 replicas = grid.expert_replicas(stage, tensor_rank, owner)
             for piece in self._pieces_on_rank(rule, tensor_rank, ranks):
                 if piece.hf_name == name:
-                    yield Region.from_piece(piece, item.shape), replicas
+                    yield Region.from_piece(piece, hf_tensor.shape), replicas
 
     def _pieces_on_rank(self, rule: WeightRule, tensor_rank: int, ranks: int) -> Sequence[Piece]:
         """Return what a tensor rank holds of a rule's tensors: of every expert's the same."""
