@@ -254,15 +254,35 @@ def _import_the_same(
         for name, statement in file.by_name.items():
             old_definitions[name].append(statement)
     for module, name, _ in old_imports - new_imports:
-        old_definitions[name].append(old_module(module).by_name.get(name))
+        old_definitions[name].append(_imported_definition(module, name, old_module))
     new_definitions = (
-        (name, new_module(module).by_name.get(name))
+        (name, _imported_definition(module, name, new_module))
         for module, name, _ in new_imports - old_imports
     )
     return all(
         definition is not None and definition in old_definitions[name]
         for name, definition in new_definitions
     )
+
+
+def _imported_definition(
+    module: str, name: str, statements_of: Callable[[str], _Statements]
+) -> Any | None:
+    """Return the statement that defines what a module has by a name: its own, or that of the module
+    from which it imports the name; of a module in a package all its statements. None: there is
+    none."""
+    looked_up = set()
+    while module not in looked_up:
+        looked_up.add(module)
+        statements = statements_of(module)
+        if name in statements.by_name:
+            return statements.by_name[name]
+        if inner_statements := _statement_counts([statements_of(f"{module}.{name}")]):
+            return frozenset(inner_statements.items())
+        for source, source_name, alias in statements.imports:
+            if (alias or source_name) == name and is_of_project(source):
+                module, name = source, source_name
+    return None
 
 
 def _statement_counts(files: Sequence[_Statements]) -> Counter[Any]:

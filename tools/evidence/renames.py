@@ -74,9 +74,9 @@ def find_new_names(
     the earlier project, while others may still have the old one.
 
     A method is not among them, nor a parameter of one where the class has bases: another class may
-    call or override it by the old name. Neither is a parameter or field that a call names as
-    before, a variable where a function has another by the old name, or an attribute where a file
-    has.
+    call or override it by the old name; a property of a class without bases is. Neither is a
+    parameter or field that a call names as before, a variable where a function has another by the
+    old name, or an attribute where a file has.
 
     Args:
         old_texts: the texts of one version.
@@ -119,15 +119,23 @@ def find_new_names(
 
 @cache  # claims of many commits ask for the same texts
 def _methods_and_definitions(text: str) -> frozenset[str]:
-    """Return the names of functions, classes and methods, and of the parameters of methods of
-    classes that have bases."""
+    """Return the names of functions, classes and methods, but for properties of classes without
+    bases, and of the parameters of methods of classes that have bases."""
     nodes = list(ast.walk(_parsed_module(text)))
-    names = {node.name for node in nodes if isinstance(node, FUNCTIONS | ast.ClassDef)}
-    classes = (node for node in nodes if isinstance(node, ast.ClassDef) and node.bases)
-    for method in (method for each in classes for method in each.body):
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    members = [member for each in classes if not each.bases for member in each.body]
+    properties = [member for member in members if _is_property(member)]
+    functions = [node for node in nodes if isinstance(node, FUNCTIONS | ast.ClassDef)]
+    names = {function.name for function in functions if function not in properties}
+    for method in (method for each in classes if each.bases for method in each.body):
         if isinstance(method, FUNCTIONS) and method.name != "__init__":
             names |= _arguments_of(method)
     return frozenset(names)
+
+
+def _is_property(node: ast.stmt) -> bool:
+    decorators = node.decorator_list if isinstance(node, ast.FunctionDef) else []
+    return any(ast.unparse(each) in ("property", "cached_property") for each in decorators)
 
 
 def _arguments_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:

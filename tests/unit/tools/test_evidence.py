@@ -44,9 +44,12 @@ class Repository:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     def commit(self, **files: str) -> str:
-        """Write files, their folders separated by "__", and commit all; return the commit."""
+        """Write files, their folders separated by "__", and commit all; return the commit.
+
+        The last folder alone, as in "tools__shapes__", has its __init__.py."""
         for name, text in files.items():
-            path = self.root / (name.replace("__", "/") + ".py")
+            *folders, last = name.split("__")
+            path = self.root.joinpath(*folders, f"{last or '__init__'}.py")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         self.git("add", "-A")
@@ -418,14 +421,22 @@ FIELDS = """class Rows:
     def known(self):
         return len(self.mask)
 
+    @property
+    def size(self):
+        return 2 * self.scale
+
 
 class Kept(Base):
     def take(self, rows):
         return rows[self.kept]
 
+    @property
+    def width(self):
+        return self.kept
+
 
 def total(rows, scale):
-    values = [scale * each for each in rows.mask]
+    values = [scale * each + rows.size for each in rows.mask]
     return {"mask": sum(values)}
 """
 
@@ -435,7 +446,11 @@ def total(rows, scale):
     [
         # a field; a parameter
         ({".mask": ".weights"}, "fresh"),
-        ({"total(rows": "total(table", "rows.mask": "table.mask"}, "fresh"),
+        ({"total(rows": "total(table", "rows.": "table."}, "fresh"),
+        # a property; one that another class may override, one in one place alone
+        ({"size": "num_rows"}, "fresh"),
+        ({"width": "num_columns"}, "stale"),
+        ({"rows.size": "rows.num_rows"}, "stale"),
         # that a call elsewhere names; the field in one place alone; to a name that was elsewhere;
         # a key of a result
         ({"total(rows, scale": "total(rows, factor", "scale * each": "factor * each"}, "stale"),
@@ -455,11 +470,45 @@ def total(rows, scale):
 )
 def test_fields_and_parameters_may_have_names_that_were_nowhere(repository, names, state):
     other = "def known(scaled):\n    return scaled.mask, scaled.scale, total(scaled, scale=2)\n"
+    other += "\n\ndef size(other):\n    return other.size() + other.width()\n"
     claim = repository.measured(repository.commit(part__a=FIELDS, other=other))
     text = FIELDS
     for before, after in names.items():
         text = text.replace(before, after)
     repository.commit(part__a=text)
+    assert repository.state(claim).name == state
+
+
+USE_PACKAGE = """from tools.shapes import rows, square
+
+
+def area(r, unit):
+    return square(r) * unit(rows)
+"""
+SHAPES = {"tools__shapes__": "from tools.shapes.plane import square\n"}
+SHAPES |= {"tools__shapes__plane": SQUARE, "tools__shapes__rows": "WIDTH = 2\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "state"),
+    [
+        ({}, "fresh"),
+        # the package has another function, or another module, by the name; or none
+        ({"tools__forms__": "from tools.cube import square\n"}, "stale"),
+        ({"tools__forms__rows": "WIDTH = 3\n"}, "stale"),
+        ({"tools__forms__": ""}, "stale"),
+        ({"tools__forms__rows": None}, "stale"),
+    ],
+)
+def test_what_a_package_imports_may_come_from_another_package(repository, files, state):
+    other = {"tools__cube": SQUARE.replace("2", "3"), "other": "shapes = forms = 1\n"}
+    claim = repository.measured(
+        repository.commit(**SHAPES, **other, part__use=USE_PACKAGE), paths=["part/"]
+    )
+    moved = {name.replace("shapes", "forms"): text for name, text in SHAPES.items()}
+    moved = {name: text.replace("shapes", "forms") for name, text in moved.items()} | files
+    kept = {name: text for name, text in moved.items() if text is not None}
+    repository.commit(**kept, part__use=USE_PACKAGE.replace("shapes", "forms"))
     assert repository.state(claim).name == state
 
 
