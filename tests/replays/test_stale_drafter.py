@@ -33,7 +33,8 @@ def test_the_run_ends_by_the_names_of_the_drafters_tensors(replay, fault, senten
 @pytest.mark.more
 @pytest.mark.parametrize("method", ["mtp", "ngram"])
 def test_without_a_fault_a_run_drafts_to_its_end(replay, method):
-    ended = replay.run(None, "finished", *DRAFTING, method)
+    # One of 1,000,000 tokens has experts that are so equally good that rounding chooses.
+    ended = replay.run(None, "finished", *DRAFTING, method, "--rl.routing_replay", "true")
     assert ended.returncode == 0, ended.printed
     assert len(ended.metrics) == 4
     assert all(line["logprob_diff/max"] < 1e-4 for line in ended.metrics)

@@ -8,6 +8,8 @@ for 3.7 hours on 64 nodes, until its time in Slurm was over.
 Here one request of the second step never returns, with batches sampled ahead of training.
 """
 
+import re
+
 import pytest
 
 SECONDS = 15
@@ -19,7 +21,8 @@ NAMED = "Everything waits for engines: 1 groups are not back"
 def test_the_run_ends_with_who_waits_for_whom_and_goes_on_without_the_fault(replay):
     ended = replay.run("lost_request", NAMED, *STUCK)
     assert ended.returncode == 1 and ended.seconds is not None, ended.printed
-    assert f"nothing has moved for {SECONDS}" in ended.printed
+    (quiet,) = set(re.findall(r"nothing has moved for (\d+) s", ended.printed))
+    assert int(quiet) >= SECONDS  # and as much more as the watchdog's wake-ups were late
     assert "engine-0: " in ended.printed and "its core answers" in ended.printed
     done = [line["step"] for line in ended.metrics]
     assert done == [1]

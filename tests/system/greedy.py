@@ -6,8 +6,12 @@ Prints a JSON list of lists of LENGTH tokens; an end token does not end them.
 import json
 import sys
 
-PROMPTS = [[0, 22, 13, 24], [0, 40], [0, 5, 6, 7, 8, 9, 10, 11]]
-LENGTH = 20
+# So many that not all of them have one answer, although a model may repeat one token after several.
+PROMPTS = [
+    *([0, 22, 13, 24], [0, 40], [0, 5, 6, 7, 8, 9, 10, 11], [0, 100, 200, 50]),
+    *([0, 253, 61], [0, 18, 13, 18, 31], [0, 150], [0, 7, 7, 7, 240, 90]),
+]
+LENGTH = 8
 SMALL = {"gpu_memory_utilization": 0.3}  # of memory, which others use too
 
 

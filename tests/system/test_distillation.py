@@ -7,13 +7,16 @@ import os
 import random
 import signal
 
+import numpy as np
 import pytest
 from command_line import run
 from reverse_kl import reverse_kl
 from sampled import TOLERANCE
 from tiny_models import DEEPSEEK, QWEN, reference_logprobs, write_model
 
+from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.config import Config
+from megatron_r1.controller.rollouts.group_records import GroupRecord, decode
 from megatron_r1.controller.rollouts.teacher_fleets import open_teachers, teacher_fleet
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.server import EngineServer
@@ -161,6 +164,7 @@ rl:
   prompts_per_rollout: 16
   group_size: 4
   minibatches: 2
+  keep_sample_log: true
 teacher: {{path: {base}/teacher/hf, dtype: float32}}
 optimizer: {{learning_rate: 1.0e-3, weight_decay: 0.0}}
 eval: {{samples: 1}}
@@ -186,12 +190,31 @@ def test_a_student_comes_closer_to_its_teacher_on_questions_it_never_saw(base, d
         return oracle(reverse_kl, student, base / "teacher/hf", prompts, **settings)
 
     before, after = distance(base / "base/hf"), distance(distilled / "hf")
-    assert after < 0.6 * before, (before, after)  # 0.42 is seen
+    assert after < 0.7 * before, (before, after)  # 0.42 to 0.53 are seen
     metrics = [json.loads(line) for line in (distilled / "metrics.jsonl").read_text().splitlines()]
-    # The same distance, estimated from the step's 64 responses; the last is before its updates.
+    # The same distance, estimated from the step's 64 responses: 2% off in the standard deviation.
     assert metrics[0]["teacher/kl"] == pytest.approx(before, rel=0.2)
-    assert metrics[-1]["teacher/kl"] == pytest.approx(after, rel=0.3)
+    # The estimate itself: fp32 on all sides, but for a token whose experts are almost equally good.
+    for line in (metrics[0], metrics[-1]):
+        estimate = sampled_distance(oracle, base / "teacher/hf", distilled, line["step"])
+        assert line["teacher/kl"] == pytest.approx(estimate, abs=1e-3)
     assert all(m["time/teacher"] >= 0 and m["teacher/engines/up"] == 1 for m in metrics)
+
+
+def sampled_distance(oracle, teacher, folder, step):
+    """The mean over a step's sampled tokens of the student's log-probability, by its engine, less
+    the teacher's, by transformers."""
+    frames = FramedFile.read(folder / f"sample_log/step_{step:08d}.log")
+    groups = [record for record in map(decode, frames) if isinstance(record, GroupRecord)]
+    assert len(groups) == 16
+    gaps = []
+    for group in groups:
+        prompt = np.frombuffer(group.prompt_ids, np.int32).tolist()
+        responses = [np.frombuffer(each.token_ids, np.int32).tolist() for each in group.responses]
+        expected = oracle(reference_logprobs, teacher, prompt, responses, 1.0)
+        for response, logprobs in zip(group.responses, expected, strict=True):
+            gaps.extend(np.frombuffer(response.logprobs, np.float32) - logprobs)
+    return np.mean(gaps)
 
 
 def token_ids(folder, questions):

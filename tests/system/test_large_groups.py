@@ -83,8 +83,10 @@ def test_every_one_of_256_responses_is_logged_and_trained_on(continued):
     assert [line["step"] for line in metrics] == list(STEPS)
     for line in metrics:
         assert line["step_taken"] == 1 and line["groups/zero_variance"] < 1
-        # fp32 on both sides; a response of another prompt or version differs by more than 0.1.
-        assert line["logprob_diff/max"] < 1e-4
+        # fp32 on both sides: 4e-7. One response of another prompt or version differs by more than
+        # 0.1 a token, 2e-4 in the mean over all of them; a token whose experts are almost equally
+        # good, by up to 0.6, 1e-4 in the mean.
+        assert line["logprob_diff/mean"] < 1e-4
         # 255 of 256 prompts, each but for its last token, are not computed again.
         assert 0.1 < line["packing/shared"] < 0.5
     for line in metrics[1:]:  # the first step's log went with its checkpoint

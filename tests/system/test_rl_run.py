@@ -241,9 +241,12 @@ def test_batches_are_sampled_ahead_of_training_as_far_as_staleness_lets_them(
     settings += ["--checkpoint.every", steps]  # every step's log is left
     process = start(base, *settings, steps=steps, folder=folder)
     try:
-        # The trainer stops before it has anything to train on, so that engines keep version 0.
-        wait_for(process, "evaluated", (folder / "evaluations.jsonl").exists)
+        # The trainer stops before it has anything to train on, so that engines keep version 0; to
+        # look for its process then would take a part of that time.
+        wait_for(process, "with a trainer", lambda: [*(folder / "logs").glob("trainer_*")])
+        wait_for(process, "with a rank", lambda: processes_of(folder, "trainer.rank"))
         [rank] = processes_of(folder, "trainer.rank")
+        wait_for(process, "evaluated", (folder / "evaluations.jsonl").exists)
         os.kill(rank, signal.SIGSTOP)
         logs = [folder / f"sample_log/step_{1 + s:08d}.log" for s in range(steps)]
         last = logs[staleness]

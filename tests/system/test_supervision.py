@@ -16,16 +16,24 @@ from waiting import wait_until
 from megatron_r1.base.files.framed_records import FramedFile
 from megatron_r1.controller.rollouts.group_records import CommitRecord, decode
 
+PLANTED = Path(__file__).parent / "planted"
 TWO = ["--parallel.processes", "2", "--parallel.tensor", "2"]
 NOT_OF_THE_SAMPLES = ("time/", "rewards/", "tokens_per_second", "groups/restored", "/restarts")
 NOT_OF_THE_SAMPLES += ("engines/", "checkpoint/", "push/")
 
 
-def start(verb: str, recipe: Path, folder: Path, *more: object) -> subprocess.Popen:
+def start(
+    verb: str, recipe: Path, folder: Path, *more: object, planted: str | None = None
+) -> subprocess.Popen:
+    """planted: a key of `planted.sitecustomize.PLANTED`."""
     settings = ["--run.folder", folder, *TWO, *more]
+    env = environment() | {"OMP_NUM_THREADS": "1"}
+    if planted:
+        struck = {"PLANTED": planted, "PLANTED_AT": f"{folder}.struck"}
+        env |= struck | {"PYTHONPATH": f"{PLANTED}:{env['PYTHONPATH']}"}
     return subprocess.Popen(
         command(verb, recipe, *settings),
-        env=environment() | {"OMP_NUM_THREADS": "1"},
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -112,7 +120,9 @@ def test_no_finished_sample_is_lost_whoever_is_killed(base, tmp_path):
     assert [m["step"] for m in after] == [1, 2, 3, 4, 5, 6]
     assert after[-1]["trainer/restarts"] == 1 and after[-1]["engines/restarts"] == 0
     assert [of_the_samples(m) for m in after[:3]] == [of_the_samples(m) for m in replayed[:3]]
-    assert max(m["logprob_diff/max"] for m in after) < 1e-4
+    # Both in float32; weights of another version would differ by more than 0.05, and one of 1,000
+    # tokens whose experts are almost equally good by up to 0.6.
+    assert max(m["logprob_diff/mean"] for m in after) < 1e-3
     # Of what lies before the checkpoint nothing is left to replay.
     steps = sorted(path.name for path in (folder / "sample_log").iterdir())
     assert steps[0] > "step_00000004.log" or not any(folder.glob("checkpoints/step_00000004"))
@@ -125,9 +135,8 @@ def test_a_stopped_rank_is_named_with_the_collective_and_the_run_ends_or_mends_i
     folder = tmp_path / "run"
     settings = ["--run.steps", 400, "--checkpoint.every", 10]
     settings += ["--run.hang_seconds", patience_for(base / "base")]
-    process = start("sft", base / "sft.yaml", folder, *settings)
-    wait_for(process, "past its second step", lambda: len(metrics_of(folder)) >= 2)
-    os.kill(ranks_of(folder)[1], signal.SIGSTOP)
+    # At a place where the other one waits for it in a collective, which it does not everywhere.
+    process = start("sft", base / "sft.yaml", folder, *settings, planted="stopped_rank")
     _, errors = process.communicate()
     assert process.returncode == 1 and "Traceback" not in errors
     assert "nothing has moved for" in errors and "continues from the newest checkpoint" in errors
@@ -137,9 +146,7 @@ def test_a_stopped_rank_is_named_with_the_collective_and_the_run_ends_or_mends_i
         assert "rank 1 does not answer" in told and "is stopped" in told
         assert "rank 0 in " in told and " among ranks 0, 1 (tensor" in told
     assert "rank 0 (tensor 0, context 0, pipeline 0, expert 0, data 0)" in text
-    # Megatron's backward pass waits for a request that it made earlier, all else in the call.
-    waits = "distributed_c10d.py" in text or "handle.wait()" in text
-    assert waits, "the stack of the rank that waits"
+    assert "distributed_c10d.py" in text, "the stack of the rank that waits"
 
     process = start("sft", base / "sft.yaml", folder, *settings, "--run.on_hang", "restart")
     begun = len(metrics_of(folder)) + 3

@@ -126,6 +126,23 @@ def spread_a_nan(module):
     module.optimizer_step = optimizer_step
 
 
+def stop_a_rank(module):
+    """The last rank is stopped where its third update begins: the others wait for it in the first
+    collective of theirs."""
+    upstream = module.optimizer_step
+    calls = []
+
+    def optimizer_step(*arguments, **settings):
+        import torch.distributed as dist
+
+        calls.append(1)
+        if len(calls) == 3 and dist.get_rank() == dist.get_world_size() - 1 and strike():
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return upstream(*arguments, **settings)
+
+    module.optimizer_step = optimizer_step
+
+
 def make_an_old_logprob_nan(module):
     """In the second step one token's log-probability under the old policy is NaN (verl#721)."""
     upstream = module.Trainer.compute_logprobs
@@ -284,6 +301,7 @@ PLANTED = {
     "dead_sender": ("megatron_r1.push.sender", kill_a_sending_rank),
     "dead_receiver": ("megatron_r1.engines.plugin.layer_reload", kill_a_loading_engine),
     "nan_gradient": ("megatron_r1.trainer.passes", spread_a_nan),
+    "stopped_rank": ("megatron_r1.trainer.passes", stop_a_rank),
     "nan_logprob": ("megatron_r1.trainer.trainer", make_an_old_logprob_nan),
     "left_out_drafter": ("megatron_r1.engines.plugin.patches", leave_out_the_drafter),
     "kept_drafter": ("megatron_r1.engines.plugin.layer_reload", keep_the_drafter),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fork_servers import shared_server
 from liveness import is_alive
-from waiting import wait_until
+from waiting import PATIENT, wait_until
 
 from megatron_r1.base.processes import children, fork_client
 from megatron_r1.base.processes.fork_server import ForkedChild
@@ -88,7 +88,7 @@ def test_imports_that_fail_end_the_process_and_are_in_its_log(tmp_path):
 def test_stop_ends_the_whole_group(tmp_path):
     process = start(tmp_path / "log", "child")
     wait_until(lambda: len(printed(tmp_path / "log")) == 2)
-    children.stop(process, timeout_seconds=0.1)
+    children.stop(process, timeout_seconds=PATIENT)  # it ends at once, its child does not
     assert process.returncode == -signal.SIGTERM
     wait_until(lambda: not any(map(is_alive, printed(tmp_path / "log"))))
 
