@@ -5,7 +5,7 @@ Triton kernels on CUDA tensors and plain PyTorch elsewhere; `r1_kernels.referenc
 functions bound to plain PyTorch on any device.
 
 A call of `linear_policy_loss`, which uses the most, passes these modules in this order, once
-`keyword_loss` has made its keywords into objects:
+`linear_policy_loss` has made its keywords into objects:
 
 1. `arguments`: checks shapes, dtypes, devices and values.
 2. `linear_token_logprobs`: `make_head` checks those of the head.
@@ -17,7 +17,7 @@ A call of `linear_policy_loss`, which uses the most, passes these modules in thi
 8. `primitives.policy_*`: the loss of each token and its derivative (formulae: `policy_terms`).
 9. `primitives.softmax_*`: the gradient of the logits, from which `linear_head` adds up those of
    hidden states and weight.
-10. `linear_policy_loss`: sums the loss; its backward pass multiplies the gradients.
+10. `fused_policy_loss`: sums the loss; its backward pass multiplies the gradients.
 
 `linear_token_logprobs` passes 1 to 3 and 5 to 7, and in its backward pass 5 and 9;
 `token_logprobs` does without `make_head` and 5, and `policy_loss` passes 1, 3, 4 and 8. `blockwise`
@@ -26,8 +26,8 @@ needs `arguments`, `registry` and `primitives.blockwise_*` alone."""
 from r1_kernels import reference
 from r1_kernels.averaging import Averaging
 from r1_kernels.blockwise import dequantize_blockwise, quantize_blockwise
-from r1_kernels.keyword_loss import linear_policy_loss
-from r1_kernels.linear_policy_loss import LinearPolicyLoss, linear_policy_loss_from_settings
+from r1_kernels.fused_policy_loss import LinearPolicyLoss, linear_policy_loss_from_settings
+from r1_kernels.linear_policy_loss import linear_policy_loss
 from r1_kernels.linear_token_logprobs import linear_token_logprobs
 from r1_kernels.policy_loss import PolicyLoss, policy_loss
 from r1_kernels.policy_terms import PolicySettings, TokenTensors

@@ -33,7 +33,7 @@ in these files, in the order in which `rl.algorithm: grpo` calls them:
         trainer/losses.py                           make_token_averaging
  6. Ratio, clip and KL of a token (formulae in `r1_kernels/policy_terms.py`; on a GPU Triton).
         trainer/loss_head.py                        LossHead.policy_loss
-        r1_kernels/linear_policy_loss.py            linear_policy_loss_from_settings
+        r1_kernels/fused_policy_loss.py             linear_policy_loss_from_settings
         r1_kernels/primitives/policy_torch.py       policy_terms
  7. Normalization of the loss: Megatron-Core's `finalize_model_grads` divides the gradients, summed
     over micro-batches and ranks, by the sum of these denominators.

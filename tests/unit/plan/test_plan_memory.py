@@ -94,7 +94,7 @@ def rank_shard(job: PlannedJob, layer: int) -> weights.Shard:
 
 @pytest.mark.parametrize(("tensor", "per_logit"), [(1, 4), (2, 8)])
 def test_in_fp32_the_heads_gradient_has_a_buffer_of_its_own_with_tensor_ranks(tensor, per_logit):
-    """`r1_kernels.linear_policy_loss` writes it over the logits on a rank alone."""
+    """`r1_kernels.fused_policy_loss` writes it over the logits on a rank alone."""
     config = SimpleNamespace(
         parallel=SimpleNamespace(context=1, tensor=tensor),
         model=SimpleNamespace(dtype="float32", lora=None),
