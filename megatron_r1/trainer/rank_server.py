@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from megatron_r1.trainer.offload import Offload
     from megatron_r1.trainer.routing import RoutingScatter
 
-PROTOCOLS: tuple[type, ...] = (
+OPERATION_PROTOCOLS: tuple[type, ...] = (
     ModelOperations,
     EvaluationOperations,
     CheckpointOperations,
@@ -123,14 +123,14 @@ def serve_calls(config: Config, address: str, grid_position: GridPosition | None
         if isinstance(error, UserError):
             failure = RankReply(rank, None, str(error), True, error.key, error.cause)
         else:
-            late_text = _late_ranks(error, rank_monitor, config.parallel.timeout_seconds)
+            late_text = _describe_late_ranks(error, rank_monitor, config.parallel.timeout_seconds)
             failure = RankReply(rank, None, late_text + traceback.format_exc())
         socket.send(encode(failure))
         socket.close(linger=5_000)  # the process ends with `raise`: first the message has to leave
         raise
 
 
-def _late_ranks(error: Exception, monitor: RankMonitor, timeout_seconds: float) -> str:
+def _describe_late_ranks(error: Exception, monitor: RankMonitor, timeout_seconds: float) -> str:
     """Return a sentence on the collective that other ranks did not come to, if that is the error;
     else nothing."""
     collective = collective_timeouts.collective_wait(str(error), timeout_seconds)
@@ -241,7 +241,7 @@ class RankServer:
 
 def operations_by_name(
     trainer: ModelOperations,
-    probing: EvaluationOperations,
+    evaluator: EvaluationOperations,
     checkpoints: CheckpointOperations,
     push: PushOperations,
 ) -> dict[str, Callable[..., Any]]:
@@ -249,13 +249,13 @@ def operations_by_name(
 
     Args:
         trainer: has the passes.
-        probing: has those that train nothing.
+        evaluator: has those that train nothing.
         checkpoints: has checkpoints and exports.
         push: has the rank's part of a push."""
-    implementations = (trainer, probing, checkpoints, push)
+    implementations = (trainer, evaluator, checkpoints, push)
     return {
         name: getattr(implementation, name)
-        for protocol, implementation in zip(PROTOCOLS, implementations, strict=True)
+        for protocol, implementation in zip(OPERATION_PROTOCOLS, implementations, strict=True)
         for name in sorted(operation_names(protocol))
     }
 
@@ -264,6 +264,6 @@ def argument_types() -> dict[str, dict[str, Any]]:
     """Return the type of each argument of each operation: msgpack carries a mapping or a list."""
     return {
         name: get_type_hints(getattr(protocol, name))
-        for protocol in PROTOCOLS
+        for protocol in OPERATION_PROTOCOLS
         for name in operation_names(protocol)
     }

@@ -46,7 +46,7 @@ def main() -> None:
         run_on_rank_zero(lambda: None)
     except RuntimeError as error:
         sentences = [
-            rank_server._late_ranks(error, monitor, limit)
+            rank_server._describe_late_ranks(error, monitor, limit)
             for limit in (LATE_SECONDS, TIMEOUT_SECONDS)
         ]
         out.write_text(json.dumps({"limits": limits, "sentences": sentences}))
