@@ -139,7 +139,7 @@ def max_group_fraction(transport: str) -> float:
 
 
 def plan_sets(
-    planner: MatchedRegions,
+    region_matches: MatchedRegions,
     count_bytes: CountBytes,
     sets: Sequence[range],
     sent_bytes: Sequence[float] = (),
@@ -151,13 +151,13 @@ def plan_sets(
     largest are first, so that the small ones level out what is left.
 
     Args:
-        planner: what the trainer ranks hold and engine ranks need.
+        region_matches: what the trainer ranks hold and engine ranks need.
         count_bytes: counts the bytes of a region on the wire.
-        sets: engines of each set; their number in `planner` is not used.
+        sets: engines of each set; their number in `region_matches` is not used.
         sent_bytes: what each trainer rank sends to other sets.
         max_fraction: the most of an engine rank's bytes in a group (`MAX_GROUP_FRACTION`).
     """
-    by_engine_rank = needed_regions(planner, count_bytes)
+    by_engine_rank = needed_regions(region_matches, count_bytes)
     groups = [
         group
         for num_engines in {len(engines) for engines in sets}
@@ -169,7 +169,7 @@ def plan_sets(
     groups.sort(
         key=lambda g: (-g.num_bytes, g.member, g.engine_rank, g.replicas.start, g.num_engines)
     )
-    loads = list(sent_bytes) or [0.0] * planner.grid.world_size
+    loads = list(sent_bytes) or [0.0] * region_matches.grid.world_size
     link_regions: dict[EngineRankId, dict[int, list[TensorRegion]]] = defaultdict(dict)
     for group in groups:
         for index, engines in enumerate(sets):
@@ -218,10 +218,14 @@ def links_per_rank(plans: Iterable[EngineSetPlan], world_size: int) -> list[int]
     return links
 
 
-def needed_regions(planner: MatchedRegions, count_bytes: CountBytes) -> list[RegionsByReplicas]:
+def needed_regions(
+    region_matches: MatchedRegions, count_bytes: CountBytes
+) -> list[RegionsByReplicas]:
     """Return what each rank of an engine needs."""
-    regions_of_ranks: list[RegionsByReplicas] = [{} for _ in range(planner.layout.ranks_per_engine)]
-    for tensor, replicas, sent_regions in planner.sent_regions():
+    regions_of_ranks: list[RegionsByReplicas] = [
+        {} for _ in range(region_matches.layout.ranks_per_engine)
+    ]
+    for tensor, replicas, sent_regions in region_matches.sent_regions():
         for region, ranks in sent_regions:
             num_bytes = count_bytes(tensor.name, tensor.rule.dtype, region)
             tensor_region = TensorRegion(tensor, region, num_bytes)

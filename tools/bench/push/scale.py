@@ -97,17 +97,17 @@ FIGURE_LIMITS = {
 
 @dataclasses.dataclass(frozen=True)
 class ScaleCase:
-    """A push from the ranks of `planner` to its engines.
+    """A push from the trainer ranks of `region_matches` to its engines.
 
     Attributes:
         name: how the table names it.
-        planner: plans what each trainer rank sends to which engine rank.
+        region_matches: what each trainer rank may send to which engine rank.
         colocated: on the trainer ranks' GPUs.
         form: a dtype, or "FP8".
         seeds: runs of the model."""
 
     name: str
-    planner: MatchedRegions
+    region_matches: MatchedRegions
     colocated: bool
     form: str = "bf16"
     seeds: int = 5
@@ -131,7 +131,7 @@ def simulate() -> dict[str, Any]:
         )
         print("".join(f"    {sentence}\n" for sentence in missed_aims(row)), end="", flush=True)
     flagship = ScaleCase(
-        "", _planner_of_recipe("examples/deepseek_r1/r1_zero.yaml"), colocated=False
+        "", _match_regions_of_recipe("examples/deepseek_r1/r1_zero.yaml"), colocated=False
     )
     planted = without_order(flagship)
     print("r1_zero in pools, a thread for each link instead of rounds:", planted)
@@ -207,22 +207,22 @@ def without_order(case: ScaleCase) -> dict[str, Any]:
 
 
 def _scale_cases() -> Iterator[ScaleCase]:
-    flagship = _planner_of_recipe("examples/deepseek_r1/r1_zero.yaml")
-    on_policy = _planner_of_recipe("examples/distill/qwen2.5-math-7b_on_policy.yaml")
+    flagship = _match_regions_of_recipe("examples/deepseek_r1/r1_zero.yaml")
+    on_policy = _match_regions_of_recipe("examples/distill/qwen2.5-math-7b_on_policy.yaml")
     yield ScaleCase("r1_zero", flagship, colocated=True, seeds=100)
     yield ScaleCase("r1_zero", flagship, colocated=True, form="FP8")
     yield ScaleCase("r1_zero in pools", flagship, colocated=False)
     yield ScaleCase(
-        "qwen2.5-32b_rl", _planner_of_recipe("examples/distill/qwen2.5-32b_rl.yaml"), True
+        "qwen2.5-32b_rl", _match_regions_of_recipe("examples/distill/qwen2.5-32b_rl.yaml"), True
     )
     yield ScaleCase("qwen2.5-math-7b_on_policy", on_policy, colocated=True)
-    many = _many_engines()
+    many = _match_regions_of_many_engines()
     for form in FORMS:
         yield ScaleCase("64 engines x 16 GPUs, of their own", many, colocated=False, form=form)
 
 
-def _planner_of_recipe(recipe: str) -> MatchedRegions:
-    """Return the planner of a shipped recipe."""
+def _match_regions_of_recipe(recipe: str) -> MatchedRegions:
+    """Return the matched regions of a shipped recipe."""
     config = load_recipe(ROOT / recipe)
     hf_config, layout = read_hf_config(config.model.path), engine_layout(config)
     grid = TrainerGrid.from_recipe(config.parallel, config.parallel.processes)
@@ -230,8 +230,8 @@ def _planner_of_recipe(recipe: str) -> MatchedRegions:
     return MatchedRegions(hf_config, grid, layout, recipe_stages(config, hf_config), needs)
 
 
-def _many_engines() -> MatchedRegions:
-    """Return the planner of DeepSeek-V3 from 2,048 trainer ranks to 64 engines of 16 GPUs."""
+def _match_regions_of_many_engines() -> MatchedRegions:
+    """Return those of DeepSeek-V3 from 2,048 trainer ranks to 64 engines of 16 GPUs."""
     hf_config = read_hf_config(ROOT / "examples/deepseek_r1/model")
     grid = TrainerGrid(2048, pipeline=16)
     layout = "Etttt|" + "tttt|" * 14 + "tL"
@@ -241,18 +241,18 @@ def _many_engines() -> MatchedRegions:
 
 
 def _plan_schedule(case: ScaleCase) -> RoundSchedule:
-    planner, layout = case.planner, case.planner.layout
+    region_matches, layout = case.region_matches, case.region_matches.layout
     sets = engine_sets(layout.engines, MAX_SET_ENGINES)
-    plans = plan_sets(planner, FORMS[case.form], sets)
-    ranks, world_size = layout.ranks_per_engine, planner.grid.world_size
+    plans = plan_sets(region_matches, FORMS[case.form], sets)
+    ranks, world_size = layout.ranks_per_engine, region_matches.grid.world_size
     return planned_schedule(plans, sets, ranks, world_size, colocated=case.colocated)
 
 
 def _held_on_own_gpu(case: ScaleCase) -> float:
     """Return the part of all engine ranks' bytes that the trainer rank on the same GPU holds, which
     a plan could copy there instead of sending it."""
-    layout, held_bytes, needed_bytes = case.planner.layout, 0, 0
-    for position, regions in enumerate(needed_regions(case.planner, FORMS[case.form])):
+    layout, held_bytes, needed_bytes = case.region_matches.layout, 0, 0
+    for position, regions in enumerate(needed_regions(case.region_matches, FORMS[case.form])):
         ranks = range(position, layout.num_ranks, layout.ranks_per_engine)
         for replicas, held_regions in regions.items():
             num_bytes = total_bytes(held_regions)
