@@ -36,15 +36,15 @@ def test_a_slow_rank_another_version_and_a_folder_of_its_own_are_named(tmp_path)
     groups = [{axis: link["ranks"] for axis, link in rank["links"].items()} for rank in ranks]
     assert groups[0] == {"tensor": [0, 1], "expert": [0, 1], "data": [0, 2]}
     assert groups[3] == {"tensor": [2, 3], "expert": [2, 3], "data": [1, 3]}
-    assert [len(rank["pairs"]) for rank in ranks] == [2, 2, 2, 2]
-    assert [len(rank["gloo"]) for rank in ranks] == [2, 2, 2, 2]
+    assert [len(rank["pair_rates"]) for rank in ranks] == [2, 2, 2, 2]
+    assert [len(rank["gloo_rates"]) for rank in ranks] == [2, 2, 2, 2]
     # With the file, the planner computes with the slowest rate that an axis has reached.
     hardware, assumptions, calibration = apply_calibration(
         HARDWARE["H800"], Assumptions(), tmp_path / "rates.yaml"
     )
     assert calibration.names == {"gpus_per_node", "network", "host_network"}
     assert hardware.gpus_per_node == 1
-    assert hardware.host_network == min(max(rank["gloo"]) for rank in ranks)
+    assert hardware.host_network == min(max(rank["gloo_rates"]) for rank in ranks)
     tensor = {tuple(rank["links"]["tensor"]["ranks"]): 0.0 for rank in ranks}
     for rank in ranks:
         link = rank["links"]["tensor"]

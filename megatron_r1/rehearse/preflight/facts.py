@@ -31,18 +31,18 @@ class FolderFacts(msgspec.Struct):
         error: why it cannot be used, or "".
         shared: whether the file of node 0 is there.
         excluded: whether a lock that rank 0 holds excludes this rank; None where it was not tried.
-        write: bytes per second written.
-        read: bytes per second read.
+        write_rate: bytes per second written.
+        read_rate: bytes per second read.
         fsync_seconds: median of small files.
-        free: bytes."""
+        free_bytes: what is left on its disk."""
 
     error: str = ""
     shared: bool = False
     excluded: bool | None = None
-    write: float = 0.0
-    read: float = 0.0
+    write_rate: float = 0.0
+    read_rate: float = 0.0
     fsync_seconds: float = 0.0
-    free: int = 0
+    free_bytes: int = 0
 
 
 class NodeFacts(msgspec.Struct):
@@ -75,23 +75,24 @@ class RankFacts(msgspec.Struct):
         host: the name of its host.
         device: the name of its GPU, or "cpu".
         memory: the memory of the rank's GPU; None without a GPU.
-        products: FLOP/s of matrix products.
+        product_flops: FLOP/s of matrix products.
         links: parallel axis → the rate of the rank's group on that axis.
-        pairs: rates to the rank of the same number on the neighboring nodes, in bytes per second.
+        pair_rates: rates to the rank of the same number on the neighboring nodes, in bytes per
+            second.
         folder: what the rank has found in the run folder, if it has used the folder.
         node: what the rank has found about its node; None but for a node's first rank.
         seconds: step of the preflight → how long it took.
-        gloo: like pairs, over gloo."""
+        gloo_rates: like pair_rates, over gloo."""
 
     rank: int
     node_index: int
     host: str
     device: str
     memory: MemoryUsage | None
-    products: float
+    product_flops: float
     links: dict[str, LinkRate]
-    pairs: list[float]
+    pair_rates: list[float]
     folder: FolderFacts
     node: NodeFacts | None
     seconds: dict[str, float]
-    gloo: list[float] = []
+    gloo_rates: list[float] = []

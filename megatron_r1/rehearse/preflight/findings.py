@@ -81,13 +81,13 @@ def measured_rates(hardware: Hardware, facts: Sequence[RankFacts]) -> dict[str, 
             fraction = intra_node_fraction(gpus, span)
             rate = median_high(groups.values()) / efficiency
             (intra_node if fraction == 1 else inter_node).append(rate * (1 - fraction) or rate)
-    inter_node += [rate / efficiency for rate in node_rates(facts, "pairs").values()]
+    inter_node += [rate / efficiency for rate in node_rates(facts, "pair_rates").values()]
     values: dict[str, object] = {"hardware": hardware.name, "gpus_per_node": gpus}
     if intra_node:
         values["nvlink"] = min(intra_node)
     if inter_node:
         values["network"] = min(inter_node)
-    if gloo := node_rates(facts, "gloo"):
+    if gloo := node_rates(facts, "gloo_rates"):
         values["host_network"] = min(gloo.values())
     return values
 

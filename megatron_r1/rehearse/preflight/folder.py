@@ -61,12 +61,12 @@ def measure_folder(folder: Path, placement: RankPlacement, progress: RankProgres
             folder_facts.excluded = is_locked(work) if tries_lock else None
             if placement.is_node_leader:
                 _measure_writing(work / str(placement.node), folder_facts)
-                folder_facts.free = shutil.disk_usage(work).free
+                folder_facts.free_bytes = shutil.disk_usage(work).free
     progress.barrier("folder written")
     neighbor_file = work / str((placement.node + 1) % placement.num_nodes)
     with _note_errors(folder_facts):
         if placement.is_node_leader and folder_facts.shared and neighbor_file.exists():
-            folder_facts.read = _reading_rate(neighbor_file)
+            folder_facts.read_rate = _reading_rate(neighbor_file)
     progress.barrier("folder read")
     if placement.rank == 0:
         if lock is not None:
@@ -107,7 +107,7 @@ def _measure_writing(path: Path, folder_facts: FolderFacts) -> None:
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-    folder_facts.write = NUM_BYTES / (time.perf_counter() - start)
+    folder_facts.write_rate = NUM_BYTES / (time.perf_counter() - start)
     seconds = []
     for number in range(SMALL_FILES):
         start = time.perf_counter()

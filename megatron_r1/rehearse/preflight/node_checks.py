@@ -157,15 +157,16 @@ def folder_results(config: Config, facts: Sequence[RankFacts]) -> Iterable[Check
                 hosts=rank_nodes(wrong),
             )
             return
-    slowest = min(leaders, key=lambda rank_facts: rank_facts.folder.write)
-    total = sum(rank_facts.folder.write for rank_facts in leaders)
-    is_slow = slowest.folder.write < FOLDER_RATE
+    slowest = min(leaders, key=lambda rank_facts: rank_facts.folder.write_rate)
+    total = sum(rank_facts.folder.write_rate for rank_facts in leaders)
+    is_slow = slowest.folder.write_rate < FOLDER_RATE
     yield CheckResult(
         check="run folder",
-        measured=f"a node writes {slowest.folder.write / 1e6:.0f} MB/s (all {total / 1e6:.0f}), "
-        f"reads {min(rank_facts.folder.read for rank_facts in leaders) / 1e6:.0f}; fsync "
+        measured=f"a node writes {slowest.folder.write_rate / 1e6:.0f} MB/s "
+        f"(all {total / 1e6:.0f}), "
+        f"reads {min(rank_facts.folder.read_rate for rank_facts in leaders) / 1e6:.0f}; fsync "
         f"{max(rank_facts.folder.fsync_seconds for rank_facts in leaders) * 1e3:.1f} ms; "
-        f"{first.free / 1e9:,.0f} GB free",
+        f"{first.free_bytes / 1e9:,.0f} GB free",
         expected=f"{FOLDER_RATE / 1e6:.0f} MB/s",
         level="note" if is_slow else "ok",
         problem=f"{path} is slow on {slowest.host}: checkpoints take long" if is_slow else "",

@@ -78,13 +78,13 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
         host=placement.host,
         device=platform.device().type,
         memory=device_memory,
-        products=products,
+        product_flops=products,
         links=axis_links,
-        pairs=pairs,
+        pair_rates=pairs,
         folder=folder,
         node=node,
         seconds=progress.seconds,
-        gloo=gloo,
+        gloo_rates=gloo,
     )
     all_facts = _gather_facts(facts, placement, progress)
     distributed.leave_process_groups()

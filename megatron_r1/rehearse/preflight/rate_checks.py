@@ -24,13 +24,15 @@ def product_result(facts: Sequence[RankFacts], settings: PreflightConfig) -> Che
     Args:
         facts: the measurements of all ranks, by rank.
         settings: the limits that measurements are held to."""
-    median = median_high(rank_facts.products for rank_facts in facts)
-    slow = [rank_facts for rank_facts in facts if rank_facts.products < settings.slowest * median]
+    median = median_high(rank_facts.product_flops for rank_facts in facts)
+    slow = [
+        rank_facts for rank_facts in facts if rank_facts.product_flops < settings.slowest * median
+    ]
     ranks = [f"rank {rank_facts.rank} on {rank_facts.host}" for rank_facts in slow]
-    slowest = min(facts, key=lambda rank_facts: rank_facts.products)
+    slowest = min(facts, key=lambda rank_facts: rank_facts.product_flops)
     return CheckResult(
         check="matrix products",
-        measured=f"median {median / 1e12:.3g} TFLOP/s, slowest {slowest.products / 1e12:.3g} (rank "
+        measured=f"median {median / 1e12:.3g} TFLOP/s, slowest {slowest.product_flops / 1e12:.3g} (rank "
         f"{slowest.rank} on {slowest.host})",
         expected=f"{settings.slowest:.0%} of the median",
         level="block" if slow else "ok",
@@ -85,7 +87,7 @@ def pair_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
     Args:
         facts: the measurements of all ranks, by rank.
         settings: the limits that measurements are held to."""
-    rates = node_rates(facts, "pairs")
+    rates = node_rates(facts, "pair_rates")
     if not rates:
         return
     median = median_high(rates.values())
@@ -106,7 +108,7 @@ def gloo_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
     Args:
         facts: the measurements of all ranks, by rank.
         settings: the limits that measurements are held to."""
-    rates = node_rates(facts, "gloo")
+    rates = node_rates(facts, "gloo_rates")
     if not rates:
         return
     hardware, median = hardware_of(settings, facts), median_high(rates.values())
@@ -160,7 +162,9 @@ def group_rates(facts: Sequence[RankFacts], axis: str) -> dict[tuple[int, ...], 
     return rates
 
 
-def node_rates(facts: Sequence[RankFacts], kind: Literal["pairs", "gloo"]) -> dict[int, float]:
+def node_rates(
+    facts: Sequence[RankFacts], kind: Literal["pair_rates", "gloo_rates"]
+) -> dict[int, float]:
     """Return the rate of each node to the better of its neighbors: the median of its ranks.
 
     Args:

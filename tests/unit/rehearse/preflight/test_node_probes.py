@@ -31,7 +31,7 @@ def test_a_folder_is_measured_and_left_as_it_was(tmp_path, progress):
         found = folder.measure_folder(tmp_path / "run", ALONE, progress)
         assert sorted((tmp_path / "run").rglob("*")) == before
     assert found.error == "" and found.shared and found.excluded is None
-    assert min(found.write, found.read, found.fsync_seconds, found.free) > 0
+    assert min(found.write_rate, found.read_rate, found.fsync_seconds, found.free_bytes) > 0
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_with_its_cause(progress):

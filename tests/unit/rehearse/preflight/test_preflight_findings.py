@@ -33,14 +33,14 @@ def facts() -> list[RankFacts]:
             host=f"host-{rank // 4}",
             device="cuda",
             memory=MemoryUsage(80 * GIB, 79 * GIB),
-            products=700e12,
+            product_flops=700e12,
             links={
                 "tensor": LinkRate(
                     "all-reduce", list(range(rank // 4 * 4, rank // 4 * 4 + 4)), 300e9
                 ),
                 "data": LinkRate("all-reduce", list(range(rank % 4, 16, 4)), 45e9),
             },
-            pairs=[40e9, 41e9],
+            pair_rates=[40e9, 41e9],
             folder=FolderFacts("", True, rank != 0 or None, 900e6, 800e6, 0.001, 10**12),
             node=None
             if rank % 4
@@ -97,7 +97,7 @@ def test_a_slow_adapter_is_named_from_its_node_being_slow_to_both_neighbors():
     for rank in range(16):
         node = rank // 4
         # Either neighbor of host-1 has one slow link, too.
-        found[rank].pairs = {1: [8e9, 8e9], 3: [41e9, 41e9]}.get(node, [8e9, 41e9])
+        found[rank].pair_rates = {1: [8e9, 8e9], 3: [41e9, 41e9]}.get(node, [8e9, 41e9])
     assert blocking(found) == {"links between nodes": ("host-1",)}
 
 
@@ -114,7 +114,7 @@ def test_an_axis_far_below_the_planners_rate_blocks_though_its_groups_are_equal(
 def test_memory_of_others_products_versions_ports_and_the_sandbox_name_their_hosts():
     found = facts()
     found[5].memory = MemoryUsage(80 * GIB, 60 * GIB, ["4711, 19000 MiB"])
-    found[13].products = 500e12
+    found[13].product_flops = 500e12
     found[4].node.versions = {**found[4].node.versions, "torch": "2.10.0"}
     found[0].node.ports = {"run.health_port": "port 9000: Address already in use"}
     found[8].node.unreachable = "host-0:20000: timed out"
@@ -162,17 +162,17 @@ def test_the_host_network_is_planned_with_its_slowest_node_which_is_named():
     found = facts()
     assert not [f for f in preflight_results(CONFIG, SETTINGS, found) if f.check == "host network"]
     for each in found:
-        each.gloo = [1.2e9, 0.3e9]
+        each.gloo_rates = [1.2e9, 0.3e9]
     (finding,) = [
         f for f in preflight_results(CONFIG, SETTINGS, found) if f.check == "host network"
     ]
     assert (finding.level, finding.problem) == ("ok", ""), "75% of the planner's 1.6 GB/s"
     for each in found[4:8]:
-        each.gloo = [0.3e9, 0.3e9]
+        each.gloo_rates = [0.3e9, 0.3e9]
     assert blocking(found) == {"host network": ("host-1",)}
     assert measured_rates(hardware_of(SETTINGS, found), found)["host_network"] == 0.3e9
     for each in found:
-        each.gloo = [0.4e9]
+        each.gloo_rates = [0.4e9]
     (finding,) = [
         f for f in preflight_results(CONFIG, SETTINGS, found) if f.check == "host network"
     ]
