@@ -24,16 +24,18 @@ def product_result(facts: Sequence[RankFacts], settings: PreflightConfig) -> Che
     Args:
         facts: the measurements of all ranks, by rank.
         settings: the limits that measurements are held to."""
-    median = median_high(rank_facts.product_flops for rank_facts in facts)
+    median_rate = median_high(rank_facts.product_flops for rank_facts in facts)
     slow = [
-        rank_facts for rank_facts in facts if rank_facts.product_flops < settings.slowest * median
+        rank_facts
+        for rank_facts in facts
+        if rank_facts.product_flops < settings.slowest * median_rate
     ]
     ranks = [f"rank {rank_facts.rank} on {rank_facts.host}" for rank_facts in slow]
     slowest = min(facts, key=lambda rank_facts: rank_facts.product_flops)
     return CheckResult(
         check="matrix products",
-        measured=f"median {median / 1e12:.3g} TFLOP/s, slowest {slowest.product_flops / 1e12:.3g} (rank "
-        f"{slowest.rank} on {slowest.host})",
+        measured=f"median {median_rate / 1e12:.3g} TFLOP/s, "
+        f"slowest {slowest.product_flops / 1e12:.3g} (rank {slowest.rank} on {slowest.host})",
         expected=f"{settings.slowest:.0%} of the median",
         level="block" if slow else "ok",
         problem=f"slow: {join_values(ranks)}" if slow else "",
@@ -53,11 +55,13 @@ def link_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
         groups = group_rates(facts, axis)
         if not groups:
             continue
-        median = median_high(groups.values())
+        median_rate = median_high(groups.values())
         assumed = link_rate(
             hardware, Assumptions(), max(max(ranks) - min(ranks) + 1 for ranks in groups)
         )
-        slow_groups = [ranks for ranks, rate in groups.items() if rate < settings.slowest * median]
+        slow_groups = [
+            ranks for ranks, rate in groups.items() if rate < settings.slowest * median_rate
+        ]
         sound_groups = [ranks for ranks in groups if ranks not in slow_groups]
         hosts = {facts[rank].host for ranks in slow_groups for rank in ranks}
         hosts = hosts - {facts[rank].host for ranks in sound_groups for rank in ranks} or hosts
@@ -65,14 +69,14 @@ def link_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
             f"{groups[ranks] / 1e9:.3g} GB/s among ranks {join_values(ranks)}"
             for ranks in slow_groups[:MAX_LISTED]
         ]
-        if is_gpu and median < settings.bandwidth * assumed:
+        if is_gpu and median_rate < settings.bandwidth * assumed:
             problems.append(
-                f"{median / assumed:.0%} of the planner's rate: does NCCL use the fast network "
-                "(NCCL_DEBUG=INFO)?"
+                f"{median_rate / assumed:.0%} of the planner's rate: does NCCL use the fast "
+                "network (NCCL_DEBUG=INFO)?"
             )
         yield CheckResult(
             check=f"{axis}: {operation}",
-            measured=f"{median / 1e9:.3g} GB/s in {len(groups)} groups of "
+            measured=f"{median_rate / 1e9:.3g} GB/s in {len(groups)} groups of "
             f"{len(next(iter(groups)))}",
             expected=f"{assumed / 1e9:.3g} GB/s ({hardware.name})" if is_gpu else "none for CPUs",
             level="block" if problems else "ok",
@@ -90,11 +94,11 @@ def pair_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
     rates = node_rates(facts, "pair_rates")
     if not rates:
         return
-    median = median_high(rates.values())
-    hosts = _slow_nodes(facts, rates, settings.slowest * median)
+    median_rate = median_high(rates.values())
+    hosts = _slow_nodes(facts, rates, settings.slowest * median_rate)
     yield CheckResult(
         check="links between nodes",
-        measured=f"median {median / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
+        measured=f"median {median_rate / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
         expected=f"{settings.slowest:.0%} of the median",
         level="block" if hosts else "ok",
         problem=f"slow to every neighbor: {join_values(hosts)}" if hosts else "",
@@ -111,9 +115,9 @@ def gloo_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
     rates = node_rates(facts, "gloo_rates")
     if not rates:
         return
-    hardware, median = hardware_of(settings, facts), median_high(rates.values())
-    hosts = _slow_nodes(facts, rates, settings.slowest * median)
-    fraction = median / hardware.host_network
+    hardware, median_rate = hardware_of(settings, facts), median_high(rates.values())
+    hosts = _slow_nodes(facts, rates, settings.slowest * median_rate)
+    fraction = median_rate / hardware.host_network
     problems = []
     if hosts:
         problems.append(f"slow to every neighbor: {join_values(hosts)}")
@@ -125,7 +129,7 @@ def gloo_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
         )
     yield CheckResult(
         check="host network",
-        measured=f"a rank of the median node {median / 1e9:.3g} GB/s, of the slowest "
+        measured=f"a rank of the median node {median_rate / 1e9:.3g} GB/s, of the slowest "
         f"{min(rates.values()) / 1e9:.3g}",
         expected=f"{hardware.host_network / 1e9:.3g} GB/s (planner)",
         level="block" if hosts else "note" if problems else "ok",
