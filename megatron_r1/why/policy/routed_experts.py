@@ -99,14 +99,14 @@ class RouterBiases:
         longest = max(len(row.token_ids) for row in rows)
         for name, experts in pass_experts.items():
             by_row = experts.reshape(len(rows), longest, -1)
-            tokens_experts = torch.cat(
+            token_experts = torch.cat(
                 [
                     row_experts[: len(row.token_ids)].flatten()
                     for row_experts, row in zip(by_row, rows, strict=True)
                 ]
             )
             size = len(self._router_bias(name))
-            counts = torch.bincount(tokens_experts, minlength=size)
+            counts = torch.bincount(token_experts, minlength=size)
             self._counts[name] = self._counts.get(name, torch.zeros_like(counts)) + counts
 
     @torch.no_grad()

@@ -87,8 +87,8 @@ def nearest_multiple(pairs: Sequence[Sequence[Tensor]]) -> float | None:
     than `MAX_MULTIPLE_RESIDUAL`.
 
     Args:
-        pairs: (run, own) of each parameter."""
-    run, own_square, products = (
+        pairs: the run's and the recomputed tensor of each parameter."""
+    run_square, own_square, products = (
         sum(float((a.double() * b.double()).sum()) for a, b in tensor_pairs)
         for tensor_pairs in (
             [(pair[0], pair[0]) for pair in pairs],
@@ -99,11 +99,11 @@ def nearest_multiple(pairs: Sequence[Sequence[Tensor]]) -> float | None:
     if not own_square:
         return None
     factor = products / own_square
-    distance = max(0.0, run - factor * products) ** 0.5
+    distance = max(0.0, run_square - factor * products) ** 0.5
     return (
         factor
-        if distance <= MAX_MULTIPLE_RESIDUAL * max(run, own_square * 1e-6) ** 0.5
-        or run < 1e-12 * own_square
+        if distance <= MAX_MULTIPLE_RESIDUAL * max(run_square, own_square * 1e-6) ** 0.5
+        or run_square < 1e-12 * own_square
         else None
     )
 
@@ -112,7 +112,7 @@ def without_gradient(gradients: Mapping[str, Sequence[Tensor]]) -> tuple[str, ..
     """Return the parameters that have a gradient when recomputed and none in the run.
 
     Args:
-        gradients: (run, own) by parameter."""
+        gradients: the run's and the recomputed gradient, by parameter."""
     return tuple(
         name
         for name, (run, recomputed) in gradients.items()
