@@ -20,8 +20,9 @@ from megatron_r1.controller.push.engine_links import EngineLinks, OnEngineLost
 from megatron_r1.controller.push.prober import EXACT_TOLERANCE, TOLERANCE, OffloadedProber, Prober
 from megatron_r1.controller.trainer_calls.client import TrainerClient
 from megatron_r1.engines.fleet.engine import Engine, raise_dead_after
-from megatron_r1.engines.fleet.engine_fleet import EngineFleet, weight_update_calls
+from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.fleet.placement import hosts_address
+from megatron_r1.engines.fleet.weight_swaps import weight_update_calls
 from megatron_r1.engines.server.errors import EngineDied, EngineError, WeightsUnavailable
 from megatron_r1.models import read_hf_config
 from megatron_r1.push.control_messages import PushUpdateInfo

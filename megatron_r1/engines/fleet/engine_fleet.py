@@ -1,7 +1,4 @@
-"""All engines that serve one model in a run: one policy version, groups to the least loaded.
-
-`weight_update_calls` are the calls with which an engine replaces its weights by those that it has
-received."""
+"""All engines that serve one model in a run: one policy version, groups to the least loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import contextlib
 import os
 import secrets
 from array import array
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +18,7 @@ from megatron_r1.engines.fleet.engine_replacer import EngineReplacer
 from megatron_r1.engines.fleet.fleet_state import FleetState, Notify
 from megatron_r1.engines.fleet.request_retries import RequestRetries
 from megatron_r1.engines.fleet.response_length_estimates import ExpectedLength, LengthEstimator
+from megatron_r1.engines.fleet.weight_swaps import EngineCall, weight_update_calls
 from megatron_r1.engines.server.client import EngineClient
 from megatron_r1.engines.server.errors import EngineDied, EngineError, EngineLacksPush
 from megatron_r1.engines.server.gpu import with_gpu_share
@@ -28,31 +26,6 @@ from megatron_r1.engines.server.model_config import vocab_size
 from megatron_r1.engines.server.responses import Response
 from megatron_r1.engines.server.server import EngineServer
 from megatron_r1.push.control_messages import PushUpdateInfo
-
-EngineCall = Callable[[EngineClient], Coroutine[Any, Any, None]]
-
-
-def weight_update_calls(
-    update_info: PushUpdateInfo, policy_version: int, *, asleep: bool
-) -> list[EngineCall]:
-    """Return, in order, the calls after which an engine has loaded a push and samples again.
-
-    Args:
-        update_info: the description of the received push.
-        policy_version: the version of the new weights.
-        asleep: the engine sleeps. An update while the weights sleep kills vLLM, and the memory of
-            the KV cache may hold the received weights until they are loaded, so it wakes after
-            them.
-    """
-    if not asleep:
-        return [lambda client: client.swap_weights(update_info, policy_version, resume=True)]
-    return [
-        lambda client: client.wake("weights"),
-        lambda client: client.swap_weights(update_info, policy_version, resume=False),
-        lambda client: client.wake("kv_cache"),
-        lambda client: client.resume(),
-    ]
-
 
 SendWeights = Callable[[Engine], contextlib.AbstractAsyncContextManager[object]]
 """A context: on entry the engine gets the fleet's weights. Yields False if it got none and sleeps.
