@@ -9,7 +9,8 @@ from typing import Any
 
 from r1_grading.base.errors import shorten
 
-from megatron_r1.agents.continuation import Continuation, RenderError, read_arguments
+from megatron_r1.agents.continuation import Continuation, RenderError
+from megatron_r1.agents.conversation_matching import read_arguments
 from megatron_r1.agents.environment_pool import (
     EnvironmentFailed,
     EnvironmentPool,

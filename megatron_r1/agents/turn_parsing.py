@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from megatron_r1.agents.continuation import Continuation, read_arguments
+from megatron_r1.agents.continuation import Continuation
+from megatron_r1.agents.conversation_matching import read_arguments
 from megatron_r1.agents.hermes_parser import HermesParser
 from megatron_r1.agents.parsed_turn import PARSE_ERROR, ParsedTurn
 from megatron_r1.agents.parser_pool import ParserPool

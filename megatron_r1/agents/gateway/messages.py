@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_r1.agents.continuation import read_arguments
+from megatron_r1.agents.conversation_matching import read_arguments
 from megatron_r1.agents.gateway import chat
 from megatron_r1.agents.gateway.body import Body, content_text, stop_strings
 from megatron_r1.agents.gateway.request import (

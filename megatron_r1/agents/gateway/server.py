@@ -16,7 +16,8 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import PayloadEncodingError
 
-from megatron_r1.agents.continuation import Continuation, NextPrompt, RenderError, continue_tokens
+from megatron_r1.agents.continuation import Continuation, RenderError
+from megatron_r1.agents.conversation_matching import NextPrompt, continue_tokens
 from megatron_r1.agents.gateway import chat, messages, responses, tokens
 from megatron_r1.agents.gateway.body import Body
 from megatron_r1.agents.gateway.request import (

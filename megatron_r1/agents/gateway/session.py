@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from megatron_r1.agents.continuation import NextPrompt
+from megatron_r1.agents.conversation_matching import NextPrompt
 from megatron_r1.agents.gateway.request import Message, RequestError, TurnReply, TurnRequest
 from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.engines.episodes import Generate
