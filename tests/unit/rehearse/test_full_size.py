@@ -7,7 +7,7 @@ import pytest
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
-from megatron_r1.commands.rehearse import MAX_LINKS, check_full_size, check_links
+from megatron_r1.commands.rehearsal_checks import MAX_LINKS, check_full_size, check_links
 from megatron_r1.config import load_recipe
 from megatron_r1.push.matching import recipe_plan
 

@@ -7,8 +7,9 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands.cli import RECIPE_VERBS
+from megatron_r1.commands.rehearsal_checks import check_full_size
 from megatron_r1.commands.rehearsal_jobs import rehearsal_jobs
-from megatron_r1.commands.rehearse import IMPLIED_BY_VERB, _miniature_identity, check_full_size
+from megatron_r1.commands.rehearse import IMPLIED_BY_VERB, _miniature_identity
 from megatron_r1.rehearse.settings import RehearsalConfig
 
 R1 = Path("examples/deepseek_r1")
