@@ -19,7 +19,7 @@ from small_qwen2 import MODEL
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.commands import cli
-from megatron_r1.commands.init import rl_draft
+from megatron_r1.commands.init import rl_trial
 from megatron_r1.commands.init import verb as init
 from megatron_r1.commands.parts.node_resources import NodeResources
 from megatron_r1.commands.rl_prompts import check_and_read_prompts
@@ -114,7 +114,7 @@ def test_init_writes_a_recipe_that_its_verb_accepts(model, tmp_path, monkeypatch
     async def graded(truths):  # by a worker with sympy, which takes seconds
         return [Grade(1.0, "")] * len(truths)
 
-    monkeypatch.setattr(rl_draft, "_grade_truths", graded)
+    monkeypatch.setattr(rl_trial, "_grade_truths", graded)
     assert cli.main(["init", str(model), str(FOLDER / name), "--out", "mine.yaml"]) == 0
     recipe = configuration.load_recipe("mine.yaml")
     output = capsys.readouterr().out
