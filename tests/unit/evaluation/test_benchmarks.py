@@ -19,7 +19,7 @@ from megatron_r1.config import parse_recipe
 from megatron_r1.data.table_files import READER_BY_SUFFIX
 from megatron_r1.evaluation.benchmarks import find_benchmark
 from megatron_r1.evaluation.benchmarks.gym import SUITES
-from megatron_r1.evaluation.benchmarks.livecodebench import decode_tests
+from megatron_r1.evaluation.benchmarks.packed_tests import decode_tests
 from megatron_r1.evaluation.prompt_sets import load_prompt_sets
 
 
@@ -189,7 +189,7 @@ def test_private_tests_are_read_without_running_what_they_hold(tmp_path):
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked(monkeypatch):
-    monkeypatch.setattr("megatron_r1.evaluation.benchmarks.livecodebench.MAX_BYTES", 2**20)
+    monkeypatch.setattr("megatron_r1.evaluation.benchmarks.packed_tests.MAX_BYTES", 2**20)
     bomb = base64.b64encode(zlib.compress(bytes(2**24))).decode()
     with refused("private_test_cases", Cause.MALFORMED, "1,048,576"):
         decode_tests(bomb, "row")
