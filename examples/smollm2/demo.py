@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from examples.demo_parts import announce, megatron_r1, python, show_result
-from megatron_r1.base.processes.process_table import PeakMemory
+from megatron_r1.base.processes.host_memory import PeakMemory
 
 HERE = Path(__file__).parent
 

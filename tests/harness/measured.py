@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 from watchdog import activity_of
 
-from megatron_r1.base.processes.process_table import PeakMemory
+from megatron_r1.base.processes.host_memory import PeakMemory
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 SHARED_MEMORY = Path("/dev/shm")

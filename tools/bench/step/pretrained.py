@@ -14,7 +14,7 @@ from typing import Any
 from examples.smollm2.questions import write
 from megatron_r1 import config as configuration
 from megatron_r1.base.files.json_lines import read_lines, write_lines
-from megatron_r1.base.processes.process_table import PeakMemory
+from megatron_r1.base.processes.host_memory import PeakMemory
 from megatron_r1.config import Config
 from tools.bench import host
 from tools.bench.host import ROOT

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.files.json_lines import read_lines
-from megatron_r1.base.processes.process_table import PeakMemory
+from megatron_r1.base.processes.host_memory import PeakMemory
 from tools.bench import host
 from tools.bench.step.cases import StepCase, make_case
 from tools.bench.step.figures import Runs

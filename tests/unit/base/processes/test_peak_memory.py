@@ -5,7 +5,7 @@ import sys
 
 from waiting import wait_until
 
-from megatron_r1.base.processes.process_table import PeakMemory
+from megatron_r1.base.processes.host_memory import PeakMemory
 
 # Writes 200 MiB, which a forked child shares; both hold it until the input ends.
 PARENT_AND_CHILD = """
