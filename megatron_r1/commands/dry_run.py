@@ -21,8 +21,8 @@ from megatron_r1.config.optimizer import warmup_note
 from megatron_r1.controller.advice import find_advice
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
+from megatron_r1.controller.rollouts.response_grader import check_grades
 from megatron_r1.controller.rollouts.rollout import Group, Rollout, RolloutSampling, all_responses
-from megatron_r1.controller.rollouts.rollout_grade_checks import check_grades
 from megatron_r1.data.prompt import Prompt
 from megatron_r1.data.prompt_split import PromptSplit
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer

@@ -12,9 +12,8 @@ from refusals import refused
 from megatron_r1 import config as configuration
 from megatron_r1.base.errors import Cause
 from megatron_r1.config import RewardsConfig
-from megatron_r1.controller.rollouts.response_grader import ResponseGrader
+from megatron_r1.controller.rollouts.response_grader import ResponseGrader, check_grades
 from megatron_r1.controller.rollouts.rollout import Group
-from megatron_r1.controller.rollouts.rollout_grade_checks import check_grades
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 

@@ -9,8 +9,8 @@ from megatron_r1.agents.continuation import Continuation
 from megatron_r1.agents.token_tree import TokenTree
 from megatron_r1.base.errors import RunError
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
+from megatron_r1.controller.rollouts.response_grader import check_grades
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout
-from megatron_r1.controller.rollouts.rollout_grade_checks import check_grades
 from megatron_r1.controller.rollouts.training_samples import training_samples
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.episodes import Episode

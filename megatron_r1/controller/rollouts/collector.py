@@ -15,9 +15,8 @@ from r1_grading import RewardPool
 from megatron_r1.config import RewardsConfig
 from megatron_r1.controller.rollouts.group_records import SamplingRecord
 from megatron_r1.controller.rollouts.in_flight import InFlightGroup, InFlightGroups
-from megatron_r1.controller.rollouts.response_grader import ResponseGrader
+from megatron_r1.controller.rollouts.response_grader import ResponseGrader, check_grades
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, RolloutSampling
-from megatron_r1.controller.rollouts.rollout_grade_checks import check_grades
 from megatron_r1.controller.rollouts.sample_log import StepLog
 from megatron_r1.controller.rollouts.teacher_fleets import TeacherFleets
 from megatron_r1.data.prompt import Prompt

@@ -22,10 +22,9 @@ from megatron_r1.base.errors import RunError
 from megatron_r1.config import AgentsConfig
 from megatron_r1.controller.rollouts.group_records import decode, encode, from_record, to_record
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
-from megatron_r1.controller.rollouts.response_grader import ResponseGrader
+from megatron_r1.controller.rollouts.response_grader import ResponseGrader, check_grades
 from megatron_r1.controller.rollouts.response_lines import response_lines
 from megatron_r1.controller.rollouts.rollout import Group, Rollout
-from megatron_r1.controller.rollouts.rollout_grade_checks import check_grades
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.data.prompt_tokenizer import PromptTokenizer
 from megatron_r1.engines.server.errors import EngineError

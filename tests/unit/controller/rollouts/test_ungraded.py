@@ -14,8 +14,8 @@ from megatron_r1.controller import algorithms
 from megatron_r1.controller.loop import training_reward
 from megatron_r1.controller.rollouts.collector import RolloutCollector
 from megatron_r1.controller.rollouts.metrics import rollout_metrics
+from megatron_r1.controller.rollouts.response_grader import check_grades
 from megatron_r1.controller.rollouts.rollout import GradedResponse, Group, Rollout, RolloutSampling
-from megatron_r1.controller.rollouts.rollout_grade_checks import check_grades
 from megatron_r1.data.prompt import make_prompt
 from megatron_r1.engines.server.responses import Response
 
