@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.json_lines import LineWriter, complete_lines, read_lines
+from megatron_r1.base.files.json_lines import complete_lines, read_lines
+from megatron_r1.base.files.line_writer import LineWriter
 from megatron_r1.evaluation.response import is_ungraded
 
 PromptKey = tuple[str, str]

@@ -3,8 +3,6 @@ which is cut off before more is appended."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import math
 import mmap
@@ -16,9 +14,6 @@ from typing import Any, BinaryIO
 
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync
-
-SHARE_SECONDS = 0.1
-"""Least time between two writes of a `LineWriter`: lines added meanwhile share the next fsync."""
 
 
 def append_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
@@ -164,54 +159,3 @@ def _cut_torn_line(path: Path) -> None:
         if end_of_lines < size:
             file.truncate(end_of_lines)
             os.fsync(file.fileno())
-
-
-class LineWriter:
-    """Appends lines in the background: `add` returns at once; lines are durable when `close`
-    returns."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._pending: list[dict[str, Any]] = []
-        self._wake = asyncio.Event()
-        self._writing: asyncio.Task[None] | None = None
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        """Queue a line.
-
-        Raises:
-            Exception: the error of an earlier write.
-        """
-        if self._writing is None:
-            self._writing = asyncio.create_task(self._write_pending_lines())
-        if self._writing.done():
-            self._writing.result()
-        self._pending.append(dict(line))
-        self._wake.set()
-
-    async def close(self) -> None:
-        """Write the lines that are still pending, and end."""
-        if self._writing is not None:
-            self._writing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._writing
-            self._writing = None
-        append_lines(self.path, self._take_pending())
-
-    async def _write_pending_lines(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            # In a thread, and to its end: a line must not be written half, nor twice.
-            append = asyncio.to_thread(append_lines, self.path, self._take_pending())
-            write_future = asyncio.ensure_future(append)
-            try:
-                await asyncio.shield(write_future)
-            except asyncio.CancelledError:
-                await write_future
-                raise
-            await asyncio.sleep(SHARE_SECONDS)
-
-    def _take_pending(self) -> list[dict[str, Any]]:
-        lines, self._pending = self._pending, []
-        return lines

@@ -8,13 +8,13 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.files.json_lines import (
-    LineWriter,
     append_lines,
     filter_lines,
     read_lines,
     to_strict_json,
     write_lines,
 )
+from megatron_r1.base.files.line_writer import LineWriter
 
 
 @pytest.fixture
