@@ -1,29 +1,20 @@
 """Fingerprints of a stage: settings, inputs and outputs in a form that can be compared; files and
-folders by digests."""
+folders by their `digests`."""
 
 import contextlib
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_r1.base.files.file_blocks import sample_blocks
 from megatron_r1.base.user_code import module_syntax
 from megatron_r1.config import RESUMABLE, Config
 from megatron_r1.config.setting_keys import changed_keys, flatten_sections, is_within, value_text
+from megatron_r1.pipeline.digests import digest_of_outputs, digest_of_value, digest_path, is_hidden
 from megatron_r1.pipeline.references import iter_references, iter_texts, substitute_references
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
 
-WHOLE_BYTES = 256 * 1024**2
-"""Larger files count by their size and some blocks, so that the status of a pipeline with a
-terabyte's model takes seconds."""
-NUM_BLOCKS = 64
-"""Blocks of a larger file that count (`sample_blocks`)."""
-MISSING = "missing"
-DIGEST_CHARS = 16
-"""Hexadecimal digits of a SHA-256 that are kept: 64 bits."""
 START_FILES = frozenset(
     ("begun.json", "config.yaml", "logs", "stop", "tensorboard", "wandb", "mlflow", "trackers.json")
 )
@@ -114,7 +105,7 @@ def output_digests(folder: Path) -> dict[str, str]:
     """Return name → digest of every output in a stage's folder."""
     if not folder.is_dir():
         return {}
-    paths = sorted(path for path in folder.iterdir() if not _is_hidden(path))
+    paths = sorted(path for path in folder.iterdir() if not is_hidden(path))
     return {path.name: digest_path(path) for path in paths if path.name not in NOT_OUTPUT}
 
 
@@ -134,49 +125,6 @@ def describe_setting_changes(
         f"{value_text(after, key, missing_text)} now"
         for key in changed_keys(before, after)
     ]
-
-
-def digest_path(path: Path) -> str:
-    """Return the digest of a file's content, or of the names and contents in a folder (hidden ones
-    left out); MISSING where there is neither.
-
-    A file of more than WHOLE_BYTES counts by its size and 64 blocks spread over it: training
-    changes nearly every weight."""
-    if path.is_dir():
-        names = sorted(entry.name for entry in path.iterdir() if not _is_hidden(entry))
-        return _digest_pairs((name, digest_path(path / name)) for name in names)
-    if not path.exists():
-        return MISSING
-    size = path.stat().st_size
-    if size <= WHOLE_BYTES:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_CHARS]
-    content = hashlib.sha256(str(size).encode())
-    for block in sample_blocks(path, NUM_BLOCKS):
-        content.update(block)
-    return content.hexdigest()[:DIGEST_CHARS]
-
-
-def digest_of_outputs(digests: dict[str, str]) -> str:
-    """Return one digest of a stage's outputs, name → digest; their order does not matter."""
-    return _digest_pairs(sorted(digests.items()))
-
-
-def digest_of_value(value: Any) -> str:
-    """Return `DIGEST_CHARS` hexadecimal digits of the SHA-256 of a JSON value, its keys sorted."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_CHARS]
-
-
-def _digest_pairs(pairs: Iterable[tuple[str, str]]) -> str:
-    digest = hashlib.sha256()
-    for name, part in pairs:
-        digest.update(f"{name}\0{part}\0".encode())
-    return digest.hexdigest()[:DIGEST_CHARS]
-
-
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name == "__pycache__"
 
 
 def _function_syntax(stage: PipelineStage) -> dict[str, str]:

@@ -14,11 +14,10 @@ from typing import Any
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.base.files import atomic_write, fsync
 from megatron_r1.evaluation.package_versions import package_versions
+from megatron_r1.pipeline.digests import digest_of_outputs, digest_of_value
 from megatron_r1.pipeline.fingerprint import (
     START_FILES,
     deciding_settings,
-    digest_of_outputs,
-    digest_of_value,
     input_digests,
     output_digests,
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.pipeline import fingerprint, manifest
+from megatron_r1.pipeline import digests, fingerprint, manifest
 from megatron_r1.pipeline.graph import StageGraph
 from megatron_r1.pipeline.results import read_results, result_headline
 from megatron_r1.pipeline.stages import PipelinePlan, PipelineStage
@@ -190,7 +190,7 @@ def _changed_inputs(before: dict[str, str], after: dict[str, str]) -> list[str]:
         elif name not in before:
             reasons.append(f"{name} is an input now, and was not one then")
         elif before[name] != after[name]:
-            is_missing = after[name] == fingerprint.MISSING
+            is_missing = after[name] == digests.MISSING
             reasons.append(f"{name} is gone" if is_missing else f"{name} has changed")
     return reasons
 
@@ -200,5 +200,5 @@ def _changed_outputs(before: dict[str, str], after: dict[str, str]) -> list[str]
     return reasons + [
         f"its {name} is not what it wrote"
         for name, digest in after.items()
-        if before.get(name, fingerprint.MISSING) != digest
+        if before.get(name, digests.MISSING) != digest
     ]

@@ -11,7 +11,7 @@ from refusals import refused
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.base.files import file_blocks
-from megatron_r1.pipeline import fingerprint
+from megatron_r1.pipeline import digests
 from megatron_r1.pipeline.fingerprint import deciding_settings, input_digests
 from megatron_r1.pipeline.pipeline_recipe import load_pipeline
 from megatron_r1.pipeline.stages import PipelinePlan
@@ -332,17 +332,17 @@ def test_the_schedule_decides_what_a_finished_rl_run_has_learnt(tmp_path, finish
 
 
 def test_a_large_file_counts_by_blocks_and_any_change_of_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(digests, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(file_blocks, "BLOCK_BYTES", 16)
     path = tmp_path / "weights"
     content = bytes(i % 251 for i in range(5000))
     path.write_bytes(content)
-    before = fingerprint.digest_path(path)
-    assert fingerprint.digest_path(path) == before
+    before = digests.digest_path(path)
+    assert digests.digest_path(path) == before
     path.write_bytes(content + b"x")
-    assert fingerprint.digest_path(path) != before
+    assert digests.digest_path(path) != before
     path.write_bytes(content[:-1] + b"x")
-    assert fingerprint.digest_path(path) != before
+    assert digests.digest_path(path) != before
 
 
 def test_a_folder_counts_by_names_and_contents(tmp_path):
@@ -350,10 +350,10 @@ def test_a_folder_counts_by_names_and_contents(tmp_path):
         for path, text in files.items():
             (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / path).write_text(text)
-        return fingerprint.digest_path(tmp_path / name)
+        return digests.digest_path(tmp_path / name)
 
     first = folder("a", {"x": "1", "y/z": "2"})
     assert first == folder("b", {"y/z": "2", "x": "1", ".lock": "pid"})
     others = [folder("c", {"x": "1", "y/z": "3"}), folder("d", {"x": "1", "y/w": "2"})]
     assert len({first, *others}) == 3
-    assert fingerprint.digest_path(tmp_path / "none") == fingerprint.MISSING
+    assert digests.digest_path(tmp_path / "none") == digests.MISSING
