@@ -22,7 +22,7 @@ from megatron_r1.plan.hardware import GIB
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.job_checks import check_planned_layout
 from megatron_r1.plan.job_options import parse_job_arguments
-from megatron_r1.plan.published_calibration import published_table
+from megatron_r1.plan.published_table import published_table
 from megatron_r1.plan.push_costs import check_engines_and_push
 from megatron_r1.plan.quantity import sum_quantities, total_hours
 from megatron_r1.plan.recipe_job import load_planned_recipe, planned_job

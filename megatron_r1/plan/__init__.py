@@ -19,5 +19,5 @@
 - The estimate: `timing`, a step's seconds by part, with loads, sleeps and saves; `time_ranges`,
   their ranges and what narrows them; `estimate`, all sections and what does not fit; `search`,
   layouts that fit; `estimate_output`, all of it as text and JSON.
-- Measurements: `calibration`, numbers that a run gives; `published_runs`, published figures, and
-  `published_calibration`, the plan's against them."""
+- Measurements: `calibration`, numbers that a run gives; `published_runs`, published figures, with
+  `published_calibration`, the plan's against them, and its `published_table`."""

@@ -13,8 +13,8 @@ from megatron_r1.plan.engine_memory import EngineMemory
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.hardware import GIB, HARDWARE
 from megatron_r1.plan.job_options import parse_job_arguments
-from megatron_r1.plan.published_calibration import is_in_range
 from megatron_r1.plan.published_runs import PublishedRun, published_runs
+from megatron_r1.plan.published_table import is_in_range
 from megatron_r1.plan.recipe_job import load_planned_recipe, planned_job
 from megatron_r1.plan.timing import time_section
 
