@@ -268,9 +268,10 @@ def _import_the_same(
 def _imported_definition(
     module: str, name: str, statements_of: Callable[[str], _Statements]
 ) -> Any | None:
-    """Return the statement that defines what a module has by a name: its own, or that of the module
-    from which it imports the name; of a module in a package all its statements. None: there is
-    none."""
+    """Return the statement that defines what a module has by a name, or None.
+
+    It is the module's own, or that of the module from which it imports the name; where the name is
+    that of a module in a package, all the statements of that."""
     looked_up = set()
     while module not in looked_up:
         looked_up.add(module)
