@@ -10,7 +10,8 @@
    an engine rank has received (`received_chunks`). Over NCCL all links are sent together, in rounds
    (`matching.rounds`): `push_schedule` has each rank's part, and `round_sender` runs that of a
    trainer rank.
-5. `checksum`: one per chunk, computed on both ends and compared before use.
+5. `checksum`: one per chunk, computed on both ends and compared before use; `lane_checksum`
+   computes it while copying.
 6. `megatron_r1.engines.plugin.layer_reload`: inside vLLM, the received weights replace the old
    ones; `backend` compares the tensors in use before and after.
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_r1.push.checksum import copy_with_checksum, memory_fence
+from megatron_r1.push.checksum import copy_with_checksum
+from megatron_r1.push.lane_checksum import memory_fence
 from megatron_r1.push.slots import TensorChunk, slot_view
 from megatron_r1.push.transports.base import ChunkTensors, Receiver, Sender
 from megatron_r1.push.transports.received_chunks import ReceivedChunks

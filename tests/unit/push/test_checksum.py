@@ -9,7 +9,8 @@ import pytest
 import torch
 import xxhash
 
-from megatron_r1.push.checksum import LOOPS, RunningChecksum, copy_with_checksum, tensor_checksum
+from megatron_r1.push.checksum import RunningChecksum, copy_with_checksum, tensor_checksum
+from megatron_r1.push.lane_checksum import LOOPS
 
 CHECKSUMS = sys.modules[RunningChecksum.__module__]
 
