@@ -8,8 +8,8 @@
   a `policy_model` or a `score_model`; `pipeline_stages`: the layers of each part.
 - `memory`, `compute_cost`: a model's bytes, and the compute of a sample.
 - `layer_specs`: the modules of a layer; `layers`, `attention`, `ring_attention`, `length_buckets`,
-  `shared_prefixes`: what Megatron lacks on a CPU or has wrong; `te_prefix_attention`: shared
-  prefixes on a GPU.
+  `prefix_attention`: what Megatron lacks on a CPU or has wrong.
+- `shared_prefixes`: what sequences share; `te_prefix_attention`: attention to it on a GPU.
 - `context_parallel`: the split of tokens over ranks.
 - `expert_exchange_overlap`, `token_dispatcher`: the exchange of tokens between experts' ranks.
 - `host_packed_seq_params`, `sampling_mask`: what comes with the tokens of a packed batch.

@@ -39,8 +39,9 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from megatron_r1.models.length_buckets import LengthBuckets, flash_backward, flash_forward
+from megatron_r1.models.prefix_attention import prefix_attention
 from megatron_r1.models.ring_attention import ring_attention
-from megatron_r1.models.shared_prefixes import marked_prefixes, prefix_attention
+from megatron_r1.models.shared_prefixes import marked_prefixes
 
 
 def _sink_attention(

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megatron_r1.models.packed_rotary import sample_positions
+from megatron_r1.models.prefix_attention import prefix_attention
 from megatron_r1.models.shared_prefixes import (
     SharedPrefixes,
     mark_prefixes,
     marked_prefixes,
-    prefix_attention,
     whole_sequences,
 )
 
