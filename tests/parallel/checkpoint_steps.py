@@ -25,11 +25,11 @@ import torch.distributed as dist
 from trainer_steps import LOSS, SETTINGS, config, load
 
 from megatron_r1.trainer import distributed
-from megatron_r1.trainer.checkpoints import contents, staging
+from megatron_r1.trainer.checkpoints import contents, optimizer_gathering
 
 LIMIT = 10_000
 contents_own_part = contents._own_part
-staging.GATHERED_ELEMENTS = 10_000  # a bucket takes several slices
+optimizer_gathering.GATHERED_ELEMENTS = 10_000  # a bucket takes several slices
 
 
 def update(trainer, grid_position, seed: int) -> dict:

@@ -39,7 +39,8 @@ from megatron_r1.models.weights.adapters import has_adapters
 from megatron_r1.trainer.checkpoints import adapter_checkpoint, manifest
 from megatron_r1.trainer.checkpoints.adapter_checkpoint import BASE_FINGERPRINT_KEY, check_base
 from megatron_r1.trainer.checkpoints.manifest import ManifestError, Verify
-from megatron_r1.trainer.checkpoints.staging import StagingBuffers, gather_in_host_memory
+from megatron_r1.trainer.checkpoints.optimizer_gathering import gather_in_host_memory
+from megatron_r1.trainer.checkpoints.staging import StagingBuffers
 from megatron_r1.trainer.reference_policy import ReferencePolicy
 
 FORMAT = "fully_reshardable"

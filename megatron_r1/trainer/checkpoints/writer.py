@@ -33,16 +33,16 @@ from megatron_r1.models.platform import broadcast_from_rank_zero
 from megatron_r1.models.weights.export import run_on_rank_zero
 from megatron_r1.trainer.checkpoints import manifest
 from megatron_r1.trainer.checkpoints.checkpoint_folders import STATE_FILE, partial_path
-from megatron_r1.trainer.checkpoints.manifest import FileEntry
-from megatron_r1.trainer.checkpoints.staging import (
+from megatron_r1.trainer.checkpoints.checkpoint_plan import (
     BACKEND,
     FILES_PER_RANK,
     VERSION,
     StagedCheckpoint,
     StagedFile,
-    StagingBuffers,
     stage_checkpoint,
 )
+from megatron_r1.trainer.checkpoints.manifest import FileEntry
+from megatron_r1.trainer.checkpoints.staging import StagingBuffers
 from megatron_r1.trainer.operations import CheckpointProgress
 
 
