@@ -14,8 +14,8 @@
 - `expert_exchange_overlap`, `token_dispatcher`: the exchange of tokens between experts' ranks.
 - `host_packed_seq_params`, `sampling_mask`: what comes with the tokens of a packed batch.
 - `platform`, `patches`, `cpu_patches`: prepare a process; `patch_type`: what a patch is made of;
-  `expert_routing`, `packed_rotary`: functions in the place of Megatron's; `rendezvous_store`: where
-  ranks meet.
+  `expert_routing`, `packed_rotary`, `packed_roll`: functions in the place of Megatron's;
+  `rendezvous_store`: where ranks meet.
 - `gradients`, `fp8` (on CPUs `fp8_emulation`, on GPUs `fp8_checks`), `routing_replay`: the rules of
   gradients, FP8 training and routing replay.
 - `weights`: the table of all weights; `transformers_model`: a model for comparisons.

@@ -1,7 +1,7 @@
 """Every patch of Megatron-Core that the models here need, on a CPU and on a GPU.
 
-The functions that take the place of Megatron's are in `expert_routing`, `packed_rotary` and
-`token_dispatcher`.
+The functions that take the place of Megatron's are in `expert_routing`, `packed_rotary`,
+`packed_roll` and `token_dispatcher`.
 
 `install` replaces names of Megatron's modules for the whole process. Who starts a process that
 builds models calls it once, after `platform.prepare_process()`, whose own patches are for a CPU
@@ -22,7 +22,8 @@ from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.moe import moe_layer, router, token_dispatcher
 
 from megatron_r1.models.expert_routing import route_tokens
-from megatron_r1.models.packed_rotary import roll_packed, rotate_packed
+from megatron_r1.models.packed_roll import roll_packed
+from megatron_r1.models.packed_rotary import rotate_packed
 from megatron_r1.models.patch_type import Patch, register_in
 from megatron_r1.models.token_dispatcher import KnownCountsDispatcher, indices_to_multihot
 

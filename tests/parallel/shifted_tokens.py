@@ -10,7 +10,7 @@ from megatron.core.transformer import multi_token_prediction
 
 from megatron_r1.models import platform
 from megatron_r1.models.context_parallel import positions_of_rank
-from megatron_r1.models.packed_rotary import roll_packed
+from megatron_r1.models.packed_roll import roll_packed
 from megatron_r1.trainer.sequence_packing import TokenSplit, pack_batch
 from megatron_r1.trainer.training_sample import Sample
 
