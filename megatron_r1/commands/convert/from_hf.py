@@ -30,8 +30,9 @@ from megatron_r1.models.weights.formats.dcp_writer import (
     write_chunks,
     write_metadata,
 )
-from megatron_r1.models.weights.formats.hf_folder import SCALES_FILE, HFWeights
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
 from megatron_r1.models.weights.formats.hf_writer import copy_model_files, write_config
+from megatron_r1.models.weights.formats.known_scales import SCALES_FILE
 from megatron_r1.models.weights.formats.megatron_weights import (
     StoredLayout,
     StoredParameter,

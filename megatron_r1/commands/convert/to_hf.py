@@ -29,7 +29,6 @@ from megatron_r1.commands.convert.sources import (
 from megatron_r1.commands.convert.work_folder import WorkFolder
 from megatron_r1.models.hf_config import HFConfig, has_score_head
 from megatron_r1.models.weights.formats import published_layout, quantized_blocks
-from megatron_r1.models.weights.formats.hf_folder import KnownScales
 from megatron_r1.models.weights.formats.hf_writer import (
     Tensors,
     copy_model_files,
@@ -37,6 +36,7 @@ from megatron_r1.models.weights.formats.hf_writer import (
     write_config,
     write_index,
 )
+from megatron_r1.models.weights.formats.known_scales import KnownScales
 from megatron_r1.models.weights.formats.megatron_weights import MegatronWeights
 from megatron_r1.models.weights.formats.stacked_experts import StackedPart, stacked_part
 from megatron_r1.models.weights.formats.tensor_files import (

@@ -12,17 +12,16 @@ from r1_kernels import dequantize_blockwise
 from torch import Tensor
 
 from megatron_r1.base.errors import Cause, UserError
-from megatron_r1.base.files.untrusted_files import require_inside
 from megatron_r1.base.files.weight_files import (
     IGNORED_SUFFIXES,
-    SINGLE_FILE,
     StoredTensor,
-    read_index,
     require_as_indexed,
     weight_files,
 )
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.weights.formats import published_layout, quantized_blocks
+from megatron_r1.models.weights.formats.folder_mismatch import mismatch_hint, shorten_names
+from megatron_r1.models.weights.formats.known_scales import read_scales
 from megatron_r1.models.weights.formats.published_layout import published_tensors
 from megatron_r1.models.weights.formats.stacked_experts import StackedPart, stacked_part
 from megatron_r1.models.weights.formats.tensor_files import SafetensorsFile
@@ -35,12 +34,6 @@ FLOAT_DTYPES = {
     "F16": "float16",
     "F8_E4M3": published_layout.FP8_DTYPE,
 }
-
-_BODY = "model."
-"""The prefix that the names of all tensors have, except the head's."""
-
-SCALES_FILE = "fp8_scales.safetensors"
-"""The file of a converted checkpoint with the FP8 scales that its weights were dequantized with."""
 
 
 class HFWeights:
@@ -137,7 +130,7 @@ class HFWeights:
             name, block_starts, tuple(e - o for e, o in zip(ends, block_starts, strict=True))
         )
         blocks = tuple(x - f for x, f in zip(last, first, strict=True))
-        scales = _read_scales(
+        scales = read_scales(
             self._home[published_layout.scale_name(name)],
             published_layout.scale_name(name),
             first,
@@ -202,7 +195,7 @@ class HFWeights:
         scale = published_layout.scale_name(name)
         if (stored_scale := self._stored.get(scale)) is None:
             return None
-        return _read_scales(
+        return read_scales(
             self._home[scale], scale, (0,) * len(stored_scale.shape), stored_scale.shape
         )
 
@@ -255,7 +248,7 @@ class HFWeights:
             and 0 not in self._stored[name].shape
         )
         problems = [
-            f"{label} ({len(names)}): {_shorten_names(names)}"
+            f"{label} ({len(names)}): {shorten_names(names)}"
             for label, names in (
                 ("missing", missing_names),
                 ("unexpected", extra_names),
@@ -266,7 +259,7 @@ class HFWeights:
         if problems:
             raise UserError(
                 f"checkpoint {self.path} does not fit its config.json: {'; '.join(problems)}"
-                + _mismatch_hint(missing_names, extra_names, has_unreadable, hf_config),
+                + mismatch_hint(missing_names, extra_names, has_unreadable, hf_config),
                 key="weights",
                 cause=Cause.CONFLICT,
             )
@@ -320,96 +313,3 @@ class HFWeights:
             f"{scale} is {stored_scale.dtype} {stored_scale.shape}, not {types} "
             f"{published_layout.scale_shape(shape)}"
         ]
-
-
-def _mismatch_hint(
-    missing: list[str], extra: list[str], is_unreadable: bool, hf_config: HFConfig
-) -> str:
-    """Return what to do about tensors that do not fit."""
-    mtp = str(hf_config["num_hidden_layers"])
-    if is_unreadable:
-        return "; load the model with transformers and save it in bfloat16 or float32"
-    if missing and extra and (prefix := _differing_prefix(missing, extra)):
-        difference = f"begin with {prefix}" if prefix != _BODY else f"lack {_BODY}"
-        return (
-            f"; the names {difference}: save the model itself (an AutoModelForCausalLM; of PEFT "
-            "after merge_and_unload) by save_pretrained"
-        )
-    if extra and not missing:
-        return (
-            "; correct the key of config.json that differs, or remove these tensors if the model "
-            "does not need them"
-        )
-    if any(name.split(".layers.")[-1].split(".")[0] == mtp for name in missing):
-        return "; leave the MTP layers out (model.mtp: none) if the checkpoint has none"
-    if missing == ["lm_head.weight"]:
-        return "; set tie_word_embeddings to true if the embedding is the head, or fetch it again"
-    return "; fetch the folder again, or correct the key of config.json that differs"
-
-
-def _differing_prefix(missing: list[str], extra: list[str]) -> str:
-    """Return the prefix that turns every missing name into an unexpected one, or `_BODY` if all
-    unexpected names lack that prefix; "" if the names differ in another way."""
-    extra_names, missing_names = set(extra), set(missing)
-    if {_BODY + name for name in extra_names} <= missing_names:
-        return _BODY
-    ending = missing[0]
-    prefix = next((name for name in extra if name.endswith(ending)), "").removesuffix(ending)
-    return prefix if prefix and {prefix + name for name in missing_names} <= extra_names else ""
-
-
-def _shorten_names(names: list[str], limit: int = 8) -> str:
-    ending = f" … and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + ending
-
-
-class KnownScales:
-    """The `weight_scale_inv` tensors of a published FP8 checkpoint, or of a SCALES_FILE."""
-
-    def __init__(self, folder: str | Path, hf_config: HFConfig):
-        self._home: dict[str, SafetensorsFile] = {}
-        for path in _files_with_scales(Path(folder)):
-            file = SafetensorsFile(path)
-            self._home |= {name: file for name in file.tensors if published_layout.is_scale(name)}
-        self.power_of_two = published_layout.has_power_of_two_scales(hf_config)
-
-    def rows(self, name: str, first: int, count: int) -> Tensor | None:
-        """Return the scales of rows [first, first + count) of the weight `name`, or None.
-
-        Args:
-            name: the weight's name.
-            first: row.
-            count: the number of rows.
-        """
-        scale = published_layout.scale_name(name)
-        if scale not in self._home:
-            return None
-        start = first // published_layout.FP8_BLOCK_SIZE
-        end = -(-(first + count) // published_layout.FP8_BLOCK_SIZE)
-        columns = self._home[scale].tensors[scale].shape[1]
-        return _read_scales(self._home[scale], scale, (start, 0), (end - start, columns))
-
-
-def _read_scales(
-    file: SafetensorsFile, name: str, starts: Sequence[int], sizes: Sequence[int]
-) -> Tensor:
-    """Return a rectangle of stored scales as their values, fp32."""
-    stored_scales = file.read(name, starts, sizes)
-    if stored_scales.dtype == torch.uint8:
-        stored_scales = stored_scales.view(torch.float8_e8m0fnu)
-    return stored_scales.float()
-
-
-def _files_with_scales(folder: Path) -> list[Path]:
-    if (folder / SCALES_FILE).is_file():
-        return [folder / SCALES_FILE]
-    if (file_of_tensor := read_index(folder)) is not None:
-        # A checkpoint whose weights are elsewhere may still give its configuration.
-        names = sorted(
-            {file for name, file in file_of_tensor.items() if published_layout.is_scale(name)}
-        )
-        paths = [folder / name for name in names if (folder / name).is_file()]
-        for path in paths:
-            require_inside(path, folder, "weights")
-        return paths
-    return [path for path in [folder / SINGLE_FILE] if path.is_file()]

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 
 from megatron_r1.base.errors import Cause
 from megatron_r1.models.weights import hf_tensors
-from megatron_r1.models.weights.formats.hf_folder import HFWeights, KnownScales
+from megatron_r1.models.weights.formats.hf_folder import HFWeights
+from megatron_r1.models.weights.formats.known_scales import KnownScales
 from megatron_r1.models.weights.formats.quantized_blocks import quantize_fp8
 
 HF = {
