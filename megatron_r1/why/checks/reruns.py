@@ -16,7 +16,7 @@ import numpy as np
 
 from megatron_r1.base.errors import UserError
 from megatron_r1.reporting.record_values import finite_metric
-from megatron_r1.why.checks import engine_logprobs, trainer_logprobs
+from megatron_r1.why.checks import engine_logprobs, reference_weights, trainer_logprobs
 from megatron_r1.why.checks.engine_gaps import EngineGaps, mean_gap
 from megatron_r1.why.checks.sampling import FAMILY
 from megatron_r1.why.comparison import (
@@ -253,7 +253,7 @@ def _compare_single_rank(
 
 
 TRAINER = Rerun(
-    trainer_logprobs.POLICIES_STAGE,
+    reference_weights.POLICIES_STAGE,
     "one rank's log-probabilities",
     trainer_logprobs.TRAINER,
     "starting one trainer rank",

@@ -1,5 +1,5 @@
-"""Compares log-probabilities of the trainer's old policy and of its reference with those of the
-checkpoints that they come from."""
+"""Compares log-probabilities of the trainer's old policy with those of the checkpoint that it comes
+from."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from megatron_r1.reporting.formatting import format_number
 from megatron_r1.reporting.record_values import finite_metric
 from megatron_r1.why.checks.engine_causes import adapter_scales
+from megatron_r1.why.checks.reference_weights import POLICIES_STAGE, compare_reference
 from megatron_r1.why.comparison import (
     DEPARTS,
     EQUAL,
@@ -21,13 +22,12 @@ from megatron_r1.why.comparison import (
     not_checked,
     with_untried,
 )
-from megatron_r1.why.record.recorded_step import RecordedStep, weights_after
+from megatron_r1.why.record.recorded_step import RecordedStep
 from megatron_r1.why.rerun.rerun_verdicts import TRAINER_REMEDY, rerun_hint
 
 if TYPE_CHECKING:
     from megatron_r1.why.update.recomputation import Recomputation
 
-POLICIES_STAGE = "log-probabilities"
 TRAINER = "old policy of the trainer"
 TrainerCandidate = tuple[str, str, Callable[[], Sequence[np.ndarray] | None]]
 """A candidate cause: what it is, in words, the remedy, and the function that returns the
@@ -36,7 +36,7 @@ log-probabilities that the trainer would have."""
 
 def compare_policies(step: RecordedStep, recomputation: Recomputation) -> list[Comparison]:
     """Return the comparisons of the trainer's log-probabilities and of its reference."""
-    return [_compare_trainer(step, recomputation), _compare_reference(step, recomputation)]
+    return [_compare_trainer(step, recomputation), compare_reference(step, recomputation)]
 
 
 def _compare_trainer(step: RecordedStep, recomputation: Recomputation) -> Comparison:
@@ -251,76 +251,4 @@ def _is_logged(
         and abs(logged - value) <= max(tolerance, tolerance * value)
         for name, value in distances.items()
         if name in step.metrics_row
-    )
-
-
-def last_refresh(step: RecordedStep) -> int:
-    """Return the step after which the reference was last replaced, before this one; 0: never."""
-    config, refresh_step = step.run_config, 0
-    for earlier_step in range(1, step.step):
-        step_config = config.at(earlier_step)
-        interval = step_config.rl.reference_refresh
-        num_updates = config.updates_before(earlier_step + 1)
-        if (
-            interval
-            and num_updates // interval > (num_updates - step_config.rl.minibatches) // interval
-        ):
-            refresh_step = earlier_step
-    return refresh_step
-
-
-def _compare_reference(step: RecordedStep, recomputation: Recomputation) -> Comparison:
-    """Compare the checkpoint's reference with the weights that the settings make it."""
-    name = "reference policy"
-    if not step.config.rl.kl_beta:
-        return not_checked(POLICIES_STAGE, name, "rl.kl_beta: 0, there is none")
-    if step.step == 1:
-        return not_checked(POLICIES_STAGE, name, "it is the policy in the first step")
-    from megatron_r1.why.policy import checkpoint_model
-
-    # Adapters are small compared with the weights, and copies are exact.
-    tolerance = ROUNDING_BY_DTYPE["float32"] if step.run_config.model.lora is None else 0.0
-    refresh_step = last_refresh(step)
-    expected_path = weights_after(step.folder, step.run_config, refresh_step)
-    checkpoint_before = step.checkpoint_before
-    if checkpoint_before is None:
-        return not_checked(POLICIES_STAGE, name, f"there is no checkpoint of step {step.step - 1}")
-    if not checkpoint_model.has_part(checkpoint_before, checkpoint_model.REFERENCE_PREFIX):
-        return not_checked(POLICIES_STAGE, name, f"{checkpoint_before} has none")
-    if expected_path is None:
-        return not_checked(POLICIES_STAGE, name, f"there is no checkpoint of step {refresh_step}")
-    reference = checkpoint_before, checkpoint_model.REFERENCE_PREFIX
-    distance = recomputation.models.distance(reference, (expected_path, ""))
-    if distance <= tolerance:
-        return Comparison(
-            POLICIES_STAGE,
-            name,
-            EQUAL,
-            f"that of {checkpoint_before} with the weights after step {refresh_step}",
-            distance,
-            tolerance,
-            "copies of one another",
-        )
-    reason = f"it is not the weights after step {refresh_step}, as rl.reference_refresh makes it"
-    other_steps = {0, step.step - 1, *range(max(0, step.step - 4), step.step)} - {refresh_step}
-    for other_step in sorted(other_steps):
-        path = weights_after(step.folder, step.run_config, other_step)
-        if path and recomputation.models.distance(reference, (path, "")) <= tolerance:
-            text = (
-                "it was not refreshed"
-                if other_step < refresh_step
-                else "it was refreshed too often"
-            )
-            reason += f": {text}, it is the weights after step {other_step}"
-            break
-    return Comparison(
-        POLICIES_STAGE,
-        name,
-        DEPARTS,
-        f"that of {checkpoint_before} with the weights after step {refresh_step}",
-        distance,
-        tolerance,
-        "copies of one another",
-        reason,
-        remedy=f"rl.reference_refresh: {step.config.rl.reference_refresh}",
     )
