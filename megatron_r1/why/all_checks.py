@@ -67,7 +67,7 @@ def examine_step(
         notify: called with a line before a rerun.
         show_progress: called with a line for each departure as soon as it is known, and before a
             search for its cause; None: nothing is shown."""
-    from megatron_r1.why.policy.step_threads import threads_for
+    from megatron_r1.why.policy.step_models import threads_for
     from megatron_r1.why.update.recomputation import Recomputation, ignore_line
 
     recomputation = Recomputation(step, memory, show_progress or ignore_line)

@@ -6,6 +6,6 @@
 - One model: `token_logprobs` gives log-probabilities of rows, `routed_experts` the experts that
   routers choose, `expert_replay` makes them choose the engine's; `streamed_model` gives the same of
   a model that does not fit into memory.
-- All models of a step: `step_models`, in `step_threads`; `policy_writer` writes one as a folder.
+- All models of a step: `step_models`; `policy_writer` writes one as a folder.
 - The log-probabilities of a step's tokens: `step_logprobs`, with other weights `changed_weights`
   and `changed_parts`, as engines have them with `push.fp8` `fp8_engines`."""

@@ -1,8 +1,11 @@
 """Reads the models of a step: the policy before it and those of other checkpoints, whole where they
-fit into memory, else with their layers read one by one."""
+fit into memory, else with their layers read one by one. `threads_for` chooses torch's threads for
+their passes."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_r1.base.errors import UserError
 from megatron_r1.base.processes import host_memory
 from megatron_r1.models.sampling_mask import decode_mask
 from megatron_r1.models.transformers_model import build_without_weights
@@ -28,6 +32,9 @@ from megatron_r1.why.record.step_sequences import TokenSequence
 
 KEPT_MODELS = 40
 """Models are kept where so many fit into the free memory."""
+MAX_SINGLE_THREAD_FLOPS = 2.0**32
+"""Floating-point operations of a pass over a step's tokens, a fraction of a second of one core, up
+to which threads wait for each other longer than they compute."""
 
 
 class NotInMemory(CannotRecompute):
@@ -245,3 +252,20 @@ def _make_token_row(sequence: TokenSequence, is_cut: bool) -> TokenRow:
         and (torch.tensor(kept_ids.counts), torch.from_numpy(kept_ids.ids.astype(np.int64))),
         experts=None if sequence.experts is None else torch.from_numpy(sequence.experts),
     )
+
+
+@contextlib.contextmanager
+def threads_for(models: StepModels) -> Iterator[None]:
+    """Compute in the block with one thread where a step is small.
+
+    Args:
+        models: the step's models and rows."""
+    num_threads, is_small = torch.get_num_threads(), False
+    with contextlib.suppress(CannotRecompute, UserError):  # the checks say why not
+        is_small = models.pass_flops <= MAX_SINGLE_THREAD_FLOPS
+    try:
+        if is_small:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(num_threads)

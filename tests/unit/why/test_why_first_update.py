@@ -10,7 +10,7 @@ from test_why_updates import ADAM, Model
 
 from megatron_r1.why.comparison import CannotRecompute
 from megatron_r1.why.policy import token_logprobs
-from megatron_r1.why.policy.step_threads import threads_for
+from megatron_r1.why.policy.step_models import threads_for
 from megatron_r1.why.update import first_update as first_updates
 from megatron_r1.why.update.first_update import FirstUpdate, first_update
 from megatron_r1.why.update.step_updates import StepUpdates
