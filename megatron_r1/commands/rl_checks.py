@@ -142,9 +142,6 @@ def check_rl_settings(config: Config) -> None:
 def check_folder_is_no_file(config: Config) -> None:
     """Refuse a run folder that is a file; a dry run does not write into it.
 
-    Args:
-        config: the recipe.
-
     Raises:
         UserError: it is a file."""
     if Path(config.run.folder).is_file():
