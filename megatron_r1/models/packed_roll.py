@@ -15,18 +15,21 @@ def roll_packed(
     packed_seq_params: PackedSeqParams,
     cp_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the tensor (..., T) with each token's value in the place before it, 0 at the end of
-    every sample, and its sum.
+    """Move every value one token to the left within its sample.
 
-    Megatron's _roll_tensor_packed_seq goes through the samples in Python and reads their borders
-    from the device; without `HostPackedSeqParams.next_token_index` it is called.
+    Megatron's _roll_tensor_packed_seq, which this replaces, loops over the samples in Python and
+    reads their borders from the device. It still does the work for a micro-batch that has no
+    `HostPackedSeqParams.next_token_index`.
 
     Args:
         tensor: (..., T), any dtype.
         shifts: -1, as Megatron calls it.
         dims: -1, the tokens' dimension.
         packed_seq_params: those of the micro-batch.
-        cp_group: the context-parallel ranks; None: one rank has all tokens."""
+        cp_group: the context-parallel ranks; None: one rank has all tokens.
+
+    Returns:
+        The moved values, (..., T), with 0 at the last token of every sample, and their sum, ()."""
     next_token_index = getattr(packed_seq_params, "next_token_index", None)
     if next_token_index is None:
         return _MEGATRONS_ROLL(tensor, shifts, dims, packed_seq_params, cp_group)

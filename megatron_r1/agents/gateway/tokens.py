@@ -74,7 +74,10 @@ def format_reply(turn: TurnReply, request: TurnRequest) -> dict[str, Any]:
 
 
 def format_events(turn: TurnReply, request: TurnRequest) -> Iterator[bytes]:
-    """Raise AssertionError: `read` refuses streams."""
+    """Stop with an error, because `parse_request` has refused every request for a stream.
+
+    Raises:
+        AssertionError: always."""
     raise AssertionError("token mode has no streams")
 
 

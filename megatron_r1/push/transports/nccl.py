@@ -48,7 +48,8 @@ class NCCLReceiver(PayloadReceiver):
         self.device = torch.device("cuda", self._gpu)
         self.address = gpu_uuid(self._gpu)  # by which the plan finds the trainer rank there
         self._push_number_in_set = self._answered_push = 0
-        """The push that this rank has or waits for, and the last one in which it answered."""
+        """Numbers, counted in this set, of the push that this rank receives or waits for, and of
+        the last push in which it has answered the question whether it is alive."""
 
     def allocate(self) -> torch.Tensor:
         """Return GPU memory for all buffers, or none yet where it is allocated per push."""

@@ -5,9 +5,9 @@ Fresh memory is slow: its pages are faulted in one by one, and pinned for a fast
 are few of them. The price of keeping it is that the memory is taken for the whole run: what one
 rank writes.
 
-The optimizer's state is gathered here after Megatron has planned (`optimizer_gathering`). The
-entries that are planned with lie in buffers of the whole part's size, of which pages that nobody
-writes to take no memory."""
+The optimizer's state is gathered here, after Megatron has planned which rank writes what
+(`optimizer_gathering`). Megatron plans with tensors of the full size. Their buffers reserve
+addresses for all elements, but take memory only for the pages that are written to."""
 
 import mmap
 from bisect import bisect_right

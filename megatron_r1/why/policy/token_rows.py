@@ -26,10 +26,12 @@ class TokenRow:
         targets: int64, (tokens,): the token whose log-probability is computed at each; None:
             `token_ids`.
         positions: int64, (tokens,), where they are not counted from 0, as in a packed row.
-        experts: int16, (tokens, MoE layers, experts per token), chosen in place of the routers; -1:
-            they choose; None: they choose for all tokens.
-        kept_ids: (sampled tokens,) numbers of ids that the engine drew each token from, and these
-            ids, one token's after the other's, int64; None: it drew from the whole vocabulary."""
+        experts: int16, (tokens, MoE layers, experts per token): the experts that the model uses
+            instead of those that its routers choose; -1: the router's choice for this token; None:
+            the routers' choice for all tokens.
+        kept_ids: the ids that the engine could draw each sampled token from, as two tensors: how
+            many they are for each token, (sampled tokens,), and the ids of all tokens one after the
+            other, int64; None: it drew from the whole vocabulary."""
 
     token_ids: Tensor
     is_sampled: Tensor

@@ -83,11 +83,17 @@ def find_run_differences(
 
 @torch.no_grad()
 def nearest_multiple(pairs: Sequence[Sequence[Tensor]]) -> float | None:
-    """Return the f for which Σ |run - f own|² is least; None where that leaves more of it
-    than `MAX_MULTIPLE_RESIDUAL`.
+    """Return the factor by which the recomputed tensors come nearest to the run's.
+
+    It is the f for which Σ |run - f recomputed|² is least, over all parameters.
 
     Args:
-        pairs: the run's and the recomputed tensor of each parameter."""
+        pairs: the tensor of the run and the recomputed one, of each parameter.
+
+    Returns:
+        The factor, near 0 if the run's tensors are nearly 0. None where the recomputed ones are 0,
+        or where |run - f recomputed| is more than `MAX_MULTIPLE_RESIDUAL` times |run|: the run's
+        tensors are then no multiple of them."""
     run_square, own_square, products = (
         sum(float((a.double() * b.double()).sum()) for a, b in tensor_pairs)
         for tensor_pairs in (
