@@ -52,6 +52,7 @@ def run_program(source: bytes, path: str, files: "list[str]") -> None:
         import os
 
         def watch(event: str, arguments: tuple[object, ...]) -> None:
+            """Write the mark on standard error when the last file is opened."""
             if event == "open" and os.path.basename(str(arguments[0])) == files[-1]:
                 os.write(2, b"\0actual\n")
 

@@ -23,6 +23,7 @@ def start() -> None:
     space = {"__name__": "__main__"}
 
     def read(count: int) -> bytes:
+        """Return the next `count` bytes of requests; at their end the process exits."""
         content = b""
         while len(content) < count:
             piece = posix.read(requests, count - len(content))
@@ -32,9 +33,11 @@ def start() -> None:
         return content
 
     def interrupt(*_: object) -> None:
+        """Break off the cell that runs, when the alarm of its time limit goes off."""
         raise TimeoutError("the cell's time is over")
 
     def run(source: str) -> None:
+        """Execute a cell, and print the value of a last expression unless it is None."""
         tree = ast.parse(source)
         last_statement = tree.body[-1] if tree.body else None
         if isinstance(last_statement, ast.Expr):
