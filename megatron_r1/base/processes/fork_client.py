@@ -208,7 +208,7 @@ def close() -> None:
 
 
 def _server_options(environment: Mapping[str, str]) -> dict[str, Any]:
-    # Of NumPy's threads, which would make a fork unsafe, there is none.
+    # NumPy's OpenBLAS then starts no threads: a process that has several is not safe to fork.
     return children.popen_options({"OPENBLAS_NUM_THREADS": "1", **environment})
 
 
