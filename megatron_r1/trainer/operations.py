@@ -330,6 +330,8 @@ def operation_names(protocol: type) -> set[str]:
     return {name for name in vars(protocol) if not name.startswith("_")}
 
 
+# The two sets have names instead of methods, because they are searched for `RankCall.operation`, a
+# name, and because LOAD and STOP are messages without a method in the protocols.
 OPTIMIZER_OPERATIONS = {"update", "update_critic", "save_checkpoint", "load_checkpoint"}
 """Operations that use the optimizer's state."""
 WEIGHTLESS_OPERATIONS = {
