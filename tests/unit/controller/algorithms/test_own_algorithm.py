@@ -8,7 +8,8 @@ from pathlib import Path
 import algorithm_formulae as formulae
 import msgspec
 import pytest
-from algorithm_problem import check
+import torch
+from algorithm_problem import EXACT, LIMIT, Problem, check, ours
 from refusals import refused
 
 from megatron_r1.base.errors import Cause, RunError
@@ -76,6 +77,45 @@ def test_its_loss_and_gradients_are_those_of_its_formula(raft):
         return formulae.clipped(o, a, 10.0, 10.0)
 
     check("raft:RULES", {"minibatches": 2}, best, weighted, "sequence")
+
+
+@pytest.fixture
+def sapo(folder):
+    (folder / "sapo.py").write_text(blocks("python")[2], encoding="utf-8")
+    return "sapo:RULES"
+
+
+def test_the_own_loss_of_the_page_is_its_formula(sapo):
+    def gated(o, a):
+        tau = torch.where(a > 0, torch.ones_like(a), 1.05)
+        return 4 / tau / (1 + (-tau * ((o.new - o.old).exp() - 1)).exp()) * a
+
+    problem = Problem()
+    advantages = formulae.group_relative(problem.responses)
+    for step, (loss, gradient, terms, _) in enumerate(ours(problem, sapo, {})):
+        graded = [i for i in problem.minibatches[step] if problem.rewards[i] is not None]
+        responses = [problem.responses[i] for i in graded]
+        expected = formulae.loss(responses, [advantages[i] for i in graded], gated, "token", LIMIT)
+        expected.backward(retain_graph=True)
+        torch.testing.assert_close(gradient, problem.gradients(), **EXACT)
+        torch.testing.assert_close(loss, expected.detach(), **EXACT)
+        means = [term.metrics["loss"] for term in terms]
+        assert loss.item() == pytest.approx(
+            sum(m.total.item() for m in means) / sum(m.count.item() for m in means)
+        )
+
+
+def test_the_own_loss_of_the_page_without_its_gate_learns_as_grpo(sapo):
+    """The limit of small τ is ρ A, as GRPO's inside its clip; without KL."""
+    flat = {"options": {"tau_up": 1e-6, "tau_down": 1e-6}}
+    shipped = {"loss_average": "token", "kl_beta": 0.0}
+    problem = Problem()
+    made = [gradient for _, gradient, *_ in ours(problem, sapo, flat)]
+    wanted = [gradient for _, gradient, *_ in ours(problem, "grpo", shipped)]
+    gate = [gradient for _, gradient, *_ in ours(problem, sapo, {})]
+    torch.testing.assert_close(made, wanted, **EXACT)
+    torch.testing.assert_close(gate[0], wanted[0], **EXACT)  # ρ is 1
+    assert not torch.allclose(gate[1], wanted[1], rtol=1e-3)
 
 
 def test_losses_and_token_advantages_reach_the_trainer_as_names(folder):
