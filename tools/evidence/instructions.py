@@ -7,6 +7,7 @@ computes the same (`renames`)."""
 import __future__
 
 import ast
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -34,6 +35,8 @@ ANY_MODULE = "<module>"
 """Replaces the name of a module whose attributes a file reads; its imports name them."""
 HAVE_DOCSTRINGS = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+NAMED_DEFINITION = re.compile(r"[\w.]+:([A-Za-z_]\w*)")
+"""A text that names a definition by its module, as a table of what is imported late does."""
 TYPE_CHECKS = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 Import = tuple[str, str, str | None]
 """A module, a name of it, and its alias."""
@@ -46,12 +49,15 @@ class _Statements(NamedTuple):
         imports: the names that it imports.
         definitions: its functions and classes.
         others: the rest, in order.
-        by_name: of these the statement that defines a name."""
+        by_name: of these the statement that defines a name.
+        named: texts that name a definition by its module, and its name. They stand in the
+            statements without the module."""
 
     imports: frozenset[Import]
     definitions: tuple[Any, ...]
     others: tuple[Any, ...]
     by_name: dict[str, Any]
+    named: frozenset[tuple[str, str]]
 
 
 class Version(NamedTuple):
@@ -134,8 +140,8 @@ def compute_the_same(old: Version, new: Version) -> bool:
     """Return whether two versions of Python files compute the same.
 
     They have the same statements, in whichever of the files, those of a file other than definitions
-    in the same order; and what they import has the same definitions. Names may differ where
-    `find_renames`, `find_file_renames` and `find_new_names` say so.
+    in the same order; and what they import, or name in a text, has the same definitions. Names may
+    differ where `find_renames`, `find_file_renames` and `find_new_names` say so.
 
     Args:
         old: one version.
@@ -203,6 +209,8 @@ def _compute_the_same(
     ):
         return False
     public_renames = {pair for own in file_renames for pair in own if pair[0][0] != "_"}
+    if not _name_the_same(old_files, new_files):
+        return False
     return _are_consistent(public_renames, new) and _import_the_same(
         (old_files, new_files),
         lambda module: _compiled_statements(
@@ -265,6 +273,22 @@ def _import_the_same(
     )
 
 
+def _name_the_same(old_files: Sequence[_Statements], new_files: Sequence[_Statements]) -> bool:
+    """Return whether what texts name by another module than before is defined once, and alike."""
+    old_named, new_named = (
+        frozenset[tuple[str, str]]().union(*(file.named for file in version))
+        for version in (old_files, new_files)
+    )
+    for name in {name for _, name in old_named ^ new_named}:
+        old, new = (
+            [file.by_name[name] for file in version if name in file.by_name]
+            for version in (old_files, new_files)
+        )
+        if len(old) != 1 or old != new:
+            return False
+    return True
+
+
 def _imported_definition(
     module: str, name: str, statements_of: Callable[[str], _Statements]
 ) -> Any | None:
@@ -310,6 +334,7 @@ def _compiled_statements(
         for alias in node.names
     }
     imports |= attributes
+    named = _take_modules_from_texts(tree)
     tree = _WithoutModules().visit(tree)
     definitions: list[Any] = []
     others: list[Any] = []
@@ -326,7 +351,23 @@ def _compiled_statements(
             code = _code_instructions(compile(module_of_one, "", "exec", flags, dont_inherit=True))
             (definitions if isinstance(node, DEFINITIONS) else others).append(code)
             by_name |= dict.fromkeys(_defined_names(node), code)
-    return _Statements(frozenset(imports), tuple(definitions), tuple(others), by_name)
+    return _Statements(frozenset(imports), tuple(definitions), tuple(others), by_name, named)
+
+
+def _take_modules_from_texts(tree: ast.Module) -> frozenset[tuple[str, str]]:
+    """Return the texts of a file that name a definition by its module, and its name.
+
+    `tree` is changed in place: of each such text the name stays. Texts stay whole where several
+    have one name, so that two of them are not exchanged unseen."""
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    texts = [(node, node.value) for node in constants if isinstance(node.value, str)]
+    matches = [(node, NAMED_DEFINITION.fullmatch(text)) for node, text in texts]
+    found = [(node, match[0], match[1]) for node, match in matches if match]
+    counts = Counter(name for _, name in {(text, name) for _, text, name in found})
+    single = [each for each in found if counts[each[2]] == 1]
+    for node, _, name in single:
+        node.value = f":{name}"
+    return frozenset((text, name) for _, text, name in single)
 
 
 def _import_attributes(tree: ast.Module, modules: frozenset[str]) -> set[Import]:

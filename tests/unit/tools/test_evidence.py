@@ -479,6 +479,50 @@ def test_fields_and_parameters_may_have_names_that_were_nowhere(repository, name
     assert repository.state(claim).name == state
 
 
+NAMED = """from part import load
+
+PACKAGE = "part"
+TABLE = {
+    "square": f"{PACKAGE}.powers:square",
+    "cube": "part.powers:cube",
+    "one": "part.one:RULES",
+    "two": "part.two:RULES",
+}
+"""
+CUBE = "def cube(x):\n    return x**3\n"
+
+
+@pytest.mark.parametrize(
+    ("texts", "files", "state"),
+    [
+        # both are in files of their own now, and named there
+        ({".powers:sq": ".squares:sq", "powers:c": "cubes:c"}, {}, "fresh"),
+        # where another function has the name; where none has; which two files have
+        ({".powers:sq": ".squares:sq", "powers:c": "wrong:c"}, {"part__cubes": ""}, "stale"),
+        ({".powers:sq": ".squares:sq", "powers:c": "cubes:c"}, {"part__cubes": ""}, "stale"),
+        ({".powers:sq": ".squares:sq", "powers:c": "cubes:c"}, {"part__copy": SQUARE}, "stale"),
+        # another function; two of one name exchanged
+        ({".powers:square": ".powers:cube"}, {"part__powers": SQUARE + CUBE}, "stale"),
+        (
+            {"one:": "three:", "two:": "one:", "three:": "two:"},
+            {"part__powers": SQUARE + CUBE},
+            "stale",
+        ),
+    ],
+)
+def test_a_definition_that_a_text_names_may_move(repository, texts, files, state):
+    first = {"part__powers": SQUARE + CUBE, "part__use": NAMED}
+    first["part__wrong"] = CUBE.replace("3", "4")
+    claim = repository.measured(repository.commit(**first))
+    text = NAMED
+    for before, after in texts.items():
+        text = text.replace(before, after)
+    moved = {"part__powers": "", "part__squares": SQUARE, "part__cubes": CUBE}
+    kept = moved if "part__powers" not in files else {}
+    repository.commit(**kept | files, part__use=text)
+    assert repository.state(claim).name == state
+
+
 USE_PACKAGE = """from tools.shapes import rows, square
 
 
