@@ -148,15 +148,7 @@ def ours(problem, name, settings, form=unchanged, corrected=unchanged, metrics=N
     for step in steps:
         terms = []
         for batch, hidden in step:
-            head = LossHead(
-                batch,
-                hidden,
-                problem.weight,
-                TEMPERATURE,
-                None,
-                VOCABULARY,
-                stores_old_logprobs=True,
-            )
+            head = LossHead(batch, hidden, problem.weight, TEMPERATURE, None, VOCABULARY)
             terms.append(find_function(loss)(batch, head, settings))
         total = sum(t.loss for t in terms) / sum(t.denominator for t in terms)
         total.backward()

@@ -3,9 +3,11 @@
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import algorithm_formulae as formulae
+import algorithm_problem
 import msgspec
 import pytest
 import torch
@@ -16,6 +18,7 @@ from megatron_r1.base.errors import Cause, RunError
 from megatron_r1.config import RLConfig, dump_recipe, load_recipe, parse_recipe
 from megatron_r1.config.loss_settings import LossSettings
 from megatron_r1.controller import algorithms
+from megatron_r1.trainer.loss_head import LossHead
 
 PAGE = Path(__file__).parents[4] / "docs/algorithms.md"
 
@@ -80,7 +83,10 @@ def test_its_loss_and_gradients_are_those_of_its_formula(raft):
 
 
 @pytest.fixture
-def sapo(folder):
+def sapo(folder, monkeypatch):
+    """The page's module; its head stores π_old at the first update, as the trainer's does."""
+    head = partial(LossHead, stores_old_logprobs=True)
+    monkeypatch.setattr(algorithm_problem, "LossHead", head)
     (folder / "sapo.py").write_text(blocks("python")[2], encoding="utf-8")
     return "sapo:RULES"
 
