@@ -334,7 +334,7 @@ def _compiled_statements(
         for alias in node.names
     }
     imports |= attributes
-    named = _take_modules_from_texts(tree)
+    named_definitions = _take_modules_from_texts(tree)
     tree = _WithoutModules().visit(tree)
     definitions: list[Any] = []
     others: list[Any] = []
@@ -351,7 +351,9 @@ def _compiled_statements(
             code = _code_instructions(compile(module_of_one, "", "exec", flags, dont_inherit=True))
             (definitions if isinstance(node, DEFINITIONS) else others).append(code)
             by_name |= dict.fromkeys(_defined_names(node), code)
-    return _Statements(frozenset(imports), tuple(definitions), tuple(others), by_name, named)
+    return _Statements(
+        frozenset(imports), tuple(definitions), tuple(others), by_name, named_definitions
+    )
 
 
 def _take_modules_from_texts(tree: ast.Module) -> frozenset[tuple[str, str]]:
@@ -362,9 +364,9 @@ def _take_modules_from_texts(tree: ast.Module) -> frozenset[tuple[str, str]]:
     constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
     texts = [(node, node.value) for node in constants if isinstance(node.value, str)]
     matches = [(node, NAMED_DEFINITION.fullmatch(text)) for node, text in texts]
-    found = [(node, match[0], match[1]) for node, match in matches if match]
-    counts = Counter(name for _, name in {(text, name) for _, text, name in found})
-    single = [each for each in found if counts[each[2]] == 1]
+    naming_texts = [(node, match[0], match[1]) for node, match in matches if match]
+    counts = Counter(name for _, name in {(text, name) for _, text, name in naming_texts})
+    single = [each for each in naming_texts if counts[each[2]] == 1]
     for node, _, name in single:
         node.value = f":{name}"
     return frozenset((text, name) for _, text, name in single)
