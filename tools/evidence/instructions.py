@@ -297,16 +297,19 @@ def _imported_definition(
     It is the module's own, or that of the module from which it imports the name; where the name is
     that of a module in a package, all the statements of that."""
     looked_up = set()
-    while module not in looked_up:
-        looked_up.add(module)
+    while (module, name) not in looked_up:
+        looked_up.add((module, name))
         statements = statements_of(module)
         if name in statements.by_name:
             return statements.by_name[name]
         if inner_statements := _statement_counts([statements_of(f"{module}.{name}")]):
             return frozenset(inner_statements.items())
-        for source, source_name, alias in statements.imports:
-            if (alias or source_name) == name and is_of_project(source):
-                module, name = source, source_name
+        sources = (
+            (source, source_name)
+            for source, source_name, alias in statements.imports
+            if (alias or source_name) == name and is_of_project(source)
+        )
+        module, name = next(sources, (module, name))
     return None
 
 
