@@ -8,9 +8,13 @@ from megatron_r1.controller.rollouts.rollout import Rollout
 from megatron_r1.controller.rollouts.sample_log import encode, to_record
 from megatron_r1.engines.server import gpu
 from megatron_r1.models import read_hf_config
+from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.memory import ParameterCounts, checkpoint_bytes, parameter_bytes
 from megatron_r1.models.weights import num_parameters
 from megatron_r1.models.weights.adapter_table import num_adapter_parameters
+from megatron_r1.plan.hardware import HARDWARE
+from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.pass_memory import NOT_ASKED, not_asked, pass_memory, pass_tokens
 from megatron_r1.push.matching.recipe_plan import engine_rank_bytes, engine_weight_bytes
 from megatron_r1.reporting.formatting import format_count
 
@@ -47,6 +51,18 @@ def _num_saved(config: Config) -> int:
     return num_adapter_parameters(hf_config, config.model.lora)
 
 
+def _describe_passes(config: Config, hf_config: HFConfig) -> str:
+    """Return what an engine's passes take on a GPU, by kind."""
+    rollout = config.rollout
+    ranks = rollout.tensor_parallel * rollout.data_parallel
+    hardware = HARDWARE["B200" if gpu.architecture() == 10 else "H100"]
+    job = PlannedJob(hf_config, config, 1, hardware, rollout_gpus=ranks * rollout.engines)
+    parts = pass_memory(job, pass_tokens(job))
+    sizes = ", ".join(f"{name} {part}" for name, part in parts.items())
+    names = ", ".join(not_asked(parts))
+    return f"an engine's passes take on each GPU: {sizes}" + f"; {NOT_ASKED}: {names}" * bool(names)
+
+
 def describe_run_memory(config: Config) -> str:
     """Return a sentence on the memory that the run takes.
 
@@ -66,7 +82,7 @@ def describe_run_memory(config: Config) -> str:
             "optimizer, over all tensor, pipeline and expert ranks; activations come "
             f"on top (megatron-r1 plan); {weight_bytes / 2**30:,.2f} GiB of weights on an engine's "
             f"fullest GPU, and {pushed_bytes / 2**30:,.2f} GiB for those of the next push, {place} "
-            f"(push.transport: {config.push.transport})"
+            f"(push.transport: {config.push.transport}); {_describe_passes(config, hf_config)}"
         )
     memory = cpu_memory(config, torchrun.world_size(config), has_engines=True)
     memory_text = memory.describe(memory.microbatch_tokens(config.parallel.tokens_per_microbatch))

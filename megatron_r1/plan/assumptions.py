@@ -96,7 +96,14 @@ class Assumptions:
     """Ends of an estimated time's range: it over this, and times this; from the spread of the
     published runs that calibrate, at most 2."""
     reserved: Bytes = 6 * GIB
-    """What a run cannot use of a GPU: CUDA context, NCCL's buffers, fragmentation; a guess."""
+    """What a run cannot use of a GPU: CUDA context, NCCL's buffers, fragmentation; a guess. A
+    trainer's communicators are counted, and are part of it."""
+    communicator: Bytes = 294 << 20
+    """A communicator of a trainer's group: 16 channels, two connections each, with the buffers of
+    NCCL's three protocols, 4, 4.7 and 0.5 MiB (2.29, init.cc); channels and connections are
+    guesses."""
+    graph_bytes: Bytes = 16 << 20
+    """Memory of an engine's CUDA graph of one size of a pass; a guess."""
     expert_imbalance: Ratio = 1.2
     """The fullest rank's tokens over the mean in an expert-parallel group; a guess."""
     prompt_tokens: Tokens = 512

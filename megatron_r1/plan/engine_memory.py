@@ -10,6 +10,7 @@ from megatron_r1.models.memory import BYTES, cache_bytes_per_token
 from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS, deepep_buffer_bytes, deepep_formula
 from megatron_r1.plan.expert_balancer import BALANCER, balancer_bytes
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.pass_memory import pass_memory, pass_tokens
 from megatron_r1.plan.push_costs import (
     drafts_with_mtp,
     planned_engine_layout,
@@ -73,13 +74,14 @@ class EngineMemory:
 
     @property
     def reserved_bytes(self) -> float:
-        """Bytes of `Assumptions.reserved` that are the engine's: half of it next to a trainer."""
-        return self.job.assumptions.reserved / (2 if self.trainer_bytes else 1)
+        """Bytes of `Assumptions.reserved` that are the engine's: half of it, context and NCCL's
+        buffers, as its activations are counted (`passes`)."""
+        return self.job.assumptions.reserved / 2
 
     @property
     def free_bytes(self) -> float:
         """Bytes of a GPU that are not the trainer's, nor the receive buffer's."""
-        other_bytes = self.job.assumptions.reserved - self.reserved_bytes + self.trainer_bytes
+        other_bytes = self.trainer_bytes + self.reserved_bytes if self.trainer_bytes else 0
         return self.job.hardware.memory - other_bytes - self.receive_buffer_bytes
 
     @property
@@ -91,8 +93,25 @@ class EngineMemory:
             if fraction is None
             else min(self.free_bytes, fraction * self.job.hardware.memory)
         )
-        used_bytes = self.weight_bytes + sum(self.buffers.values())
+        used_bytes = self.weight_bytes + sum(self.buffers.values()) + self.pass_bytes()
         return round(engine_bytes - self.reserved_bytes - used_bytes)
+
+    @cached_property
+    def passes(self) -> QuantityTable:
+        """What passes of the engine allocate, by kind."""
+        return pass_memory(self.job, pass_tokens(self.job))
+
+    def pass_bytes(self, tokens: int | None = None) -> float:
+        """Return the bytes of `passes`, or of passes of so many tokens."""
+        passes = self.passes if tokens is None else pass_memory(self.job, tokens)
+        return sum(part.number for part in passes.values())
+
+    def tokens_that_free(self, num_bytes: float) -> int:
+        """Return the most tokens of a pass with which the cache has so many bytes more; at most 0
+        if there are none."""
+        tokens = pass_tokens(self.job)
+        per_token = self.pass_bytes(tokens) - self.pass_bytes(tokens - 1)
+        return tokens - math.ceil(num_bytes / per_token)
 
     @cached_property
     def buffers(self) -> dict[str, int]:
@@ -160,13 +179,11 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
             math.floor(100 * engines.free_bytes / job.hardware.memory) / 100,
             "share",
             f"rollout.gpu_memory: memory - trainer's {byte_quantity(engines.trainer_bytes)} - "
-            "half of "
-            "reserved; an engine's weights, buffers, cache and activations",
+            "half of reserved; an engine's weights, buffers, cache and activations",
         )
     formulas = {
-        BALANCER: "a layer's experts on their way, maps and loads of vLLM's; the drafter's too"
-        if engines.mtp_layers
-        else "a layer's experts on their way, maps and loads of vLLM's",
+        BALANCER: "a layer's experts on their way, maps and loads of vLLM's"
+        + "; the drafter's too" * bool(engines.mtp_layers),
         DEEPEP_BUFFERS: deepep_formula(job),
     }
     buffers = {kind: byte_quantity(n, formulas[kind]) for kind, n in engines.buffers.items()}
@@ -182,6 +199,7 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
             + ("; projections in FP8 (push.fp8)" if pushes_fp8(job) else ""),
         ),
         **buffers,
+        **engines.passes,
         "KV cache of a token": byte_quantity(
             cache_bytes_per_token(job.hf_config, engines.parameter_bytes, engines.mtp_layers),
             f"{job.hf_config['num_hidden_layers'] + engines.mtp_layers} layers x values a layer x "
@@ -200,8 +218,7 @@ def rollout_section(engines: EngineMemory) -> QuantityTable:
             round(engines.mean_concurrency, 2),
             "",
             f"on {format_count(engines.tensor, 'GPU')}; least of cache, rollout.max_num_seqs and "
-            "its "
-            f"{round_number(engines.sequences)} of the rollout",
+            f"its {round_number(engines.sequences)} of the rollout",
         ),
     }
 
@@ -210,10 +227,10 @@ def _cache_formula(engines: EngineMemory) -> str:
     """Return in words how the memory of the KV cache is computed."""
     fraction = engines.job.config.rollout.gpu_memory
     if fraction is not None:
-        half_text = "half of " if engines.trainer_bytes else ""
-        formula = f"rollout.gpu_memory={fraction:g} x memory - {half_text}reserved - weights"
-        return " - ".join([formula, *engines.buffers])
-    formula = " - ".join(["memory - reserved - weights", *engines.buffers])
+        formula = f"rollout.gpu_memory={fraction:g} x memory - half of reserved - weights"
+        return " - ".join([formula, *engines.buffers, *engines.passes])
+    reserved = "reserved" if engines.trainer_bytes else "half of reserved"
+    formula = " - ".join([f"memory - {reserved} - weights", *engines.buffers, *engines.passes])
     if engines.receive_buffer_bytes:
         formula += f" - receive buffer {byte_quantity(engines.receive_buffer_bytes)}"
     if engines.trainer_bytes:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_r1.plan.communication import communication_section
+from megatron_r1.plan.communicators import COMMUNICATORS
 from megatron_r1.plan.counts import parameter_section
 from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS
 from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
@@ -15,6 +16,7 @@ from megatron_r1.plan.hardware import described_fields, unit_of
 from megatron_r1.plan.job import PlannedJob
 from megatron_r1.plan.memory import RECEIVE_BUFFER, RankMemory, memory_section, rank_memory
 from megatron_r1.plan.offload import OFFLOADED_MEMORY, offload_disk
+from megatron_r1.plan.pass_memory import NOT_ASKED, decoded_tokens, not_asked
 from megatron_r1.plan.push_costs import push_section, receive_buffer_bytes, reused_kv_cache_bytes
 from megatron_r1.plan.quantity import Quantity, QuantityTable, byte_quantity
 from megatron_r1.plan.rollout import exchange_section
@@ -33,7 +35,7 @@ KIND_MEANINGS = {
 SMALLER_RECEIVE_BUFFER = "give each engine more GPUs"
 """The remedy that makes an engine rank's receive buffer smaller."""
 FEWER_BUFFERED_TOKENS = "lower max_num_batched_tokens of rollout.vllm"
-"""The remedy that makes DeepEP's buffers of low latency smaller."""
+"""The remedy that makes workspaces, and DeepEP's buffers of low latency, smaller."""
 
 
 def estimate_step(job: PlannedJob) -> StepEstimate:
@@ -144,19 +146,24 @@ class JobEstimate:
         return [text for text in problems if text]
 
     def notes(self) -> list[str]:
-        """Return one sentence per limit of time that an estimated time may exceed."""
-        if not self.job.generates or not self.engines.max_concurrency:
+        """Return a sentence for numbers not asked of vLLM, and one for a limit of time that an
+        estimated time may exceed."""
+        if not self.job.generates:
             return []
+        names = ", ".join(not_asked(self.engines.passes))
+        notes = [f"{NOT_ASKED} of vLLM, their rows say why: {names}"] if names else []
+        if not self.engines.max_concurrency:
+            return notes
         longest_seconds = Quantity(self.times.rollout.longest_seconds, "s")
         longest_response = with_range(self.times, "rollout", longest_seconds)
         limit = self.job.config.rollout.request_timeout_seconds
-        if (longest_response.high or longest_response.number) <= limit:
-            return []
-        return [
-            f"a response of {self.job.max_response_tokens:,} tokens is planned to take "
-            f"{longest_response.limits or longest_response}, and "
-            f"rollout.request_timeout_seconds={limit:g} would end it: raise that"
-        ]
+        if (longest_response.high or longest_response.number) > limit:
+            notes.append(
+                f"a response of {self.job.max_response_tokens:,} tokens is planned to take "
+                f"{longest_response.limits or longest_response}, and "
+                f"rollout.request_timeout_seconds={limit:g} would end it: raise that"
+            )
+        return notes
 
     def _gpu_problem(self) -> str | None:
         rank, memory = self.peak_rank, self.job.hardware.memory
@@ -164,7 +171,8 @@ class JobEstimate:
             return None
         is_training = sum(rank.training.values()) == rank.peak_bytes
         parts = rank.training if is_training else rank.logprobs
-        kinds = parts if parts["reserved"] >= memory else parts.keys() - {"reserved"}
+        is_reserved = parts["reserved"] >= memory
+        kinds = parts if is_reserved else parts.keys() - {"reserved", COMMUNICATORS}
         largest_kind = max(kinds, key=parts.__getitem__)
         return (
             f"pipeline rank {rank.rank} needs {_byte_text(rank.peak_bytes)} of "
@@ -275,6 +283,7 @@ class JobEstimate:
             return None
         kinds = {"weights": engines.weight_bytes, RECEIVE_BUFFER: engines.receive_buffer_bytes}
         kinds |= engines.buffers | {"the trainer": engines.trainer_bytes}
+        kinds |= {kind: round(part.number) for kind, part in engines.passes.items()}
         sizes = ", ".join(
             f"{_byte_text(count)} of {kind}" for kind, count in kinds.items() if count
         )
@@ -288,7 +297,7 @@ class JobEstimate:
         return (
             f"an engine GPU {space} for KV cache {occupants}; one sample of "
             f"{job.max_sample_tokens:,} tokens needs {_byte_text(required_bytes)}: "
-            f"{self._more_room()}"
+            f"{self._more_room(required_bytes - engines.cache_bytes)}"
         )
 
     def _push_problem(self) -> str | None:
@@ -304,22 +313,34 @@ class JobEstimate:
             )
             if larger_fraction <= engines.free_bytes / memory:
                 remedy = f"set rollout.gpu_memory to {larger_fraction:g}, or "
+        if fewer_tokens := self._fewer_tokens(required_bytes - engines.cache_bytes):
+            remedy += f"{fewer_tokens}, or "
         return (
             f"a push over nccl needs {_byte_text(required_bytes)} of a GPU in the place of the KV "
             f"cache, which has {_byte_text(cache_bytes)}: {remedy}{SMALLER_RECEIVE_BUFFER}, or set "
             "push.transport to gloo"
         )
 
-    def _more_room(self) -> str:
-        """Return the remedies that leave an engine GPU more memory for its cache."""
+    def _fewer_tokens(self, short_bytes: float) -> str:
+        """Return the remedy with the largest passes that leave `short_bytes` more for the cache, ""
+        where a pass could not even decode all sequences."""
+        if buffer_bytes := self.engines.buffers.get(DEEPEP_BUFFERS):
+            return FEWER_BUFFERED_TOKENS if buffer_bytes > self.engines.weight_bytes else ""
+        tokens = self.engines.tokens_that_free(short_bytes)
+        if tokens < decoded_tokens(self.job):
+            return ""
+        return f"{FEWER_BUFFERED_TOKENS} to {tokens:,}"
+
+    def _more_room(self, short_bytes: float) -> str:
+        """Return the remedies that leave an engine GPU `short_bytes` more for its cache."""
         rollout = self.job.config.rollout
         note = ", fewer engines" if rollout.engines > 1 else ""
         # Data-parallel copies of a dense model are whole: only tensor parallelism shrinks them.
         axis = "data_parallel" if self.job.has_experts else "tensor_parallel"
         size = getattr(rollout, axis)
         remedies = [f"raise rollout.{axis}={size} (more GPUs for an engine{note})"]
-        if self.engines.buffers.get(DEEPEP_BUFFERS, 0) > self.engines.weight_bytes:
-            remedies.insert(0, FEWER_BUFFERED_TOKENS)
+        if fewer_tokens := self._fewer_tokens(short_bytes):
+            remedies.insert(0, fewer_tokens)
         if rollout.tensor_parallel * rollout.data_parallel == 1:
             remedies = [f"lower rollout.engines={rollout.engines} (more GPUs each)"]
             remedies = remedies if rollout.engines > 1 else ["use more GPUs"]

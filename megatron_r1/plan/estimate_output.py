@@ -8,6 +8,7 @@ from typing import Any
 from megatron_r1.config.yaml_text import format_value as as_yaml
 from megatron_r1.plan.estimate import JobEstimate
 from megatron_r1.plan.job import PlannedJob
+from megatron_r1.plan.pass_memory import not_asked
 from megatron_r1.plan.quantity import Quantity, byte_quantity
 from megatron_r1.plan.search import FittingLayout
 from megatron_r1.reporting.formatting import format_count
@@ -46,7 +47,7 @@ def as_json(
         estimate: the estimate of the job.
         problems: a sentence for each limit that is exceeded.
         other_layouts: layouts that fit."""
-    job = estimate.job
+    job, sections = estimate.job, estimate.sections()
     return {
         "verb": job.verb,
         "gpus": job.world_size,
@@ -55,8 +56,9 @@ def as_json(
         "parallel": job.parallel.model_dump() | {"data": job.data_parallel_size},
         "sections": {
             title: {name: _quantity_entries(quantity) for name, quantity in section.items()}
-            for title, section in estimate.sections().items()
+            for title, section in sections.items()
         },
+        "not asked": [name for section in sections.values() for name in not_asked(section)],
         "ranks": [
             {
                 "pipeline_rank": rank.rank,
@@ -143,8 +145,7 @@ def _format_title(estimate: JobEstimate) -> str:
             lines.append(_colocation_hint(job))
     lines.append(
         f"assumed: responses of {format_count(job.response_tokens, 'token')} on average, prompts "
-        "of "
-        f"{job.assumptions.prompt_tokens:,}; rates and efficiencies: last section"
+        f"of {job.assumptions.prompt_tokens:,}; rates and efficiencies: last section"
     )
     return "\n".join(lines)
 

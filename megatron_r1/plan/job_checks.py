@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.controller.trainer_calls.packing import check_batches
 from megatron_r1.engines.server.recipe_checks import check_engines
+from megatron_r1.engines.server.vllm_arguments import compilation_config
 from megatron_r1.models.exchange_overlap_checks import check_exchange_overlap
 from megatron_r1.models.parallel_checks import check_divisions
 from megatron_r1.plan.job import PlannedJob
@@ -25,6 +26,7 @@ def check_engine_gpus(job: PlannedJob) -> None:
     """Raise ValueError for engines that are impossible, or impossible on these GPUs."""
     rollout, gpus = job.config.rollout, job.rollout_gpus or job.world_size
     check_engines(job.config, job.hf_config)
+    compilation_config(rollout.vllm)  # raises for what vLLM refuses
     if rollout.pipeline_parallel > 1:
         raise UserError(
             f"rollout.pipeline_parallel={rollout.pipeline_parallel}: engines with stages are not "

@@ -13,6 +13,11 @@ from megatron_r1.models.memory import (
     persistent_bytes,
     reference_bytes,
 )
+from megatron_r1.plan.communicators import (
+    COMMUNICATORS,
+    communicator_bytes,
+    communicator_formula,
+)
 from megatron_r1.plan.counts import RankCounts
 from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS, deepep_buffer_bytes
 from megatron_r1.plan.exchange_overlap_time import working_bytes
@@ -102,7 +107,9 @@ def _rank_memory(
             job.config, counts, job.optimizer_shards, with_reference=keeps_reference
         )
     persistent_kinds = {**persistent, "fp8 copies": _fp8_copies(job, counts)}
-    ends = {"loss head": head_bytes, "reserved": round(job.assumptions.reserved)}
+    counted = communicator_bytes(job)
+    reserved = max(0, round(job.assumptions.reserved) - counted)
+    ends = {"loss head": head_bytes, COMMUNICATORS: counted, "reserved": reserved}
     training = {**persistent_kinds, "activations": kept_bytes, "layer in work": layer_bytes, **ends}
     logprobs_reference = reference_size if job.computes_ref_logprobs else 0
     logprobs = {
@@ -238,7 +245,9 @@ def memory_section(job: PlannedJob, rank: RankMemory) -> QuantityTable:
         f"{parallel.recompute}",
         "layer in work": "what recomputation brings back in one layer, and its token exchange",
         "loss head": _head_bytes(job)[1] if rank.training["loss head"] else "not on this rank",
-        "reserved": "assumed: CUDA context, NCCL, fragmentation",
+        COMMUNICATORS: communicator_formula(job),
+        "reserved": f"assumed: {byte_quantity(job.assumptions.reserved)} with communicators, "
+        "CUDA context, fragmentation",
         "reference": f"parameters x {value} B",
         RECEIVE_BUFFER: "weights on their way into the engine on this GPU, kept between pushes",
         DEEPEP_BUFFERS: "of the engine on this GPU, which it keeps while it sleeps",

@@ -74,11 +74,21 @@ def test_on_gpus_the_receive_buffer_of_an_engine_is_shown(monkeypatch):
     monkeypatch.chdir(RECIPE.parents[2])
     monkeypatch.setattr(dry_run.gpu, "is_usable", lambda: True)
     shown = run_costs.describe_run_memory(load_recipe(RECIPE))
-    assert "24.69 GiB" in shown
+    assert "24.69 GiB" in shown and "workspace of experts 3.50 GiB" in shown
     # 671,026,419,200 parameters in bf16: 2 B, gradient 4, master copy 4 and moments 4 or 8.
     moments = load_recipe(RECIPE).optimizer.moments
     each = {"bfloat16": 14, "float32": 18}[moments]
     assert f"{671_026_419_200 * each / 2**30:,.2f} GiB for weights" in shown
+
+
+def test_an_engine_s_passes_are_those_of_the_gpu_that_is_there(monkeypatch):
+    """By default vLLM's passes have 8,192 tokens on Hopper and 16,384 on Blackwell."""
+    monkeypatch.chdir(RECIPE.parents[2])
+    monkeypatch.setattr(dry_run.gpu, "is_usable", lambda: True)
+    config = load_recipe(RECIPE, {"rollout.vllm": {}})
+    for architecture, size in ((9, "28.00"), (10, "56.00"), (None, "28.00")):
+        monkeypatch.setattr(dry_run.gpu, "architecture", lambda found=architecture: found)
+        assert f"workspace of experts {size} GiB" in run_costs.describe_run_memory(config)
 
 
 def test_the_size_of_a_kept_sample_log_is_that_of_the_file_that_a_run_writes(tmp_path):

@@ -15,6 +15,7 @@ from megatron_r1.plan.job import PlannedJob
 def test_a_larger_share_of_the_gpu_is_the_remedy_where_the_trainer_leaves_it():
     def problems(share: str) -> list[str]:
         fewer = {"rollout.engines": 4, "rl.schedule": [], "rollout.gpu_memory": share}
+        fewer["rollout.vllm"] = {"max_num_batched_tokens": 256}
         config = configuration.load_recipe(RECIPE, BY_HAND | fewer)
         return JobEstimate(PlannedJob(V3, config, 512, HARDWARE["H800"])).problems()
 

@@ -68,7 +68,7 @@ def test_engines_that_do_not_make_up_the_gpus_are_told_how_many_would(
     monkeypatch.setattr("megatron_r1.commands.plan.nearest_layouts", lambda job: [])
     path = str(RECIPE.parent / f"{recipe}.yaml")
     assert main([path, *options]) == 1
-    advice = capsys.readouterr().out.rpartition("; set ")[2].strip()
+    advice = capsys.readouterr().out.rpartition("; set ")[2].splitlines()[0]
     for way in advice.partition(", or lower")[0].split(" or "):
         main([path, *options, *way.split()])
         assert "rollout.engines=" not in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """Ranges of estimated times, and what narrows them."""
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from megatron_r1.plan.time_ranges import (
     narrowing_section,
 )
 from megatron_r1.plan.timing import TIME_PARTS, time_section
-from tools.gpu_check import miniatures
 from tools.gpu_check.checks import CHECKS
+
+sys.path.append(str(ROOT / "tests" / "gpu"))
+import gpu_miniatures
 
 
 def times(job):
@@ -219,7 +222,10 @@ def test_the_bill_names_the_measurement_of_each_wide_range(capsys):
     assert re.search(r"a step \([\d,]+ to [\d,]+ s\)", printed)
 
 
-DEEPEP = ["--rollout.vllm", "{all2all_backend: deepep_low_latency}", "--rollout.gpu_memory", "0.76"]
+DEEPEP = [
+    "--rollout.vllm",
+    "{all2all_backend: deepep_low_latency, max_num_batched_tokens: 128}",
+]
 
 
 @pytest.mark.more
@@ -261,14 +267,16 @@ def test_engines_of_one_gpu_need_the_bandwidth_and_saves_that_block_the_storage(
 
 
 @pytest.mark.more
-def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
+def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, monkeypatch, capsys):
     """The file that all three checks of seconds have written, as they write it."""
-    values = {"decode_latency_per_layer": 1e-4, "bandwidth_efficiency": 0.6}
-    miniatures.add_values(tmp_path, "H800", values)
-    miniatures.add_values(tmp_path, "H800", {"compute_efficiency": 0.4})
-    file = miniatures.add_values(
-        tmp_path, "H800", {"wake_seconds": 1.5, "tensor_load_seconds": 2e-4}
-    )
+    monkeypatch.setattr(gpu_miniatures, "device_kind", lambda: "gpu")
+    folder, file = tmp_path / "check" / "run", tmp_path / "calibration.yaml"
+    for values in (
+        {"decode_latency_per_layer": 1e-4, "bandwidth_efficiency": 0.6},
+        {"compute_efficiency": 0.4},
+        {"wake_seconds": 1.5, "tensor_load_seconds": 2e-4},
+    ):
+        assert gpu_miniatures.write_calibration(folder, "H800", values)["written"] == str(file)
     whole = tmp_path / "whole.yaml"
     whole.write_text(f"{file.read_text()}gpus: {planned().num_gpus}\npush_efficiency: 0.5\n")
     assert main([str(RECIPE)]) == main([str(RECIPE), "--calibrate", str(file)]) == 0
@@ -278,7 +286,7 @@ def test_a_plan_with_the_checks_file_has_a_narrower_range(tmp_path, capsys):
     )
     wide, of_one_gpu, narrow = (int(high) / int(low) for low, high in ranges)
     assert wide > 3.5 > 2.5 > of_one_gpu > 1.1 > narrow
-    miniatures.add_values(tmp_path, "H100", {"compute_efficiency": 0.4})
+    gpu_miniatures.write_calibration(folder, "H100", {"compute_efficiency": 0.4})
     assert main([str(RECIPE), "--calibrate", str(file)]) == 2
     assert "H100" in capsys.readouterr().err
 

@@ -96,6 +96,7 @@ def test_a_step_waits_for_the_controller_and_for_the_first_rank_of_a_replica():
 @pytest.mark.more
 def test_beside_a_rollout_of_other_gpus_it_is_the_trainer_s_time():
     pools = {"rollout_gpus": 2048, "rollout__colocated": False, "rl__staleness": 1}
+    pools |= {"rollout__gpu_memory": 0.7}  # a push over nccl needs the rest
     on, off = (sections(rl__routing_replay=value, **pools)["time"] for value in (True, False))
     waits = on["routed experts"].value - waits_spared(on, off)
     assert on["step"].value == pytest.approx(off["step"].value + waits / 2)  # of two steps' time
