@@ -25,7 +25,7 @@ SMOLLM2 := build/smollm2
 VERL := build/verl
 TE_BUILT := $(CUDA_VENV)/.transformer-engine-$(TE)-torch-$(TORCH)
 
-.PHONY: help system-packages cluster-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-more test-all lint format kernel-files house losses evidence bench gpu-check docs wheels clean
+.PHONY: help system-packages cluster-packages trace-packages cuda-packages setup setup-cuda agents test-cuda demo demo-pretrained demo-agents smollm2 test-unit test test-more test-all lint format kernel-files house losses evidence bench gpu-check docs wheels clean
 
 help:
 	@echo "make demo      a small model learns to reason: minutes on two CPU cores"
@@ -44,7 +44,7 @@ help:
 	@echo "make losses    losses of 20 steps from one seed: a refactoring must not change them"
 	@echo "make evidence  measures the claims of docs/evidence.md that are not fresh, the shortest first; CLAIM=id: one"
 	@echo "make bench     kernels and whole steps compared with their public peers"
-	@echo "make gpu-check  what a machine with a GPU can answer, in two parts of nine minutes"
+	@echo "make gpu-check  what a machine with a GPU can answer in nine minutes"
 	@echo "make docs      API pages in build/docs"
 	@echo "make wheels    what a release has: dist/*.whl, which one pip install takes"
 	@echo "make clean     remove $(VENV), $(CUDA_VENV), $(AGENTS_VENV) and build; runs stay"
@@ -70,6 +70,13 @@ cluster-packages:
 	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing slurm, munge and iproute2" && \
 	{ apt-get install -y -qq slurm-wlm munge iproute2 || { apt-get update -qq && apt-get install -y -qq slurm-wlm munge iproute2; }; } >/dev/null 2>&1; } || \
 	echo "the tests of the Slurm scripts need slurm, munge and root (they are skipped): sudo apt-get install slurm-wlm munge iproute2"
+
+# For test-cuda, which records the files that its tests open.
+trace-packages:
+	@command -v strace >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && echo "installing strace" && \
+	{ apt-get install -y -qq strace || { apt-get update -qq && apt-get install -y -qq strace; }; } >/dev/null 2>&1; } || \
+	{ echo "test-cuda needs strace, which is not installed: sudo apt-get install strace"; exit 1; }
 
 $(INSTALLED): $(LOCK) setup.py pyproject.toml kernels/pyproject.toml grading/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
@@ -103,12 +110,13 @@ $(VERL)/.installed: requirements/verl.txt | $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
 	@touch $@
 
-# Trainer and engines on GPUs. Needs a driver for CUDA 13 where it runs, neither the toolkit nor a container.
+# Trainer and engines on GPUs. Needs a driver for CUDA 13 where it runs, no container, and no CUDA toolkit: nvcc and what it
+# needs are in the lock, and $(CUDA_VENV)/cuda is their toolkit.
 setup-cuda: system-packages $(CUDA_VENV)/.installed
 
-cuda-packages: $(CUDA_VENV)/.packages $(TE_BUILT)
+cuda-packages: $(CUDA_VENV)/cuda/.linked $(TE_BUILT)
 
-$(CUDA_VENV)/.installed: $(CUDA_VENV)/.packages $(TE_BUILT) setup.py pyproject.toml kernels/pyproject.toml grading/pyproject.toml
+$(CUDA_VENV)/.installed: $(CUDA_VENV)/cuda/.linked $(TE_BUILT) setup.py pyproject.toml kernels/pyproject.toml grading/pyproject.toml
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e kernels -e grading -e .
 	@touch $@
 
@@ -120,6 +128,10 @@ $(CUDA_VENV)/.packages: $(CUDA_LOCK)
 	@! $(CUDA_BIN)/python -m pip show torch | grep '^Version:.*+cpu' >/dev/null || { $(CUDA_BIN)/python -m pip uninstall --quiet --yes torch; \
 	echo "pip has found a CPU build of torch $(TORCH) before the CUDA build, in another index or a folder of wheels (pip config list): env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null make setup-cuda leaves them out"; exit 1; }
 	$(CUDA_BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(CUDA_LOCK)
+	@touch $@
+
+$(CUDA_VENV)/cuda/.linked: requirements/cuda_home.sh $(CUDA_VENV)/.packages
+	@requirements/cuda_home.sh $(CUDA_BIN)/python $(@D)
 	@touch $@
 
 # From source: a wheel for this torch is in no package index.
@@ -181,9 +193,9 @@ test-faults: setup
 	$(BIN)/python tests/faults
 
 # tests/nullgpu: a driver and a CUDA runtime whose memory is the host's and whose kernels do nothing, below the real
-# packages. What only hardware can tell is left to gpu-check.
-test-cuda: setup-cuda
-	$(CUDA_BIN)/python -m tools.cuda_record --run --durations 0
+# packages. What only hardware can tell is left to gpu-check. Two files at once need up to 24 GB.
+test-cuda: trace-packages setup-cuda
+	$(CUDA_BIN)/python -m tools.cuda_record --run -n 2 --dist loadfile --durations 0
 
 lint: setup
 	$(BIN)/ruff check .
@@ -223,9 +235,9 @@ bench: setup
 	$(BIN)/python tools/bench kernels
 	$(BIN)/python tools/bench step
 
-# What docs/gpu-checklist.md asks of a machine with a GPU, in two parts of nine minutes: build/gpu_check. Without one it says so.
+# What docs/gpu-checklist.md asks of a machine with a GPU, in nine minutes: build/gpu_check. Without one it says so.
 gpu-check: $(if $(wildcard /dev/nvidia0),setup-cuda,setup)
-	$(if $(wildcard /dev/nvidia0),$(CUDA_BIN),$(BIN))/python tools/gpu_check
+	$(if $(wildcard /dev/nvidia0),$(CUDA_BIN),$(BIN))/python tools/gpu_check --budget 540
 
 # Pages of every module, class and function, from their docstrings: build/docs/index.html.
 docs: setup

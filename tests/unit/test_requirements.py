@@ -85,6 +85,14 @@ def test_the_locks_for_cpus_and_gpus_have_the_same_versions() -> None:
     assert {name for name in both if str(tested[name]) != str(cuda[name])} == FOR_CUDA
 
 
+def test_the_compiler_and_the_headers_of_cuda_are_of_one_version() -> None:
+    # Each of these is numbered as its CUDA release; a header refuses an older or newer nvcc.
+    names = ["toolkit", *(f"cuda-{part}" for part in ("nvcc", "crt", "cccl", "nvrtc", "runtime"))]
+    pinned = _pinned("cuda.lock") | {"nvidia-toolkit": _pinned("cuda.lock")["cuda-toolkit"]}
+    versions = {name: str(pinned[f"nvidia-{name}"].specifier) for name in [*names, "nvvm"]}
+    assert len({tuple(version.split(".")[:2]) for version in versions.values()}) == 1, versions
+
+
 def test_the_plain_image_has_what_each_of_its_makes_needs(tmp_path: Path) -> None:
     stage = (ROOT / "Dockerfile").read_text().split(" AS together\n")[1]
     made = []

@@ -5,6 +5,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_r1.base.errors import UserError
 from megatron_r1.engines.fleet.host_messages import EngineOrder, EngineReport
 from megatron_r1.engines.server.errors import EngineError
 from megatron_r1.engines.server.gpu import gpus_of_slot, visible_gpus
@@ -110,6 +111,6 @@ class LocalEngines:
                 order.model, log, **settings, **host_settings, extra_env=environment
             )
             engine.server.start()
-        except (EngineError, OSError, TypeError) as error:
+        except (EngineError, OSError, TypeError, UserError) as error:
             engine.server, engine.end = None, str(error)
         return engine

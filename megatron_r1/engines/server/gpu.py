@@ -25,6 +25,21 @@ def is_usable() -> bool:
     return torch_has_cuda() and _count_devices() > 0
 
 
+@functools.cache
+def architecture() -> int | None:
+    """Return the first number of the first GPU's compute capability; None without a GPU. NVML is
+    asked, as the driver may read its environment when it is first called."""
+    major, minor, handle = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle)):
+        return None
+    nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
+    return major.value
+
+
 def engine_device() -> Literal["cpu", "cuda"]:
     """Return the device that engines on this host compute on."""
     return "cuda" if is_usable() else "cpu"

@@ -7,7 +7,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, RolloutConfig
 from megatron_r1.config.teacher import TeacherEngineConfig
 from megatron_r1.engines.server import gpu
-from megatron_r1.engines.server.environment_variables import check_fp8_scales
+from megatron_r1.engines.server.environment_variables import check_fp8_scales, compiler_environment
 from megatron_r1.engines.server.vllm_arguments import check_reserved
 from megatron_r1.models.families import FAMILIES
 from megatron_r1.models.hf_config import (
@@ -85,8 +85,8 @@ def check_local_engines(rollout: RolloutConfig) -> None:
         rollout: the recipe's section.
 
     Raises:
-        UserError: vLLM or DeepEP is not installed, or there are no GPUs for vLLM's balancer of
-            experts.
+        UserError: vLLM or DeepEP is not installed, the CUDA toolkit cannot compile, or there are
+            no GPUs for vLLM's balancer of experts.
     """
     if rollout.placement != "local":
         return
@@ -98,7 +98,9 @@ def check_local_engines(rollout: RolloutConfig) -> None:
             key="rollout.placement",
             cause=Cause.NOT_INSTALLED,
         )
-    if rollout.redundant_experts and not gpu.is_usable():
+    if gpu.is_usable():
+        compiler_environment()
+    elif rollout.redundant_experts:
         raise UserError(
             "rollout.redundant_experts: vLLM's balancer of experts needs GPUs, and there is none "
             "here; set it to 0",

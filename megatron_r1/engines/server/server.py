@@ -157,6 +157,7 @@ class EngineServer(Server):
         self._log_start = 0
         self._kills_before = 0
         self._scratch: Scratch | None = None
+        self._port_holder: socket.socket | None = None
         self._url: str | None = None
 
     @property
@@ -214,6 +215,8 @@ class EngineServer(Server):
             children.stop(self.process, STOP_SECONDS, KILL_SECONDS)
         if self._scratch is not None:
             self._scratch.cleanup()
+        if self._port_holder is not None:
+            self._port_holder.close()
 
     def describe_end(self) -> str:
         """Return how the process ended and an excerpt of its log, root cause first."""
@@ -239,13 +242,14 @@ class EngineServer(Server):
             self._url = ""
             return []
         port = settings.port or children.free_port(settings.host)
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's own does
-            probe.bind((settings.host, port))
-            if settings.part is not None:
-                # While the server's port is taken, so that it is another one.
-                host = socket.gethostbyname(settings.host)  # ZeroMQ listens at no name
-                self.coordinator = f"{host}:{children.free_port(host)}"
+        # Until vLLM listens there, no other engine may choose the port: this one would take the
+        # other for itself.
+        self._port_holder = socket.socket()
+        self._port_holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM's
+        self._port_holder.bind((settings.host, port))
+        if settings.part is not None:
+            host = socket.gethostbyname(settings.host)  # ZeroMQ listens at no name
+            self.coordinator = f"{host}:{children.free_port(host)}"
         self._url = f"http://{settings.host}:{port}"
         return ["--port", str(port)]
 

@@ -5,6 +5,7 @@ They get their form of the command line here, and are checked before anything st
 project sets itself is refused with the recipe's key for it. All else vLLM's own parser reads, in
 the Python of the engines, with the values of its nested configurations."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -101,6 +102,18 @@ def argument_list(values: Mapping[str, Any]) -> list[str]:
         else:
             words += [f"--{option}", str(value)]
     return words
+
+
+def compilation_config(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return vLLM's configuration of this name, which a recipe has as a mapping or as JSON."""
+    value = arguments.get("compilation-config", arguments.get("compilation_config", {}))
+    with contextlib.suppress(TypeError, ValueError):
+        value = json.loads(value)
+    if isinstance(value, Mapping):
+        return value
+    key = "rollout.vllm.compilation_config"
+    text = f"{key}={value!r}: write a mapping, such as {{cudagraph_mode: NONE}}, or leave it out"
+    raise UserError(text, key=key, cause=Cause.MALFORMED)
 
 
 def check_reserved(engines: RolloutConfig | TeacherEngineConfig, section: str) -> None:

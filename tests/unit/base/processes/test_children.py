@@ -65,7 +65,8 @@ def end_framed(child):
 
 def end_engine(child):
     settings = SimpleNamespace(device="cpu")
-    EngineServer.stop(SimpleNamespace(process=child, settings=settings, _shared=[], _scratch=None))
+    started = {"process": child, "settings": settings, "_scratch": None, "_port_holder": None}
+    EngineServer.stop(SimpleNamespace(**started))
 
 
 @pytest.mark.parametrize("end", [children.stop, children.kill, end_framed, end_engine])

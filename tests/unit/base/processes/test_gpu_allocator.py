@@ -14,6 +14,7 @@ from megatron_r1.controller.trainer_calls import rank_processes
 from megatron_r1.controller.trainer_calls.rank_processes import RankProcesses
 from megatron_r1.engines.server import gpu
 from megatron_r1.engines.server.settings import EngineSettings
+from megatron_r1.models.device_connections import CONNECTIONS_VARIABLE
 from megatron_r1.trainer import rank_server
 
 RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -49,6 +50,19 @@ def test_ranks_on_gpus_let_segments_grow(has_gpu, tmp_path, monkeypatch):
     assert not any(allocator_of(own) for own in started), "the user's own setting stays"
 
 
+def test_ranks_on_gpus_are_told_how_many_connections(has_gpu, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        rank_processes, "_start_rank", lambda command, log, own: started.append(own)
+    )
+    monkeypatch.setattr(gpu, "architecture", lambda: 9)
+    monkeypatch.delenv(CONNECTIONS_VARIABLE, raising=False)
+    layout = {"processes": 2, "tensor": 2}
+    config = parse_recipe({"run": {"folder": "x"}, "parallel": layout})
+    RankProcesses(tmp_path).start(config, "tcp://127.0.0.1:1", "secret")
+    assert [own.get(CONNECTIONS_VARIABLE) for own in started] == ["1" if has_gpu else None] * 2
+
+
 def test_a_torch_that_may_not_know_how_pinned_memory_is_rounded_is_not_told(monkeypatch):
     """It would end the process: "Unrecognized key"."""
     for version, expected in {
@@ -79,7 +93,12 @@ def test_ranks_under_torchrun_do_and_their_controller_does_not(has_gpu, monkeypa
         monkeypatch.delenv(name)
     monkeypatch.setattr(torchrun.subprocess, "Popen", popen)
     monkeypatch.setattr(rank_server, "serve_under_torchrun", serve)
-    assert cli._serve_as_rank(parse_recipe({"run": {"folder": "x"}}), ["rl", "x.yaml"]) == 0
+    monkeypatch.setattr(gpu, "architecture", lambda: 9 if has_gpu else None)
+    monkeypatch.setenv(CONNECTIONS_VARIABLE, "")
+    recipe = parse_recipe({"run": {"folder": "x"}, "parallel": {"tensor": 2}})
+    assert cli._serve_as_rank(recipe, ["rl", "x.yaml"]) == 0
+    assert seen["rank"][CONNECTIONS_VARIABLE] == ("1" if has_gpu else "")
+    assert not seen["controller"].get(CONNECTIONS_VARIABLE), "engines inherit the controller's"
     assert allocator_of(seen["rank"]) == (TRAINERS if has_gpu else {})
     assert allocator_of(seen["controller"]) == {}
     secret = seen["rank"][torchrun.RANKS_TOKEN_VARIABLE]

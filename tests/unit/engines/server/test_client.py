@@ -2,13 +2,17 @@
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from aiohttp import web
 from fakes.loopback import serving
+from vllm.entrypoints.launchers.launcher import create_server_socket
 
+from megatron_r1.base.processes import fork_client
 from megatron_r1.base.processes.log_excerpts import excerpt_log
 from megatron_r1.engines.fleet.engine_fleet import EngineFleet
 from megatron_r1.engines.server.client import EngineClient
@@ -144,6 +148,20 @@ def test_a_folder_that_is_no_model_is_refused_before_launch(tmp_path, config, sh
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(EngineError, match=shown):
         EngineServer(tmp_path, tmp_path / "log").start()
+
+
+def test_until_an_engine_listens_no_other_may_choose_its_port(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    process = SimpleNamespace(pid=None, poll=lambda: 0, kill=lambda: None, wait=lambda timeout: 0)
+    monkeypatch.setattr(fork_client, "start", lambda *ignored: process)
+    server = EngineServer(tmp_path, tmp_path / "log")
+    server.start()
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(address)  # as `free_port` does
+    with create_server_socket(address, reuse_port=False) as listener:
+        listener.listen()
+        socket.create_connection(address).close()
 
 
 def test_a_folder_with_an_architecture_passes(tmp_path):

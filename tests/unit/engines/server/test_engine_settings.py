@@ -1,9 +1,13 @@
 """What a recipe sets of an engine's cache, as vLLM's arguments."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from cuda_toolkit import write_toolkit
 from refusals import refused
 
 from megatron_r1.base.errors import Cause
@@ -53,6 +57,60 @@ def test_vllm_keeps_the_scales_of_pushed_fp8_blocks(scale_format, value, monkeyp
     monkeypatch.setenv(name, other)
     with refused("push.fp8", Cause.CONFLICT, f"{name}={other}"):
         environment_variables.check_fp8_scales(hf_config)
+
+
+DRAFT = """
+import numpy, torch
+from vllm.v1.spec_decode.ngram_proposer import batch_propose_numba
+rows = numpy.zeros((4, 8), numpy.int32)
+counts = numpy.full(4, 8, numpy.int32)
+batch_propose_numba([0, 1, 2, 3], counts, rows, 2, 2, 16, 2, rows.copy(), counts.copy())
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.more  # Numba compiles
+def test_drafting_leaves_an_engine_its_threads():
+    env = os.environ | environment_variables.engine_environment("cpu", 1, 1)
+    assert subprocess.check_output([sys.executable, "-c", DRAFT], env=env, text=True) == "1\n"
+
+
+def test_engines_compile_with_the_installed_toolkit_unless_one_is_set(tmp_path, monkeypatch):
+    for name in ("CUDA_HOME", "CUDA_PATH", "VLLM_USE_FLASHINFER_SAMPLER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(environment_variables.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(environment_variables, "SYSTEM_TOOLKIT", str(tmp_path / "system"))
+    monkeypatch.setattr(environment_variables.shutil, "which", lambda name, path: None)
+    assert environment_variables.compiler_environment() == {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    half = write_toolkit(tmp_path / "usr", "13.0", None)
+    monkeypatch.setattr(
+        environment_variables.shutil, "which", lambda name, path: f"{half}/bin/nvcc"
+    )
+    with refused("CUDA_HOME", Cause.CONFLICT, half, "cuda_runtime_api.h"):
+        environment_variables.compiler_environment()
+    system = write_toolkit(tmp_path / "system")
+    assert environment_variables.compiler_environment()["CUDA_HOME"] == str(system)
+    # As conda's.
+    (system / "targets" / "x86_64-linux").mkdir(parents=True)
+    (system / "include").rename(system / "targets" / "x86_64-linux" / "include")
+    assert environment_variables.compiler_environment()["CUDA_HOME"] == str(system)
+    installed = write_toolkit(tmp_path / "cuda")
+    made = EngineSettings(device="cuda").environment()
+    assert made["CUDA_HOME"] == str(installed)
+    # ninja is where this Python is.
+    assert made["PATH"].split(":")[0] == str(Path(sys.executable).parent)
+    monkeypatch.setenv("CUDA_HOME", str(write_toolkit(tmp_path / "other", "12.9", 12090)))
+    assert environment_variables.compiler_environment()["CUDA_HOME"] == f"{tmp_path}/other"
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "headers", "shown"),
+    [(None, 13000, "bin/nvcc"), ("13.5", 13000, ("13", "5")), ("12.8", 12090, ("12", "9"))],
+)
+def test_a_toolkit_that_cannot_compile_is_refused(nvcc, headers, shown, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_HOME", str(write_toolkit(tmp_path, nvcc, headers)))
+    with refused("CUDA_HOME", Cause.CONFLICT, tmp_path, shown):
+        EngineSettings(device="cuda").environment()
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
