@@ -14,6 +14,12 @@ RELAY_BUCKET_BYTES = 64 << 20
 ROUNDS_AHEAD = 2
 """Rounds of NCCL that a GPU has enqueued at a time, each with a bucket for either direction."""
 
+PUSH_CHANNELS = {"minCTAs": 8, "maxCTAs": 8, "nvlsCTAs": 1, "nChannelsPerNetPeer": 4}
+"""NCCL's limits of a push's communicator, which sends and receives alone. Its buffers for the
+network grow with its channels, of which NCCL's own choice is up to 32. A peer has four, as NCCL
+counts on 14 GB/s of each; undefined it would have one among as many ranks as a cluster has
+(graph/paths.cc of 2.29). NCCL_BUFFSIZE is of a process, and so of the trainer's, too."""
+
 
 @dataclass(frozen=True)
 class Transport:

@@ -26,6 +26,7 @@ from megatron_r1.commands.verb_words import (
 from megatron_r1.config.keys import boolean_keys
 from megatron_r1.config.overrides import parse_overrides
 from megatron_r1.engines.server import gpu
+from megatron_r1.models.device_connections import trainer_connections
 
 RECIPE_VERBS = {
     "sft": "megatron_r1.commands.sft",
@@ -259,6 +260,8 @@ def _serve_as_rank(config: configuration.Config, arguments: list[str]) -> int:
     """Be a trainer rank until the controller ends; return the exit status. Rank 0 starts the
     controller and returns its status."""
     inherited = dict(os.environ)
+    connections = trainer_connections(config.parallel, os.environ, gpu.architecture())
+    os.environ.update(connections)
     if gpu.is_usable():  # before torch is imported
         os.environ.update(process_memory.trainer_allocator(os.environ))
     with without_garbage_collection():

@@ -13,11 +13,13 @@
 - `context_parallel`: the split of tokens over ranks.
 - `expert_exchange_overlap`, `token_dispatcher`: the exchange of tokens between experts' ranks.
 - `host_packed_seq_params`, `sampling_mask`: what comes with the tokens of a packed batch.
+- `attention_choice`: which attention Transformer Engine takes on this GPU, and why.
 - `platform`, `patches`, `cpu_patches`: prepare a process; `patch_type`: what a patch is made of;
   `expert_routing`, `packed_rotary`, `packed_roll`: functions in the place of Megatron's;
   `rendezvous_store`: where ranks meet.
 - `gradients`, `fp8` (on CPUs `fp8_emulation`, on GPUs `fp8_checks`), `routing_replay`: the rules of
   gradients, FP8 training and routing replay.
+- `loaded_libraries`: the versions of CUDA's libraries, as their files report them.
 - `weights`: the table of all weights; `transformers_model`: a model for comparisons.
 
 Everything but `read_hf_config` is imported at first use, after `models.platform.prepare_process()`;

@@ -24,6 +24,7 @@ from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config, FP8Config, ParallelConfig
 from megatron_r1.config.model import Fusion
 from megatron_r1.models import platform
+from megatron_r1.models.attention_choice import backend_variables
 from megatron_r1.models.exchange_overlap_checks import check_exchange_overlap
 from megatron_r1.models.fp8_checks import transformer_engine_fp8_fields
 from megatron_r1.models.hf_config import HFConfig, model_family
@@ -41,12 +42,6 @@ ON_GPUS: list[Fusion] = ["gradient_accumulation", "permute"]
 """Fusions of Transformer Engine itself, the default on a GPU."""
 FLASH_ATTENTION = ("flash_attn", "flash_attn_3", "flash_attn_interface")
 """Modules that Transformer Engine uses for flash attention, if they are installed."""
-BACKEND_VARIABLES = {
-    "flash": "NVTE_FLASH_ATTN",
-    "fused": "NVTE_FUSED_ATTN",
-    "unfused": "NVTE_UNFUSED_ATTN",
-}
-"""Variables by which Megatron selects a backend of Transformer Engine's attention."""
 
 
 def _acceleration_fields(config: Config, has_experts: bool) -> dict[str, Any]:
@@ -92,8 +87,7 @@ def _check_attention(backend: str) -> None:
             key="model.attention_backend",
             cause=Cause.NOT_INSTALLED,
         )
-    for name, variable in BACKEND_VARIABLES.items():
-        expected_value = str(int(backend in ("auto", name)))
+    for variable, expected_value in backend_variables(backend).items():
         if (current_value := os.environ.get(variable, expected_value)) != expected_value:
             raise UserError(
                 f"model.attention_backend: {backend} sets {variable}={expected_value}, and the "
@@ -184,7 +178,7 @@ def transformer_config(hf_config: HFConfig, config: Config) -> TransformerConfig
     if fields.get("softmax_type") and config.model.attention_backend == "flash":
         raise UserError(
             "model.attention_backend: flash has no learned softmax offsets, which "
-            f"{hf_config['architectures'][0]} needs; use fused (cuDNN 9.18 or later) or auto",
+            f"{hf_config['architectures'][0]} needs; use auto",
             key="model.attention_backend",
             cause=Cause.UNSUPPORTED,
         )

@@ -146,11 +146,13 @@ def _without_wandb() -> Iterator[None]:
 def join_process_group(timeout: timedelta | None = None) -> None:
     """Initialize torch.distributed from torchrun's environment variables, unless it is already.
 
+    It is not told the device: torch would make a communicator of NCCL for each of Megatron's groups
+    at once, most of which nothing uses, by a call of all ranks for every group of any of them.
+
     Args:
         timeout: the timeout of its collective operations; None for torch's, ten minutes for NCCL.
     """
     if not dist.is_initialized():
-        gpu = device() if _REAL_CUDA else None
         store = dist.PrefixStore("default_pg", trainer_store(timeout))
         dist.init_process_group(
             distributed_backend(),
@@ -158,7 +160,6 @@ def join_process_group(timeout: timedelta | None = None) -> None:
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=timeout,
-            device_id=gpu,
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_r1.base.errors import Cause, UserError
 from megatron_r1.config import Config
 from megatron_r1.config.algorithms import find_rules
+from megatron_r1.models.attention_choice import check_attention, longest_sample
 from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.megatron_config import transformer_config
 from megatron_r1.models.routing_replay import replay_recomputations
@@ -52,6 +53,9 @@ class Critic:
         self.grid_position = grid_position
         self.value_clip = config.critic.value_clip
         critic_transformer_config = transformer_config(hf_config, critic_config)
+        if critic_transformer_config.transformer_impl == "transformer_engine":
+            longest = longest_sample(config, hf_config)
+            check_attention(critic_config, critic_transformer_config, longest)
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
             critic_config, hf_config, critic_transformer_config, grid_position.groups, score_std=0.0
         )

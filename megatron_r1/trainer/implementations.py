@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,9 @@ import torch
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_r1.models import platform
+from megatron_r1.models.attention_choice import ATTENTION_LIBRARIES
+from megatron_r1.models.device_connections import CONNECTIONS_VARIABLE
+from megatron_r1.models.loaded_libraries import loaded_libraries
 from megatron_r1.models.megatron_config import FUSION_FIELDS
 from megatron_r1.models.weights.adapter_table import num_adapter_parameters
 
@@ -43,8 +47,10 @@ def describe_implementations(trainer: Trainer) -> dict[str, str]:
                 classes.setdefault("dispatcher", set()).add(_class_label(type(dispatcher)))
     parts = {role: ", ".join(sorted(kinds)) for role, kinds in classes.items()}
     config = trainer.transformer_config
-    if "attention" in parts and config.transformer_impl == "transformer_engine":
-        parts["attention"] += f": {config.attention_backend.name}{_flash_version()}"
+    if "attention" in parts and trainer.attention is not None:
+        parts["attention"] += f": {trainer.attention}"
+        for library in loaded_libraries(*ATTENTION_LIBRARIES):
+            parts[library.name] = f"{library.version} ({library.file})"
     if config.overlap_moe_expert_parallel_comm:
         parts["dispatcher"] += ", behind another micro-batch's computation"
     fusions = [name for name, field in FUSION_FIELDS.items() if getattr(config, field)]
@@ -54,6 +60,9 @@ def describe_implementations(trainer: Trainer) -> dict[str, str]:
         parts["adapters"] = f"rank {lora.rank}, {count / 1e6:,.2f}M parameters, all that is trained"
     parts["optimizer"] = _optimizer_description(trainer.optimizer)
     parts["gradient reduction"] = _reduction_description(trainer.ddp_chunks[0].ddp_config)
+    if platform.has_gpu():
+        number = os.environ.get(CONNECTIONS_VARIABLE, "CUDA's own")
+        parts["connections to the GPU"] = f"{number} ({CONNECTIONS_VARIABLE})"
     parts["loss head"] = "r1_kernels, in " + (
         _triton_description() if platform.has_gpu() else "PyTorch"
     )
@@ -89,13 +98,6 @@ def _reduction_description(settings: Any) -> str:
     return (
         f"{platform.distributed_backend()} in {dtype}, {overlapped_names or 'nothing'} overlapped"
     )
-
-
-def _flash_version() -> str:
-    try:
-        return f", with flash-attn {metadata.version('flash-attn')}"
-    except metadata.PackageNotFoundError:
-        return ", without flash-attn"
 
 
 def _triton_description() -> str:

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import msgspec
@@ -169,7 +169,7 @@ class RankServer:
     def __init__(self, config: Config, grid_position: GridPosition):
         # These import Megatron, which is possible only after platform.prepare_process().
         from megatron_r1.push.rank_push import RankPush
-        from megatron_r1.trainer import implementations
+        from megatron_r1.trainer import first_steps, implementations
         from megatron_r1.trainer.checkpoint_manager import CheckpointManager
         from megatron_r1.trainer.evaluation_passes import EvaluationPasses
         from megatron_r1.trainer.routing import RoutingScatter
@@ -189,6 +189,9 @@ class RankServer:
             self.trainer, EvaluationPasses(self.trainer), CheckpointManager(self.trainer), push
         )
         self._types = argument_types()
+        self._call_kernels_once = cache(partial(first_steps.call_kernels, self.trainer))
+        if not config.rollout.colocated:  # else an engine that starts has the memory
+            self._call_kernels_once()
 
     def describe(self) -> RankDescription:
         """Return the reply to the rank's start."""
@@ -221,6 +224,7 @@ class RankServer:
         if self._offload is not None:
             self._offload.prepare(call.operation)
         if call.operation == LOAD:
+            self._call_kernels_once()
             broadcast, (buffers, routing) = self.replica.broadcast, split_off_routing(share)
             headers, joined_buffers = broadcast(share[:1]), broadcast(buffers)
             samples = decode_samples(headers, joined_buffers, routing)

@@ -23,6 +23,7 @@ from megatron_r1.config import Config
 from megatron_r1.config.engine_mask import EngineMaskSettings
 from megatron_r1.config.loss_settings import LossSettings, TokenAdvantageSettings
 from megatron_r1.models import platform, weights
+from megatron_r1.models.attention_choice import AttentionChoice, check_attention, longest_sample
 from megatron_r1.models.parallel_checks import check_shared_prompts
 from megatron_r1.models.routing_replay import RoutingReplay
 from megatron_r1.models.routing_shape import routing_shape
@@ -55,6 +56,10 @@ class Trainer:
         self.process_groups = grid_position.groups
         self.hf_config = models.read_hf_config(config.model.path, config.model.head)
         self.transformer_config = models.transformer_config(self.hf_config, config)
+        self.attention: AttentionChoice | None = None
+        if self.transformer_config.transformer_impl == "transformer_engine":
+            longest = longest_sample(config, self.hf_config)
+            self.attention = check_attention(config, self.transformer_config, longest)
         # The same chunks, bare and in Megatron's DistributedDataParallel, which has the gradients.
         self.model_chunks, self.ddp_chunks, self.optimizer = construction.build_network(
             config, self.hf_config, self.transformer_config, self.process_groups

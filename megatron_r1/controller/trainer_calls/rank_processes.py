@@ -20,6 +20,7 @@ from megatron_r1.base.processes.fork_client import ForkedProcess
 from megatron_r1.base.processes.log_excerpts import last_lines, log_end
 from megatron_r1.config import Config
 from megatron_r1.engines.server import gpu
+from megatron_r1.models.device_connections import trainer_connections
 
 MEMORY_REMEDY = (
     "lower parallel.tokens_per_microbatch, parallel.processes, rollout.engines or "
@@ -73,12 +74,18 @@ class RankProcesses:
         settings = config.model_dump_json()
         self._kills_before = oom_kills.num_oom_kills()
         self._timeout_seconds = config.parallel.timeout_seconds
+        gpu_variables = (
+            process_memory.trainer_allocator(os.environ)
+            | trainer_connections(config.parallel, os.environ, gpu.architecture())
+            if gpu.is_usable()
+            else {}
+        )
         for rank in range(world_size):
             environment = {
                 **children.rank_variables(rank, world_size, port),
                 RANKS_TOKEN_VARIABLE: token,
                 **import_environment(),
-                **(process_memory.trainer_allocator(os.environ) if gpu.is_usable() else {}),
+                **gpu_variables,
             }
             self._processes.append(
                 _start_rank([address, settings], self._log_path(rank), environment)

@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 from torch.distributed import DistStoreError
 
+from megatron_r1.base.transports import PUSH_CHANNELS
 from megatron_r1.push.rendezvous import EngineSetFailedError, Rendezvous
 
 SUCCESS, IN_PROGRESS = 0, 7
 BYTE = 1
-CONFIG_MAGIC, CONFIG_VERSION = 0xCAFEBEEF, 21400
+CONFIG_MAGIC, CONFIG_VERSION = 0xCAFEBEEF, 22907
 """Of `ncclConfig_t`: of its fields NCCL reads those that this version had."""
+UNDEFINED = -(2**31)
 
 
 class NCCLError(RuntimeError):
@@ -33,14 +35,26 @@ class UniqueId(ctypes.Structure):
 
 
 class NCCLConfig(ctypes.Structure):
-    """The first fields of `ncclConfig_t`."""
+    """`ncclConfig_t` of NCCL 2.29."""
 
     _fields_ = [
         ("size", ctypes.c_size_t),
-        ("magic", ctypes.c_uint),
-        ("version", ctypes.c_uint),
-        ("blocking", ctypes.c_int),
+        *((name, ctypes.c_uint) for name in ("magic", "version")),
+        *((name, ctypes.c_int) for name in ("blocking", "cgaClusterSize", "minCTAs", "maxCTAs")),
+        ("netName", ctypes.c_char_p),
+        *((name, ctypes.c_int) for name in ("splitShare", "trafficClass")),
+        ("commName", ctypes.c_char_p),
+        *((name, ctypes.c_int) for name in ("collnetEnable", "CTAPolicy", "shrinkShare")),
+        *((name, ctypes.c_int) for name in ("nvlsCTAs", "nChannelsPerNetPeer")),
+        *((name, ctypes.c_int) for name in ("nvlinkCentricSched", "graphUsageMode", "numRmaCtx")),
     ]
+
+
+def push_config() -> NCCLConfig:
+    """Return the configuration of a push's communicators: calls do not block, few channels."""
+    values = {field[0]: UNDEFINED for field in NCCLConfig._fields_ if field[1] is ctypes.c_int}
+    values |= {"blocking": 0} | PUSH_CHANNELS
+    return NCCLConfig(ctypes.sizeof(NCCLConfig), CONFIG_MAGIC, CONFIG_VERSION, **values)
 
 
 class DeviceMemory(NamedTuple):
@@ -79,7 +93,7 @@ def _create_communicator(identifier: bytes, rank: int, num_ranks: int) -> ctypes
         rank: this rank in it.
         num_ranks: the number of its ranks."""
     handle = ctypes.c_void_p()
-    config = NCCLConfig(ctypes.sizeof(NCCLConfig), CONFIG_MAGIC, CONFIG_VERSION, 0)
+    config = push_config()
     unique_id = UniqueId.from_buffer_copy(identifier)
     code = _nccl_library().ncclCommInitRankConfig(
         ctypes.byref(handle),

@@ -15,6 +15,7 @@ from megatron_r1.base.errors import Cause
 from megatron_r1.config import parse_recipe
 from megatron_r1.models import megatron_config as acceleration
 from megatron_r1.models import platform
+from megatron_r1.models.attention_choice import BACKEND_VARIABLES
 
 FUSED = (
     *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),
@@ -46,7 +47,7 @@ def gpu(monkeypatch):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     for name in FUSED:
         monkeypatch.setattr(moe_utils, name, object(), raising=False)
-    for variable in acceleration.BACKEND_VARIABLES.values():
+    for variable in BACKEND_VARIABLES.values():
         monkeypatch.delenv(variable, raising=False)
 
 
