@@ -29,6 +29,8 @@ def test_a_slow_rank_another_version_and_a_folder_of_its_own_are_named(tmp_path)
             f"{tmp_path}/run is not the folder that rank 0 sees on node-1",
         ),
     }
+    measured = {f["check"]: f["measured"] for f in found["findings"]}
+    assert measured["CUDA libraries, attention, compilers"] == "no GPU"
     assert "versions, matrix products, run folder would spoil the run" in output
     assert not (tmp_path / "run").exists(), "the folder is as it was before"
     ranks = found["ranks"]

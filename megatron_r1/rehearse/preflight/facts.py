@@ -2,6 +2,11 @@
 
 import msgspec
 
+from megatron_r1.models.loaded_libraries import LoadedLibrary
+
+COMPILATIONS = "compilations"
+"""The step whose time is told apart: caches keep what it compiles."""
+
 
 class MemoryUsage(msgspec.Struct):
     """Bytes of a device or a host before the run.
@@ -45,6 +50,28 @@ class FolderFacts(msgspec.Struct):
     free_bytes: int = 0
 
 
+class Compilation(msgspec.Struct):
+    """The compilation of one kernel: what its compiler says of a failure, or ""; and its time."""
+
+    error: str
+    seconds: float
+
+
+class TrainerFacts(msgspec.Struct):
+    """What a trainer rank of this node would start with.
+
+    Attributes:
+        attention: Transformer Engine's choice, with its reason where it is not cuDNN's.
+        communicators: in words, those of NCCL that the plan counts for a rank.
+        communicator_bytes: what they take of its GPU by the plan.
+        fault: why it would refuse to start, or ""."""
+
+    attention: str = ""
+    communicators: str = ""
+    communicator_bytes: int = 0
+    fault: str = ""
+
+
 class NodeFacts(msgspec.Struct):
     """The measurements of a node's first rank.
 
@@ -55,15 +82,19 @@ class NodeFacts(msgspec.Struct):
         unreachable: why rank 0's node cannot be connected to, or "".
         clock_offset: seconds that this node's clock is ahead of rank 0's.
         lookup_seconds: the time to look up the name of rank 0's address.
-        sandbox: why programs cannot be graded, or ""."""
+        sandbox: why programs cannot be graded, or "".
+        trainer: what it would start with here; None without a GPU.
+        compilations: compiler → how it has compiled; none without a GPU."""
 
     versions: dict[str, str]
     memory: MemoryUsage
-    ports: dict[str, str]
-    unreachable: str
-    clock_offset: float
-    lookup_seconds: float
-    sandbox: str
+    ports: dict[str, str] = {}
+    unreachable: str = ""
+    clock_offset: float = 0.0
+    lookup_seconds: float = 0.0
+    sandbox: str = ""
+    trainer: TrainerFacts | None = None
+    compilations: dict[str, Compilation] = {}
 
 
 class RankFacts(msgspec.Struct):
@@ -82,7 +113,8 @@ class RankFacts(msgspec.Struct):
         folder: what the rank has found in the run folder, if it has used the folder.
         node: what the rank has found about its node; None but for a node's first rank.
         seconds: step of the preflight → how long it took.
-        gloo_rates: like pair_rates, over gloo."""
+        gloo_rates: like pair_rates, over gloo.
+        libraries: the CUDA libraries that the rank has loaded; none without a GPU."""
 
     rank: int
     node_index: int
@@ -96,3 +128,4 @@ class RankFacts(msgspec.Struct):
     node: NodeFacts | None
     seconds: dict[str, float]
     gloo_rates: list[float] = []
+    libraries: list[LoadedLibrary] = []

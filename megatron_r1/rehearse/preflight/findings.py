@@ -12,7 +12,7 @@ from statistics import median_high
 import msgspec
 import yaml
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megatron_r1.base.errors import RunError
 from megatron_r1.base.files import atomic_write
@@ -20,7 +20,12 @@ from megatron_r1.config import Config
 from megatron_r1.plan.assumptions import Assumptions
 from megatron_r1.plan.hardware import Hardware, intra_node_fraction
 from megatron_r1.rehearse.preflight.check_result import CheckResult
-from megatron_r1.rehearse.preflight.facts import RankFacts
+from megatron_r1.rehearse.preflight.cuda_checks import (
+    compiler_results,
+    library_results,
+    trainer_results,
+)
+from megatron_r1.rehearse.preflight.facts import COMPILATIONS, RankFacts
 from megatron_r1.rehearse.preflight.links import AXIS_COLLECTIVES
 from megatron_r1.rehearse.preflight.node_checks import (
     controller_results,
@@ -51,11 +56,13 @@ def preflight_results(
     Args:
         config: the recipe.
         settings: the limits that measurements are held to.
-        facts: the measurements of all ranks, by rank.
-    """
+        facts: the measurements of all ranks, by rank."""
     nodes = [(rank_facts, rank_facts.node) for rank_facts in facts if rank_facts.node is not None]
     return [
         *version_results(nodes),
+        *library_results(facts),
+        *trainer_results(nodes),
+        *compiler_results(nodes),
         *memory_results(facts, nodes),
         product_result(facts, settings),
         *link_results(facts, settings),
@@ -109,7 +116,8 @@ def write_preflight_report(
     Raises:
         UserError: the parent of a file to write is not a folder.
         RunError: a finding blocks the run."""
-    table = Table("check", "measured", "expected", "", title=f"preflight of {title}")
+    measured = Column("measured", overflow="fold")  # paths are longer than a line
+    table = Table("check", measured, "expected", "", title=f"preflight of {title}")
     for result in results:
         table.add_row(result.check, result.measured, result.expected, LEVEL_LABELS[result.level])
     console = Console(width=140, highlight=False)
@@ -117,8 +125,12 @@ def write_preflight_report(
     for result in results:
         if result.problem:
             console.print(f"{result.check}: {result.problem}", soft_wrap=True, markup=False)
-    seconds = facts[0].seconds
-    print(f"{sum(seconds.values()):.0f} s, the longest: {max(seconds, key=lambda s: seconds[s])}")
+    seconds = dict(facts[0].seconds)
+    compiled = seconds.pop(COMPILATIONS, 0.0)
+    print(
+        f"{sum(seconds.values()):.0f} s, the longest: {max(seconds, key=lambda s: seconds[s])}; "
+        f"compilations {compiled:.0f} s"
+    )
     if settings.output:
         content = {
             "recipe": title,

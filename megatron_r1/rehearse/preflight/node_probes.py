@@ -23,11 +23,11 @@ from megatron_r1.base.errors import UserError
 from megatron_r1.config import Config
 from megatron_r1.evaluation.package_versions import package_versions
 from megatron_r1.models import platform
+from megatron_r1.models.loaded_libraries import driver_version
 from megatron_r1.rehearse.preflight.facts import MemoryUsage
 from megatron_r1.rehearse.preflight.rank_placement import RankPlacement
 
 GPU_PACKAGES = ("transformer-engine", "flash-attn", "triton", "deep-ep", "apex")
-DRIVER_VERSION_FILE = Path("/proc/driver/nvidia/version")
 CLOCK_PROBES = 8
 """Round trips to rank 0's clock. The fastest counts: the error is at most half of its time."""
 CONNECT_SECONDS = 10.0
@@ -36,8 +36,8 @@ LOOKUPS = 32
 
 
 def node_versions() -> dict[str, str]:
-    """Return what must be equal on all nodes: packages, this program's source, CUDA, NCCL, driver,
-    GPU; and the kernel, which may differ."""
+    """Return what must be equal on all nodes: packages, this program's source, driver, GPU; and the
+    kernel, which may differ."""
     version_by_name = package_versions()
     for package in GPU_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -45,13 +45,9 @@ def node_versions() -> dict[str, str]:
     version_by_name["source of megatron_r1"] = _source_digest(Path(megatron_r1.__file__).parent)
     version_by_name["kernel"] = system.release()
     if platform.has_gpu():
-        version_by_name["CUDA"] = str(torch.version.cuda)
-        version_by_name["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
         version_by_name["GPU"] = torch.cuda.get_device_name()
-        if DRIVER_VERSION_FILE.exists():
-            version_by_name["driver"] = (
-                DRIVER_VERSION_FILE.read_text().splitlines()[0].split("  ")[1].strip()
-            )
+        with contextlib.suppress(OSError):  # containers may lack the management library
+            version_by_name["driver"] = driver_version()
     return version_by_name
 
 

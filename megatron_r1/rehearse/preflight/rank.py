@@ -9,12 +9,26 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from megatron_r1 import models
+from megatron_r1.base.errors import UserError
 from megatron_r1.base.transports import TRANSPORTS
-from megatron_r1.config import Config
+from megatron_r1.config import Config, infer_verb
 from megatron_r1.models import platform
+from megatron_r1.models.attention_choice import check_attention, longest_sample
+from megatron_r1.models.loaded_libraries import loaded_libraries
 from megatron_r1.models.rendezvous_store import trainer_store
+from megatron_r1.plan.communicators import communicator_bytes, communicator_formula
+from megatron_r1.plan.hardware import HARDWARE
+from megatron_r1.plan.job import PlannedJob
 from megatron_r1.rehearse.preflight import links, node_probes
-from megatron_r1.rehearse.preflight.facts import LinkRate, MemoryUsage, NodeFacts, RankFacts
+from megatron_r1.rehearse.preflight.facts import (
+    COMPILATIONS,
+    Compilation,
+    LinkRate,
+    NodeFacts,
+    RankFacts,
+    TrainerFacts,
+)
 from megatron_r1.rehearse.preflight.folder import measure_folder
 from megatron_r1.rehearse.preflight.rank_placement import RankPlacement
 from megatron_r1.rehearse.preflight.rank_progress import RankProgress
@@ -48,11 +62,9 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
     progress.begin_step("versions and memory", START_TIMES)
     # Before this process and its neighbors hold any of it.
     device_memory = node_probes.device_memory(placement.local_rank)
-    versions, memory = (
-        (node_probes.node_versions(), node_probes.host_memory())
-        if placement.is_node_leader
-        else ({}, None)
-    )
+    node = None
+    if placement.is_node_leader:
+        node = NodeFacts(node_probes.node_versions(), node_probes.host_memory())
     progress.begin_step("join of the process groups", START_TIMES)
     groups = distributed.initialize(config.parallel, config.run.seed).groups
     progress.begin_step("matrix products")
@@ -68,10 +80,18 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
     if _uses_host_network(config) and placement.world_size > 1:
         progress.begin_step("links over gloo", START_TIMES)
         gloo = links.gloo_rates(placement, progress)
+    progress.begin_step("attention", START_TIMES)
+    if platform.has_gpu() and node is not None:
+        node.trainer = _trainer_facts(config, placement.world_size)
+    progress.barrier("attention asked")
+    progress.begin_step(COMPILATIONS, START_TIMES)
+    if node is not None and node.trainer is not None:
+        node.compilations = _compile_kernels(config, placement, node.trainer)
+    progress.barrier("compiled")
     progress.begin_step("run folder")
     folder = measure_folder(Path(config.run.folder), placement, progress)
     progress.begin_step("connections to rank 0, clocks, ports, sandbox")
-    node = _node_facts(config, placement, progress, versions, memory)
+    _reach_rank_0(config, placement, progress, node)
     facts = RankFacts(
         rank=placement.rank,
         node_index=placement.node,
@@ -85,6 +105,7 @@ def run(config: Config, settings: PreflightConfig) -> list[RankFacts]:
         node=node,
         seconds=progress.seconds,
         gloo_rates=gloo,
+        libraries=loaded_libraries() if platform.has_gpu() else [],
     )
     all_facts = _gather_facts(facts, placement, progress)
     distributed.leave_process_groups()
@@ -98,6 +119,33 @@ def _uses_host_network(config: Config) -> bool:
     moves_experts = config.rollout.redundant_experts > 0 and not config.rollout.colocated
     pushes = TRANSPORTS[config.push.transport].rate == "host_network"
     return pushes or config.rl.routing_replay or moves_experts
+
+
+def _compile_kernels(
+    config: Config, placement: RankPlacement, trainer: TrainerFacts
+) -> dict[str, Compilation]:
+    """Compile with what this node's trainer ranks and engines will compile with."""
+    from megatron_r1.rehearse.preflight import compilers
+
+    is_local = config.rollout.placement == "local" and placement.node == 0
+    samples = infer_verb(config) in ("rl", "sample")
+    has_engines = samples and (config.rollout.colocated or is_local)
+    return compilers.compile_kernels(
+        with_cudnn=trainer.attention.startswith("fused"),
+        with_nvcc=has_engines and compilers.engines_compile(in_fp8=config.push.fp8),
+    )
+
+
+def _trainer_facts(config: Config, world_size: int) -> TrainerFacts:
+    """Return what a trainer rank of this node would start with."""
+    try:
+        hf_config = models.read_hf_config(config.model.path, config.model.head)
+        model = models.transformer_config(hf_config, config)
+        attention = check_attention(config, model, longest_sample(config, hf_config))
+    except UserError as error:
+        return TrainerFacts(fault=str(error))
+    job = PlannedJob(hf_config, config, world_size, HARDWARE["H800"], verb=infer_verb(config))
+    return TrainerFacts(str(attention), communicator_formula(job), communicator_bytes(job))
 
 
 def product_rate() -> float:
@@ -125,43 +173,23 @@ def _connect_to_store() -> dist.Store:
     return dist.PrefixStore("preflight", trainer_store(timedelta(hours=1)))
 
 
-def _node_facts(
-    config: Config,
-    placement: RankPlacement,
-    progress: RankProgress,
-    versions: dict[str, str],
-    memory: MemoryUsage | None,
-) -> NodeFacts | None:
-    """Return what the first rank of a node finds; None on others.
-
-    Args:
-        config: the recipe.
-        placement: the rank's place.
-        progress: what the rank does now, for the others.
-        versions: the versions of its packages.
-        memory: the memory of its host; None: the rank leads no node."""
-    node_facts, clock = None, None
+def _reach_rank_0(
+    config: Config, placement: RankPlacement, progress: RankProgress, node: NodeFacts | None
+) -> None:
+    """Add to `node`, on the first rank of each node, what it finds on the way to rank 0's."""
+    clock = None
     if placement.rank == 0:
         clock = node_probes.ClockServer(placement.num_nodes)
         progress.store.set("clock", str(clock.port))
-    if memory is not None:
-        port = int(progress.store.get("clock"))
-        offset, unreachable = node_probes.clock_offset(os.environ["MASTER_ADDR"], port)
-        ports = node_probes.unavailable_ports(config, placement)
-        sandbox = node_probes.sandbox_problem()
-        node_facts = NodeFacts(
-            versions=versions,
-            memory=memory,
-            ports=ports,
-            unreachable=unreachable,
-            clock_offset=offset,
-            lookup_seconds=node_probes.lookup_seconds(os.environ["MASTER_ADDR"]),
-            sandbox=sandbox,
-        )
+    if node is not None:
+        address, port = os.environ["MASTER_ADDR"], int(progress.store.get("clock"))
+        node.clock_offset, node.unreachable = node_probes.clock_offset(address, port)
+        node.ports = node_probes.unavailable_ports(config, placement)
+        node.lookup_seconds = node_probes.lookup_seconds(address)
+        node.sandbox = node_probes.sandbox_problem()
     progress.barrier("clocks read")
     if clock is not None:
         clock.close()
-    return node_facts
 
 
 def _gather_facts(

@@ -45,15 +45,7 @@ class RankProgress:
         limit_seconds: float,
         end: Callable[[str], None] = _end_process,
     ):
-        """Prepare to report and to watch the ranks' progress.
-
-        Args:
-            connect: opens a connection to the store.
-            rank: this rank.
-            host: name of this rank's host.
-            world_size: the number of ranks.
-            limit_seconds: the time that a step may take.
-            end: called with the diagnosis, or "" where another rank has printed it."""
+        """Prepare to report and to watch the ranks' progress."""
         self.store = connect()
         self.seconds: dict[str, float] = {}
         self._connect = connect
@@ -73,11 +65,7 @@ class RankProgress:
         self._thread.start()
 
     def begin_step(self, name: str, times_limit: float = 1.0) -> None:
-        """Begin a step; every rank enters the same steps.
-
-        Args:
-            name: the step.
-            times_limit: the multiple of the usual limit that this step may take."""
+        """Begin a step; every rank enters the same steps."""
         self._record_step_seconds()
         self._number, self._name, self._factor = self._number + 1, name, times_limit
         self._started_at = time.monotonic()

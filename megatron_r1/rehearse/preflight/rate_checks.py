@@ -19,11 +19,7 @@ from megatron_r1.rehearse.settings import PreflightConfig
 
 
 def product_result(facts: Sequence[RankFacts], settings: PreflightConfig) -> CheckResult:
-    """Return which ranks compute matrix products slowly.
-
-    Args:
-        facts: the measurements of all ranks, by rank.
-        settings: the limits that measurements are held to."""
+    """Return which ranks compute matrix products slowly."""
     median_rate = median_high(rank_facts.product_flops for rank_facts in facts)
     slow = [
         rank_facts
@@ -37,18 +33,13 @@ def product_result(facts: Sequence[RankFacts], settings: PreflightConfig) -> Che
         measured=f"median {median_rate / 1e12:.3g} TFLOP/s, "
         f"slowest {slowest.product_flops / 1e12:.3g} (rank {slowest.rank} on {slowest.host})",
         expected=f"{settings.slowest:.0%} of the median",
-        level="block" if slow else "ok",
         problem=f"slow: {join_values(ranks)}" if slow else "",
         hosts=rank_nodes(slow),
     )
 
 
 def link_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[CheckResult]:
-    """Return the rate of each parallel axis, with its slow groups.
-
-    Args:
-        facts: the measurements of all ranks, by rank.
-        settings: the limits that measurements are held to."""
+    """Return the rate of each parallel axis, with its slow groups."""
     hardware = hardware_of(settings, facts)
     is_gpu = facts[0].device == "cuda"
     for axis, (_, operation) in AXIS_COLLECTIVES.items():
@@ -79,18 +70,13 @@ def link_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
             measured=f"{median_rate / 1e9:.3g} GB/s in {len(groups)} groups of "
             f"{len(next(iter(groups)))}",
             expected=f"{assumed / 1e9:.3g} GB/s ({hardware.name})" if is_gpu else "none for CPUs",
-            level="block" if problems else "ok",
             problem="; ".join(problems),
             hosts=tuple(sorted(hosts)),
         )
 
 
 def pair_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[CheckResult]:
-    """Return the rate between nodes, with the slow ones; nothing on one node.
-
-    Args:
-        facts: the measurements of all ranks, by rank.
-        settings: the limits that measurements are held to."""
+    """Return the rate between nodes, with the slow ones; nothing on one node."""
     rates = node_rates(facts, "pair_rates")
     if not rates:
         return
@@ -100,18 +86,13 @@ def pair_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
         check="links between nodes",
         measured=f"median {median_rate / 1e9:.3g} GB/s, slowest {min(rates.values()) / 1e9:.3g}",
         expected=f"{settings.slowest:.0%} of the median",
-        level="block" if hosts else "ok",
         problem=f"slow to every neighbor: {join_values(hosts)}" if hosts else "",
         hosts=hosts,
     )
 
 
 def gloo_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Iterable[CheckResult]:
-    """Return the rate of ranks over gloo, with the slow nodes; nothing where none was measured.
-
-    Args:
-        facts: the measurements of all ranks, by rank.
-        settings: the limits that measurements are held to."""
+    """Return the rate of ranks over gloo, with the slow nodes; nothing where none was measured."""
     rates = node_rates(facts, "gloo_rates")
     if not rates:
         return
@@ -132,7 +113,7 @@ def gloo_results(facts: Sequence[RankFacts], settings: PreflightConfig) -> Itera
         measured=f"a rank of the median node {median_rate / 1e9:.3g} GB/s, of the slowest "
         f"{min(rates.values()) / 1e9:.3g}",
         expected=f"{hardware.host_network / 1e9:.3g} GB/s (planner)",
-        level="block" if hosts else "note" if problems else "ok",
+        level="block" if hosts else "note",
         problem="; ".join(problems),
         hosts=hosts,
     )
@@ -169,12 +150,7 @@ def group_rates(facts: Sequence[RankFacts], axis: str) -> dict[tuple[int, ...], 
 def node_rates(
     facts: Sequence[RankFacts], kind: Literal["pair_rates", "gloo_rates"]
 ) -> dict[int, float]:
-    """Return the rate of each node to the better of its neighbors: the median of its ranks.
-
-    Args:
-        facts: the measurements of all ranks.
-        kind: the measurement: NCCL between pairs of nodes, or gloo.
-    """
+    """Return the rate of each node to the better of its neighbors: the median of its ranks."""
     rates: dict[int, list[float]] = {}
     for rank_facts in facts:
         if neighbor_rates := getattr(rank_facts, kind):

@@ -5,14 +5,17 @@ import pytest
 from megatron_r1.base.errors import UserError
 from megatron_r1.config import parse_recipe
 from megatron_r1.config.overrides import take_section
+from megatron_r1.models.loaded_libraries import LoadedLibrary
 from megatron_r1.plan.assumptions import Assumptions, link_rate
 from megatron_r1.plan.hardware import GIB, HARDWARE
 from megatron_r1.rehearse.preflight.facts import (
+    Compilation,
     FolderFacts,
     LinkRate,
     MemoryUsage,
     NodeFacts,
     RankFacts,
+    TrainerFacts,
 )
 from megatron_r1.rehearse.preflight.findings import measured_rates, preflight_results
 from megatron_r1.rehearse.preflight.links import ring_partners
@@ -52,8 +55,14 @@ def facts() -> list[RankFacts]:
                 clock_offset=0.0,
                 lookup_seconds=0.001,
                 sandbox="",
+                trainer=TrainerFacts("fused", "8 of 1 GiB", 8 * GIB),
+                compilations={"Triton": Compilation("", 2.0), "NVRTC": Compilation("", 0.2)},
             ),
             seconds={},
+            libraries=[
+                LoadedLibrary("cuDNN", "9.20.0", "/lib/libcudnn.so.9"),
+                LoadedLibrary("NVRTC", "13.0", "/lib/libnvrtc.so.13"),
+            ],
         )
         for rank in range(16)
     ]
@@ -126,6 +135,46 @@ def test_memory_of_others_products_versions_ports_and_the_sandbox_name_their_hos
         "controller's ports": ("host-2",),
         "sandbox": ("host-3",),
     }
+
+
+def test_libraries_of_another_version_are_named_with_both_versions_and_their_files():
+    found = facts()
+    for rank in range(8, 12):  # a whole node, with another file, too
+        found[rank].libraries[0] = LoadedLibrary("cuDNN", "9.19.0", "/old/libcudnn.so.9")
+    found[13].libraries.append(LoadedLibrary("NVRTC", "13.5", "/other/libnvrtc.so.13"))
+    found[2].libraries[1] = LoadedLibrary("NVRTC", "13.0", "/mnt/libnvrtc.so.13")  # the same one
+    found[3].libraries.pop()
+    rows = {f.check: f for f in preflight_results(CONFIG, SETTINGS, found)}
+    assert blocking(found) == {"cuDNN": ("host-2",), "NVRTC": ("host-0", "host-3")}
+    assert rows["cuDNN"].measured == "9.20.0: /lib/libcudnn.so.9"
+    assert rows["cuDNN"].problem == (
+        "9.19.0 on host-2 (rank 8: /old/libcudnn.so.9); 9.20.0 on the others"
+    )
+    assert rows["NVRTC"].problem == (
+        "not loaded on host-0 (rank 3: ), 13.0 and 13.5 on host-3 "
+        "(rank 13: /lib/libnvrtc.so.13, /other/libnvrtc.so.13); 13.0 on the others"
+    )
+
+
+def test_attention_that_differs_between_nodes_blocks():
+    found = facts()
+    found[8].node.trainer = TrainerFacts("unfused (as it is)", "8 of 1 GiB", 8 << 30)
+    rows = {f.check: f for f in preflight_results(CONFIG, SETTINGS, found)}
+    assert blocking(found) == {"attention": ("host-2",)}
+    assert rows["attention"].problem == "unfused (as it is) on host-2; fused on the others"
+
+
+def test_attention_that_a_trainer_refuses_and_a_compiler_that_fails_block():
+    found = facts()
+    found[4].node.trainer = TrainerFacts(fault="unfused: Could not open libnvrtc")
+    found[4].node.compilations = {"Triton": Compilation("RuntimeError: no C compiler", 0.1)}
+    rows = {f.check: f for f in preflight_results(CONFIG, SETTINGS, found)}
+    assert blocking(found) == {"attention": ("host-1",), "compiler: Triton": ("host-1",)}
+    assert rows["attention"].measured == "fused"
+    assert rows["communicators"].measured == "8.0 GiB: 8 of 1 GiB"
+    assert rows["attention"].problem == "on host-1: unfused: Could not open libnvrtc"
+    assert rows["compiler: Triton"].problem == "not on host-1: RuntimeError: no C compiler"
+    assert rows["compiler: Triton"].measured == "one kernel in at most 2.0 s"
 
 
 @pytest.mark.parametrize(
