@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tools.gpu_check.pytest_plugin import check_folder, record_figures, seconds_left  # noqa: F401
+
 HERE = Path(__file__).parent
 
 

@@ -1,16 +1,19 @@
 """The flagship recipe, examples/deepseek_r1/r1_zero.yaml, in the sizes that a check can run; and
-the file of measured numbers that checks of seconds write together, for `megatron-r1 plan RECIPE
---calibrate FILE`."""
+the file of measured numbers for `megatron-r1 plan RECIPE --calibrate FILE`."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import yaml
 
+from megatron_r1.base.errors import UserError
 from megatron_r1.base.files import atomic_write
-from megatron_r1.config import Config, load_recipe
+from megatron_r1.config import Config, FP8Config, load_recipe
+from megatron_r1.models.fp8_checks import check_fp8_device
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.plan.calibration_file import RELATIVE_TO
@@ -18,7 +21,6 @@ from megatron_r1.plan.hardware import HARDWARE
 from megatron_r1.rehearse import miniature
 from megatron_r1.rehearse.settings import RehearsalDevice
 from tools.bench.host import ROOT
-from tools.gpu_check.verdict import Impossible
 
 RECIPE = ROOT / "examples" / "deepseek_r1" / "r1_zero.yaml"
 NULL_GPUS = "NULL_GPUS"
@@ -26,9 +28,6 @@ NULL_GPUS = "NULL_GPUS"
 
 
 def num_gpus() -> int:
-    """Return the number of GPUs of this machine, null GPUs among them."""
-    import torch
-
     return torch.cuda.device_count()
 
 
@@ -39,18 +38,11 @@ def device_kind() -> RehearsalDevice:
     return "null-gpu" if NULL_GPUS in os.environ else "gpu"
 
 
-def recipe_miniature(
-    folder: Path, max_ranks: int, **sections: dict[str, Any]
-) -> miniature.Miniature:
-    """Return the recipe in miniature with `max_ranks` trainer ranks at most.
-
-    Args:
-        folder: the folder in which the miniature will run.
-        max_ranks: the most trainer ranks.
-        **sections: settings of the recipe that differ before it is shrunk."""
+def recipe_miniature(folder: Path, max_ranks: int, **settings: Any) -> miniature.Miniature:
+    """The recipe in miniature. settings: those that differ before it is shrunk, by section."""
     os.chdir(ROOT)  # the recipe names its model so
     overrides = {
-        f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()
+        f"{name}.{key}": value for name, values in settings.items() for key, value in values.items()
     }
     config = load_recipe(RECIPE, overrides)
     hf_config = read_hf_config(config.model.path, None)
@@ -59,12 +51,8 @@ def recipe_miniature(
 
 
 def widen_config(hf_config: HFConfig, small: HFConfig, **sizes: int) -> HFConfig:
-    """Return a model of few layers and experts with the widths of a large one.
-
-    Args:
-        hf_config: the large model's config.json.
-        small: its miniature, whose vocabulary has a tokenizer.
-        **sizes: keys of config.json that differ."""
+    """A model of few layers and experts with the widths of `hf_config`, and the vocabulary of
+    `small`, its miniature."""
     excluded_keys = ("quantization_config", "auto_map")  # as miniatures do: weights are bf16
     tokenizer_keys = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
     config = {key: value for key, value in hf_config.items() if key not in excluded_keys}
@@ -75,20 +63,14 @@ def widen_config(hf_config: HFConfig, small: HFConfig, **sizes: int) -> HFConfig
 
 
 def check_fp8() -> None:
-    """Raise Impossible where Transformer Engine lacks the recipe of DeepSeek-V3."""
-    import torch
-
-    from megatron_r1.base.errors import UserError
-    from megatron_r1.config import FP8Config
-    from megatron_r1.models.fp8_checks import check_fp8_device
-
+    """Skip the test where Transformer Engine lacks the recipe of DeepSeek-V3."""
     if device_kind() == "cpu":
         return
     cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
     try:
         check_fp8_device(FP8Config(recipe="blockwise"), torch.cuda.get_device_capability(), cuda)
     except UserError as error:
-        raise Impossible(str(error)) from error
+        pytest.skip(str(error))
 
 
 def with_settings(config: Config, **sections: dict[str, Any]) -> Config:
@@ -105,33 +87,23 @@ STANDS_FOR = "H800"
 
 
 def hardware_name() -> str:
-    """Return the planner's name of GPU 0.
-
-    Raises:
-        Impossible: the planner lacks the rates of this GPU.
-    """
-    import torch
-
+    """The planner's name of GPU 0."""
     if device_kind() != "gpu":
         return STANDS_FOR
     device = torch.cuda.get_device_name(0)
     names = [name for name in HARDWARE if name in device.replace("-", " ").split()]
-    if not names:
-        known_names = ", ".join(HARDWARE)
-        raise Impossible(f"{device} is not one of {known_names}, whose rates the planner has")
-    return names[0]
+    return names[0] if names else pytest.skip(f"the planner lacks the rates of {device}")
 
 
-def add_values(folder: Path, name: str, values: Mapping[str, float]) -> Path:
-    """Write values next to those that other checks have written for the same hardware.
-
-    Args:
-        folder: the folder of results.
-        name: the planner's name of the hardware.
-        values: numbers of `Hardware` and `Assumptions`, by name."""
-    file = folder / FILE
+def write_calibration(folder: Path, name: str, values: Mapping[str, float]) -> dict[str, Any]:
+    """Write values next to those that other checks have measured of the same hardware, and return
+    them with the file's name."""
+    if device_kind() != "gpu":
+        return dict(values)
+    file = folder.parent.parent / FILE  # in --out, of all checks
     stored_values = yaml.safe_load(file.read_text()) if file.exists() else {}
     if stored_values.get(RELATIVE_TO) != name:
         stored_values = {RELATIVE_TO: name}
     title = "# Measured by tools/gpu_check; for megatron-r1 plan --calibrate\n"
-    return atomic_write(file, title + yaml.safe_dump(stored_values | dict(values), sort_keys=False))
+    atomic_write(file, title + yaml.safe_dump(stored_values | dict(values), sort_keys=False))
+    return {**values, "written": str(file)}

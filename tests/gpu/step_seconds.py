@@ -1,5 +1,4 @@
-"""Seconds of a micro-batch, and between the phases of a step: `python -m
-tools.gpu_check.step_seconds CASE FOLDER`.
+"""Seconds of a micro-batch, and between the phases of a step.
 
 Runs a recipe of examples/deepseek_r1 on one GPU with the widths of DeepSeek-V3 but two layers and
 16 experts, and solves for the numbers with which `megatron-r1 plan` of that run takes the measured
@@ -7,13 +6,20 @@ seconds. Where there is no GPU the model is a miniature, and nothing is written.
 
 import math
 import re
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+
+from gpu_miniatures import (
+    device_kind,
+    hardware_name,
+    widen_config,
+    with_settings,
+    write_calibration,
+)
+from recipe_runs import figures_of, run
 
 from megatron_r1.config import load_recipe
 from megatron_r1.models.hf_config_file import read_hf_config
@@ -27,10 +33,6 @@ from megatron_r1.rehearse import miniature
 from megatron_r1.rehearse.synthetic_data import write_examples
 from megatron_r1.reporting.run_folder import RunFolder
 from tools.bench.host import ROOT
-from tools.gpu_check import miniatures, verdict
-from tools.gpu_check.miniatures import device_kind, widen_config, with_settings
-from tools.gpu_check.recipe import run
-from tools.gpu_check.verdict import CheckFailed
 
 CASES = {"micro-batch": ("sft", "sft_800k"), "phases": ("rl", "r1_zero")}
 """The verb and the recipe of each."""
@@ -82,26 +84,18 @@ def job_of_run(folder: Path, hardware: str) -> PlannedJob:
 
 
 def fit_micro_batch(folder: Path, job: PlannedJob) -> dict[str, float]:
-    """Return `compute_efficiency` of a run.
-
-    Raises:
-        CheckFailed: no efficiency explains the run's seconds.
-    """
+    """`compute_efficiency` of a run, whose seconds it explains."""
     measured = RunCalibration(folder, job)
-    if "compute_efficiency" not in measured.values:
-        raise CheckFailed(measured.reasons["compute_efficiency"])
-    return {"compute_efficiency": measured.values["compute_efficiency"]}
+    name = "compute_efficiency"
+    assert name in measured.values, measured.reasons[name]
+    return {name: measured.values[name]}
 
 
 def fit_phases(
     lines: Sequence[Mapping[str, Any]], engine_log: str, job: PlannedJob
 ) -> dict[str, float]:
-    """Return the numbers of what is between the phases, each where its seconds were measured.
-
-    Args:
-        lines: the lines of metrics.jsonl, without the first step's.
-        engine_log: the output of an engine, in which vLLM says how long it fell asleep and woke.
-        job: the run."""
+    """What is between the phases, each number where its seconds were measured: in the lines of
+    metrics.jsonl without the first step's, and in an engine's log."""
 
     def seconds(key: str) -> float | None:
         finite_values = [line[key] for line in lines if math.isfinite(line.get(key) or math.nan)]
@@ -142,18 +136,14 @@ def _planned_load_seconds(job: PlannedJob, seconds: float) -> float:
     return weight_load_time(replace(job, assumptions=assumptions)).number
 
 
-def check(case: str, out: Path) -> dict[str, Any]:
+def check(case: str, folder: Path, record_figures) -> None:
     """Run a case, and write the numbers that follow."""
-    name = miniatures.hardware_name()
-    folder = out / f"seconds-{case}"
+    name, verb = hardware_name(), CASES[case][0]
     small = settings(case, folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    verb = CASES[case][0]
     recipe = miniature.write_miniature(small, verb)
     if case == "micro-batch" and device_kind() == "gpu":
         write_examples(folder / "examples.jsonl", 2 * EXAMPLES, WORDS)
-    run(recipe, small.config, verb)
+    run(recipe, small.config, verb, lambda lines: record_figures(figures_of(lines, case)))
     run_folder = Path(small.config.run.folder)
     job = job_of_run(run_folder, name)
     if case == "micro-batch":
@@ -162,10 +152,5 @@ def check(case: str, out: Path) -> dict[str, Any]:
         logs = sorted((run_folder / "logs").glob("engine-*.log"))
         engine_log = "".join(log.read_text(errors="replace") for log in logs)
         values = fit_phases(list(RunFolder(str(run_folder)).read_metrics())[1:], engine_log, job)
-    if device_kind() != "gpu":
-        return values
-    return values | {"written": str(miniatures.add_values(out, name, values))}
-
-
-if __name__ == "__main__":
-    sys.exit(verdict.run(lambda: check(sys.argv[1], Path(sys.argv[2]))))
+    assert values, "nothing was measured"
+    record_figures(write_calibration(folder, name, values))

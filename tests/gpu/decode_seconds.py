@@ -1,4 +1,4 @@
-"""Seconds of a decoding pass: `python -m tools.gpu_check.decode_seconds FOLDER`.
+"""Seconds of a decoding pass.
 
 vLLM decodes with a rank's share of DeepSeek-V3: its widths, the heads of one of 8 tensor ranks, and
 so many experts that all are read. Random weights, CUDA graphs. The number of layers and that of
@@ -8,7 +8,8 @@ reading of weights, and the rest) and what it takes besides them (scheduling, sa
     seconds = pass_seconds + layers x decode_latency_per_layer
               + bytes / (bandwidth x bandwidth_efficiency)
 
-A process for each engine; where there is no GPU sizes are a miniature's, and times mean nothing."""
+An engine is started where there is as much time left as the last one took; the numbers need three.
+A process for each; where there is no GPU sizes are a miniature's, and times mean nothing."""
 
 import json
 import sys
@@ -18,6 +19,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+from gpu_miniatures import (
+    device_kind,
+    hardware_name,
+    recipe_miniature,
+    widen_config,
+    write_calibration,
+)
+from processes import error_in, output_of
+
 from megatron_r1.models.hf_config import HFConfig
 from megatron_r1.models.hf_config_file import read_hf_config
 from megatron_r1.models.hf_config_names import published_names
@@ -25,9 +35,6 @@ from megatron_r1.models.memory import BYTES
 from megatron_r1.plan.counts import ModelCounts
 from megatron_r1.plan.hardware import HARDWARE, Hardware
 from tools.bench.host import ROOT
-from tools.gpu_check import miniatures, verdict
-from tools.gpu_check.miniatures import device_kind, recipe_miniature, widen_config
-from tools.gpu_check.verdict import CheckFailed, output_of
 
 
 class Variant(NamedTuple):
@@ -91,6 +98,7 @@ def time_engine(folder: Path, tokens: int) -> float:
         max_num_seqs=SEQUENCES,
         enable_prefix_caching=False,
         enforce_eager=device_kind() != "gpu",
+        cudagraph_capture_sizes=[SEQUENCES],
         **options,
     )
     prompts = [
@@ -116,37 +124,18 @@ def evaluate(
     few_bytes: int,
     hardware: Hardware,
 ) -> dict[str, float]:
-    """Return the values of the three numbers.
-
-    Args:
-        seconds: the seconds of a pass, by engine.
-        num_bytes: the bytes of a layer with experts, by engine.
-        few_bytes: those that a pass of the engine `FEW` reads.
-        hardware: with the peak of the bandwidth.
-
-    Raises:
-        CheckFailed: times do not grow with layers and experts, need more than the peak of the
-            bandwidth, or leave nothing besides the layers.
-    """
-    figures = {f"ms, {v.layers} layers, {v.experts} experts": 1e3 * s for v, s in seconds.items()}
+    """The three numbers. By engine: seconds of a pass, bytes of a layer with experts; few_bytes:
+    what a pass of `FEW` reads."""
     layer = (seconds[DEEP] - seconds[FEW]) / (DEEP.layers - FEW.layers)
     wide_layer = (seconds[WIDE] - seconds[DEEP]) / (WIDE.layers - 1)
-    if not (layer > 0 and wide_layer > 0):
-        raise CheckFailed(
-            "a pass does not take longer with more layers, or more experts", **figures
-        )
+    assert layer > 0 and wide_layer > 0, "a pass does not take longer with more layers, or experts"
     rate = (num_bytes[WIDE] - num_bytes[DEEP]) / wide_layer
     latency = layer - num_bytes[DEEP] / rate
     efficiency = rate / hardware.memory_bandwidth
-    if not 0 < efficiency <= 1:
-        raise CheckFailed(
-            f"weights are read at {efficiency:.2f} of the bandwidth's peak", **figures
-        )
-    if not latency > 0:
-        raise CheckFailed(f"a layer takes {latency:.3g} s besides its weights", **figures)
+    assert 0 < efficiency <= 1, f"weights are read at {efficiency:.2f} of the bandwidth's peak"
+    assert latency > 0, f"a layer takes {latency:.3g} s besides its weights"
     other_seconds = seconds[FEW] - FEW.layers * latency - few_bytes / rate
-    if not other_seconds > 0:
-        raise CheckFailed(f"a pass takes {other_seconds:.3g} s besides its layers", **figures)
+    assert other_seconds > 0, f"a pass takes {other_seconds:.3g} s besides its layers"
     return {
         "decode_latency_per_layer": latency,
         "bandwidth_efficiency": efficiency,
@@ -154,41 +143,38 @@ def evaluate(
     }
 
 
-def check(out: Path) -> dict[str, Any]:
-    """Time every engine, and write what follows."""
-    name = miniatures.hardware_name()
-    small = recipe_miniature(out / "decode", max_ranks=1).hf_config
-    seconds: dict[Variant, float] = {}
-    num_bytes: dict[Variant, int] = {}
+def check(folder: Path, record_figures, seconds_left) -> None:
+    """Time the engines for which there is time, and write what follows of all three."""
+    name = hardware_name()
+    small = recipe_miniature(folder, max_ranks=1).hf_config
+    seconds, num_bytes, last = {}, {}, 0.0
     for variant in VARIANTS:
+        if seconds_left() < last:
+            return
+        start = time.monotonic()
         hf_config = model(variant, small)
-        folder = out / "decode" / f"{variant.layers}x{variant.experts}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(published_names(hf_config)))
-        seconds[variant], num_bytes[variant] = _timed_apart(folder), layer_bytes(hf_config)
-    figures = {f"ms of a pass, {v.layers} x {v.experts}": 1e3 * s for v, s in seconds.items()}
-    if device_kind() != "gpu":
-        return figures
-    few_bytes = pass_bytes(model(FEW, small))
-    values = evaluate(seconds, num_bytes, few_bytes, HARDWARE[name])
-    return figures | values | {"written": str(miniatures.add_values(out, name, values))}
+        engine_folder = folder / f"{variant.layers}x{variant.experts}"
+        engine_folder.mkdir(parents=True, exist_ok=True)
+        (engine_folder / "config.json").write_text(json.dumps(published_names(hf_config)))
+        seconds[variant], num_bytes[variant] = _timed_apart(engine_folder), layer_bytes(hf_config)
+        ms = 1e3 * seconds[variant]
+        record_figures({f"ms of a pass, {variant.layers} x {variant.experts}": ms})
+        last = time.monotonic() - start
+    if device_kind() == "gpu":
+        few_bytes = pass_bytes(model(FEW, small))
+        values = evaluate(seconds, num_bytes, few_bytes, HARDWARE[name])
+        record_figures(write_calibration(folder, name, values))
 
 
 def _timed_apart(folder: Path) -> float:
-    """Return what `time_engine` does in a process of its own, which frees the GPU."""
-    arguments = ["-m", "tools.gpu_check.decode_seconds", str(folder), "engine"]
-    output = output_of(arguments, f"the engine {folder.name}")
+    """What `time_engine` returns in a process of its own, which frees the GPU."""
+    output = output_of([__file__, str(folder)], f"the engine {folder.name}")
     seconds_lines = [line for line in output.splitlines() if line.startswith(SECONDS)]
-    if not seconds_lines:
-        raise CheckFailed(f"{folder.name}: {verdict.error_in(output)}")
+    assert seconds_lines, error_in(output)
     return float(seconds_lines[-1].removeprefix(SECONDS))
 
 
 SECONDS = "seconds of a pass: "
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    if sys.argv[2:] == ["engine"]:
-        print(f"\n{SECONDS}{time_engine(folder, TOKENS[device_kind()])}", flush=True)
-        sys.exit()
-    sys.exit(verdict.run(lambda: check(folder)))
+    print(f"\n{SECONDS}{time_engine(Path(sys.argv[1]), TOKENS[device_kind()])}", flush=True)

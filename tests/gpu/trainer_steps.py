@@ -1,9 +1,8 @@
 """The trainer computes log-probabilities before and after one update, on these ranks:
-`python -m tools.gpu_check.trainer_steps RECIPE FOLDER`, as torchrun starts them.
+`python tests/gpu/trainer_steps.py RECIPE EXPECTED RESULTS`, as torchrun starts them.
 
-Where FOLDER/expected.json is missing, it is written: the log-probabilities of every sample's tokens
-before and after the update, and its metrics. Otherwise these are compared with, and the differences
-are written to RECIPE's path with .json in place of .yaml."""
+Where EXPECTED is missing, RESULTS are the log-probabilities of every sample's tokens before and
+after the update, and its metrics. Otherwise they are the differences from EXPECTED's."""
 
 import json
 import math
@@ -37,12 +36,8 @@ Logprobs = Sequence[Sequence[float]]
 def samples(
     vocabulary: int, logprobs: Logprobs | None, earlier_logprobs: Logprobs | None
 ) -> list[Sample]:
-    """Return samples of all lengths.
-
-    Args:
-        vocabulary: the number of tokens to draw from.
-        logprobs: their log-probabilities at this moment, for `distances`.
-        earlier_logprobs: their log-probabilities before the update, for `distances`."""
+    """Samples of all lengths, with their log-probabilities now and before the update, for
+    `distances`."""
     draw, sample_list = random.Random(1), []
     for index in range(NUM_SAMPLES):
         prompt = [draw.randrange(vocabulary) for _ in range(draw.randint(1, MAX_PROMPT))]
@@ -165,15 +160,18 @@ def compare_steps(steps: Steps, expected: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(recipe: Path, folder: Path) -> None:
+def main(recipe: Path, expected: Path, results: Path) -> None:
     """Run the steps, and write what they give."""
-    steps, file = Steps(load_recipe(recipe)), folder / "expected.json"
-    if not file.exists():
-        file.write_text(json.dumps(reference_steps(steps)))
+    steps = Steps(load_recipe(recipe))
+    if not expected.exists():
+        found = reference_steps(steps)
+        for moment in ("before", "after"):
+            found[moment] = [[round(value, 6) for value in row] for row in found[moment]]
+        results.write_text(json.dumps(found))
     else:
-        differences = compare_steps(steps, json.loads(file.read_text()))
+        differences = compare_steps(steps, json.loads(expected.read_text()))
         if steps.reports:
-            recipe.with_suffix(".json").write_text(json.dumps(differences))
+            results.write_text(json.dumps(differences))
     distributed.leave_process_groups()
 
 
