@@ -34,14 +34,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def on_null_gpu(tmp_path_factory) -> Callable[..., str]:
     """A function that runs Python on the null GPU, or on several, and returns its output.
 
-    computes: whether torch's operators compute in every process from the beginning; settings:
-    further variables of the environment."""
+    computes: whether torch's operators compute in every process from the beginning; device: for
+    which cuDNN answers; preload: a library in front of all others; settings: further variables of
+    the environment."""
     shim = tmp_path_factory.mktemp("null_gpu")
     build(shim)
 
-    def run(*arguments: str, gpus: int = 1, computes: bool = False, **settings: str) -> str:
-        variables = environment(shim, gpus, computes=computes)
+    def run(
+        *arguments: str,
+        gpus: int = 1,
+        computes: bool = False,
+        device: str = "h200",
+        preload: str | Path = "",
+        **settings: str,
+    ) -> str:
+        variables = environment(shim, gpus, computes=computes, device=device)
         variables["PYTHONPATH"] = ":".join([variables["PYTHONPATH"], *IMPORTS])
+        variables["LD_PRELOAD"] = f"{preload} {variables['LD_PRELOAD']}".strip()
         variables["NULL_GPU_SEGMENT"] = f"{shim}/segment"
         return run_script(HERE, list(arguments), **variables | settings)
 

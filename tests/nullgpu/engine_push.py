@@ -1,6 +1,7 @@
 """Starts vLLM engines on null GPUs, pushes other weights to them, has them sleep while this process
 takes a GPU's memory, and pushes those that they were started on:
-`engine_push.py FOLDER TRANSPORT ENGINES`.
+`engine_push.py FOLDER TRANSPORT ENGINES [fp8]`. With `fp8` a DeepSeek in FP8 blocks, whose experts
+are DeepGEMM's, too.
 
 Prints a line of JSON: of each engine vLLM's checksums of the tensors in use before, between and
 after, and the GiB that the first GPU has left while its engine is awake, asleep, and awake again.
@@ -20,9 +21,12 @@ import torch
 from file_trainer import FilePusher
 from host_compute import compute_everywhere
 from random_weights import write_random
-from vllm_needs import QWEN
+from test_push_fp8_engine import write_fp8
+from vllm_needs import DEEPSEEK, QWEN
 
 from megatron_r1.engines.fleet.engine_fleet import EngineFleet
+from megatron_r1.engines.server.environment_variables import fp8_scale_environment
+from megatron_r1.push.matching.tensors import pushed_tensors
 from tools.null_gpu.launch import ON_HOST
 
 EVERYWHERE = Path(__file__).parents[2] / "tools" / "null_gpu" / "everywhere"
@@ -30,7 +34,7 @@ GPU = 0  # of the first engine
 GIB = 2**30
 
 
-def settings(transport: str) -> dict:
+def settings(transport: str, is_fp8: bool) -> dict:
     return {
         "device": "cuda",
         "dtype": "bfloat16",
@@ -40,9 +44,10 @@ def settings(transport: str) -> dict:
         "enable_sleep_mode": True,
         "weight_transfer_backend": f"megatron_r1_{transport}",
         # Nothing can be captured or compiled where kernels do not run.
-        "extra_args": ["--enforce-eager"],
+        "extra_args": ["--enforce-eager", *(["--moe-backend", "deep_gemm"] if is_fp8 else [])],
         "extra_env": {
             **ON_HOST,
+            **(fp8_scale_environment(DEEPSEEK) if is_fp8 else {}),
             "VLLM_NCCL_SO_PATH": os.environ["LD_PRELOAD"],
             "PYTHONPATH": f"{EVERYWHERE}:{os.environ['PYTHONPATH']}",
         },
@@ -74,7 +79,7 @@ def gib_left() -> float:
     return torch.cuda.mem_get_info(GPU)[0] / GIB
 
 
-async def main(folder: Path, transport: str, num_engines: int) -> None:
+async def main(folder: Path, transport: str, num_engines: int, is_fp8: bool = False) -> None:
     compute_everywhere()
     # Of 2 GPUs an engine the first is its own, as it has one rank.
     trainer_gpu = GPU if num_engines == 1 else 1
@@ -82,14 +87,17 @@ async def main(folder: Path, transport: str, num_engines: int) -> None:
     # The trainer's calls run in these threads here; each would begin with GPU 0.
     threads = ThreadPoolExecutor(initializer=partial(torch.cuda.set_device, trainer_gpu))
     asyncio.get_running_loop().set_default_executor(threads)
-    first, other = (
-        write_random(folder / f"model{seed}", QWEN, seed, torch.bfloat16) for seed in range(2)
-    )
-    async with EngineFleet(num_engines, folder / "fleet", **settings(transport)) as fleet:
-        await fleet.start(first)
+    model, dtype = (DEEPSEEK, torch.float32) if is_fp8 else (QWEN, torch.bfloat16)
+    first, other = (write_random(folder / f"model{seed}", model, seed, dtype) for seed in range(2))
+    stored, push = first, {}
+    if is_fp8:
+        stored, push = folder / "fp8", {"fp8": True, "tensors": pushed_tensors(model, fp8=True)}
+        write_fp8(first, stored)
+    async with EngineFleet(num_engines, folder / "fleet", **settings(transport, is_fp8)) as fleet:
+        await fleet.start(stored)
         # Over NCCL the receive buffer is on a shared GPU only during a push.
         colocated = transport == "nccl" and num_engines == 1
-        pusher = FilePusher(QWEN, fleet, transport=transport, colocated=colocated)
+        pusher = FilePusher(model, fleet, transport=transport, colocated=colocated, **push)
         found, left = [await checksums(fleet)], []
         if colocated:
             await fleet.sleep()  # as `controller.rl_run` does before engines are connected
@@ -106,4 +114,4 @@ async def main(folder: Path, transport: str, num_engines: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])))
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), "fp8" in sys.argv[4:]))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from nullgpu.conftest import TORCHRUN
+from packaging.requirements import Requirement
 
 from megatron_r1.base.processes.process_memory import trainer_allocator
 from tests.nullgpu import counters
@@ -185,12 +186,15 @@ def test_what_is_installed_is_the_lock_and_complete(on_null_gpu):
     on_null_gpu("-m", "pip", "check")
 
 
-def test_gpu_check_runs_and_says_that_its_times_are_meaningless(on_null_gpu, tmp_path):
-    out = ("--out", str(tmp_path), "--only", "the driver's answer")
-    on_null_gpu(str(ROOT / "tools" / "gpu_check"), *out)
-    page = (tmp_path / "gpu_check.md").read_text()
-    assert "H100 (null), sm_90, 80.0 GiB" in page and "times are meaningless" in page
-    assert "| the driver's answer and torch's | passed |" in page
+def test_nvcc_and_its_headers_are_those_that_cudas_release_names():
+    wanted = {
+        need.name: need.specifier
+        for need in map(Requirement, metadata.requires("cuda-toolkit"))
+        if any(need.marker.evaluate({"extra": extra}) for extra in ("nvcc", "cccl", "nvrtc"))
+    }
+    assert {"nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-cccl"} <= wanted.keys()
+    found = {name: metadata.version(name) for name in wanted}
+    assert not {name: found[name] for name in wanted if found[name] not in wanted[name]}
 
 
 @pytest.mark.parametrize("gpus", [2, 4])

@@ -68,6 +68,7 @@ CASES = {
     "deepseek": (DEEPSEEK, False),
     "deepseek-without-q-lora": (DEEPSEEK | {"q_lora_rank": None}, False),
     "deepseek-fp8": (DEEPSEEK, True),
+    "deepseek-fp8-deep_gemm": (DEEPSEEK, True),
     "qwen": (QWEN, False),
     "qwen-fp8": (QWEN, True),
     "llama": (LLAMA, False),
@@ -75,7 +76,7 @@ CASES = {
 }
 
 
-def engine_config(folder: Path, hf_config: dict, is_fp8: bool):
+def engine_config(folder: Path, hf_config: dict, is_fp8: bool, moe_backend: str):
     """Return vLLM's configuration of a model folder that is written here."""
     folder.mkdir(parents=True)
     quantized = {"quantization_config": fp8.FP8_CONFIG} if is_fp8 else {}
@@ -86,6 +87,7 @@ def engine_config(folder: Path, hf_config: dict, is_fp8: bool):
         "skip_tokenizer_init": True,
         "load_format": "dummy",
         "enforce_eager": True,
+        "moe_backend": moe_backend,
     }
     return EngineArgs(
         model=str(folder), dtype="bfloat16", max_model_len=256, **arguments
@@ -163,7 +165,8 @@ def main() -> None:
     for name in names:
         published, is_fp8 = CASES[name]
         hf_config = resolve_aliases(published)
-        config = engine_config(Path(folder) / name, published, is_fp8)
+        backend = "deep_gemm" if name.endswith("deep_gemm") else "auto"
+        config = engine_config(Path(folder) / name, published, is_fp8, backend)
         with set_current_vllm_config(config):
             if not groups_exist:
                 address = f"tcp://127.0.0.1:{children.free_port()}"

@@ -222,7 +222,7 @@ def _claim_state(claim: Claim, changes: CodeChanges) -> State:
 
 def head(root: Path) -> str:
     """Return the present commit in short, or "" where git cannot tell."""
-    return (_git_output(root, "rev-parse", "--short=8", "HEAD") or "").strip()
+    return (git_output(root, "rev-parse", "--short=8", "HEAD") or "").strip()
 
 
 def changes_since(root: Path, commit: str) -> list[tuple[str, ...]] | None:
@@ -232,10 +232,10 @@ def changes_since(root: Path, commit: str) -> list[tuple[str, ...]] | None:
         The name of each file; of a file that only has another name, the old name and the new one.
         None where this clone does not have the commit, or is none.
     """
-    if _git_output(root, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is None:
+    if git_output(root, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}") is None:
         return None
     options = ("--name-status", "-z", "--find-renames=100%", "--no-ext-diff", "--no-relative")
-    output = _git_output(root, "diff", *options, commit, "--")
+    output = git_output(root, "diff", *options, commit, "--")
     if output is None:
         return None
     words = iter(output.split("\0"))
@@ -251,7 +251,7 @@ def changes_since(root: Path, commit: str) -> list[tuple[str, ...]] | None:
 def _former_names(root: Path, commit: str) -> dict[str, str]:
     """Return what files of today that are much like a file of `commit` were called there."""
     options = ("--name-status", "-z", "--find-renames=50%", "--diff-filter=R", "--no-ext-diff")
-    words = (_git_output(root, "diff", *options, "--no-relative", commit, "--") or "").split("\0")
+    words = (git_output(root, "diff", *options, "--no-relative", commit, "--") or "").split("\0")
     return dict(zip(words[2::3], words[1::3], strict=False))
 
 
@@ -259,9 +259,9 @@ def _gone_modules(root: Path, commit: str) -> dict[str, frozenset[str]]:
     """Return the Python files of `commit` that are no more, also by another name, each with the
     names that it defined."""
     options = ("--name-only", "-z", "--find-renames=50%", "--diff-filter=D", "--no-ext-diff")
-    names = (
-        _git_output(root, "diff", *options, "--no-relative", commit, "--", "*.py") or ""
-    ).split("\0")
+    names = (git_output(root, "diff", *options, "--no-relative", commit, "--", "*.py") or "").split(
+        "\0"
+    )
     return {name: defined_in(text_at(root, commit, name) or "") for name in names if name}
 
 
@@ -337,15 +337,15 @@ def _text_in(root: Path, name: str) -> str | None:
 @cache  # a commit's files stay, and every record asks for them again
 def text_at(root: Path, commit: str, name: str) -> str | None:
     """Return a file's text at a commit; None where this clone lacks it."""
-    return _git_output(root, "show", f"{commit}:{name}")
+    return git_output(root, "show", f"{commit}:{name}")
 
 
 @cache  # a commit's files stay
 def _names_at(root: Path, commit: str) -> ProjectNames | None:
     grep = ("grep", "-h", "--only-matching", "--extended-regexp", "-e")
-    words = _git_output(root, *grep, WORD, commit, "--", "*.py")
-    lines = _git_output(root, *grep, DEFINED, commit, "--", "*.py")
-    files = _git_output(root, "ls-tree", "-r", "--name-only", commit)
+    words = git_output(root, *grep, WORD, commit, "--", "*.py")
+    lines = git_output(root, *grep, DEFINED, commit, "--", "*.py")
+    files = git_output(root, "ls-tree", "-r", "--name-only", commit)
     if words is None or lines is None or files is None:
         return None  # without them any name would be new
     defined = {re.findall(WORD, line)[-1] for line in lines.splitlines()}
@@ -355,7 +355,7 @@ def _names_at(root: Path, commit: str) -> ProjectNames | None:
 
 
 def _names_now(root: Path) -> ProjectNames:
-    files = _git_output(root, "ls-files", "--", "*.py") or ""
+    files = git_output(root, "ls-files", "--", "*.py") or ""
     texts = [_text_in(root, name) or "" for name in files.splitlines()]
     all_names = frozenset(name for text in texts for name in names_in(text))
     defined = {name for text in texts for name in defined_in(text)}
@@ -366,7 +366,7 @@ def _names_now(root: Path) -> ProjectNames:
 
 
 def _imports_now(root: Path) -> frozenset[tuple[str, str]]:
-    files = _git_output(root, "ls-files", "--", "*.py") or ""
+    files = git_output(root, "ls-files", "--", "*.py") or ""
     return frozenset(
         pair for name in files.splitlines() for pair in imported_names(_text_in(root, name) or "")
     )
@@ -392,7 +392,7 @@ def covers(path: str, name: str) -> bool:
     return name.startswith(path) if path.endswith("/") else fnmatchcase(name, path)
 
 
-def _git_output(root: Path, *arguments: str) -> str | None:
+def git_output(root: Path, *arguments: str) -> str | None:
     command = ["git", "-C", str(root), *arguments]
     # A clone without all objects would fetch them.
     variables = os.environ | {"GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"}

@@ -8,6 +8,7 @@ on the host, in the process and in all that it starts."""
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -42,8 +43,8 @@ ON_HOST = {
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
     "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    # Its kernels are compiled by nvcc; products of FP8 blocks are CUTLASS's and Triton's.
-    "VLLM_USE_DEEP_GEMM": "0",
+    # Its products are torch's, so that no kernels need to be compiled for all sizes.
+    "VLLM_DEEP_GEMM_WARMUP": "skip",
     # vLLM is imported once for all processes of an engine: most of the time of a small one. No
     # process may ask the CUDA runtime for GPUs before.
     "VLLM_WORKER_MULTIPROC_METHOD": "fork",
@@ -52,19 +53,27 @@ ON_HOST = {
 """Variables of processes in which kernels compute on the host."""
 
 
-def environment(libraries: Path, gpus: int, *, computes: bool) -> dict[str, str]:
+def environment(
+    libraries: Path, gpus: int, *, computes: bool, device: str = "h200"
+) -> dict[str, str]:
     """Return the variables of a process on `gpus` null GPUs.
 
     Args:
         libraries: the folder into which `shim.build` has written the libraries.
         gpus: the number of null GPUs.
-        computes: whether kernels compute on the host, in this process and in all it starts."""
+        computes: whether kernels compute on the host, in this process and in all it starts.
+        device: the file of `shim/devices` with the properties for which cuDNN answers."""
     library = f"{libraries}/libnullgpu.so"
+    properties = SHIM / "devices" / f"{device}.json"
     imports = [ROOT, ROOT / "kernels", ROOT / "grading", HERE]
     variables = {
         "NULL_GPUS": str(gpus),
         "LD_PRELOAD": library,
         "LD_LIBRARY_PATH": str(libraries),
+        "NULL_GPU_PROPERTIES": str(properties),
+        "NULL_GPU_ARCHITECTURE": str(json.loads(properties.read_text())["deviceVer"] // 10),
+        # cuDNN's frontend in Transformer Engine calls the runtime in the library that it opens.
+        "CUDNN_FRONTEND_CUDART_LIB_NAME": library,
         "TRITON_LIBCUDA_PATH": str(libraries),
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus))),
     }

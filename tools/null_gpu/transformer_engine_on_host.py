@@ -50,9 +50,17 @@ def use_our_attention() -> None:
     """Build models with `models.attention`, by operators that every device has."""
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
+    from megatron_r1.models import attention_choice
     from megatron_r1.models.attention import CoreAttention
 
     TESpecProvider.core_attention = lambda self: CoreAttention
+    choose = attention_choice.choose_attention
+
+    def choose_ours(parameters, setting="auto"):
+        choose(parameters, setting)  # asked as on a GPU, but ours also computes what it refuses
+        return attention_choice.AttentionChoice("flash", "")
+
+    attention_choice.choose_attention = choose_ours
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -5,6 +5,7 @@ The copies to the CPU and back that the interpreter makes for a GPU are left out
 takes longer than the kernels themselves. It wants TRITON_INTERPRET=1."""
 
 import torch
+import triton.language as tl
 from host_compute import drain
 from triton.runtime import interpreter
 
@@ -26,6 +27,15 @@ def install() -> None:
             replace(function)
         return interpreter._LangPatchScope()
 
+    compute = interpreter.InterpreterBuilder.binary_op
+
+    def compute_numbers(builder, left, right, op):  # not with the bits of bf16
+        if left.dtype.scalar != tl.bfloat16 or op.__name__ not in ("add", "subtract", "multiply"):
+            return compute(builder, left, right, op)
+        wide = [builder.create_fp_to_fp(x, tl.float32, None) for x in (left, right)]
+        return builder.create_fp_to_fp(compute(builder, *wide, op), tl.bfloat16, None)
+
+    interpreter.InterpreterBuilder.binary_op = compute_numbers
     interpreter._patch_lang = replace_once
     interpreter.GridExecutor._init_args_hst = as_they_are
     interpreter.GridExecutor._restore_args_dev = lambda executor, *args: None

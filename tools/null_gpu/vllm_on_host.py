@@ -1,10 +1,10 @@
 """vLLM's kernels as torch's operators, so that its CUDA engines compute on the null GPU.
 
 Operators of its extensions and of flash-attention 3 that serve decoder models in bf16, fp16, fp32
-and with weights in FP8 blocks are replaced (`KERNELS`); its model classes, attention backends,
-runners and communicators are what is installed. Its Triton kernels run in Triton's interpreter
-(`triton_on_host`). An FP8 cache is not imitated. An operator that is not here keeps its own code,
-whose kernels do nothing."""
+and with weights in FP8 blocks are replaced (`KERNELS`), and DeepGEMM's products; its model classes,
+attention backends, runners and communicators are what is installed. Its Triton kernels run in
+Triton's interpreter (`triton_on_host`). An FP8 cache is not imitated. An operator that is not here
+keeps its own code, whose kernels do nothing."""
 
 import math
 from collections.abc import Callable
@@ -296,13 +296,23 @@ def silu_and_mul_per_block_quant(codes, x, scales, size, bound=None, is_transpos
     per_token_group_fp8_quant(product, codes, scales, size, 1e-10, -448.0, 448.0, False)
 
 
-@_register_kernel("_C::cutlass_scaled_mm")
-def cutlass_scaled_mm(result, a, b, a_scales, b_scales, bias=None) -> None:
-    """Write the product of a (rows, in), with scales of groups, and b (in, out), of blocks."""
-    assert a_scales.shape[-1] == -(-a.shape[-1] // GROUP)
-    left = a.float() * _spread_scales(a_scales, a.shape[-1])
-    product = left @ (b.float() * _spread_scales(b_scales, *b.shape))
-    result.copy_(product if bias is None else product + bias)
+def deep_gemm_product(a, b, result, *, is_deep_gemm_e8m0_used: bool | None = None) -> None:
+    """Write the product of a (rows, in), with scales of groups, and b (out, in), of blocks."""
+    (left, left_scales), (right, right_scales) = a, b
+    left = left.float() * _spread_scales(left_scales, left.shape[-1])
+    result.copy_(left @ (right.float() * _spread_scales(right_scales, *right.shape)).T)
+
+
+def deep_gemm_experts(a, b, result, ends, *, use_psum_layout: bool) -> None:
+    """Write the products of each expert's rows, which begin at multiples, with its matrix."""
+    from vllm.utils.deep_gemm import get_mk_alignment_for_contiguous_layout
+
+    assert use_psum_layout
+    alignment, start = get_mk_alignment_for_contiguous_layout()[0], 0
+    for expert, end in enumerate(ends.tolist()):
+        rows = slice(start, end)
+        deep_gemm_product([x[rows] for x in a], [x[expert] for x in b], result[rows])
+        start = -(-end // alignment) * alignment
 
 
 def experts(

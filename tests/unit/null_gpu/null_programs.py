@@ -376,8 +376,7 @@ def circle_of_hosts(rank: str) -> None:
 
 def create_without_blocking() -> None:
     """Begin to make a communicator whose other rank does not come, and abort that."""
-    config = (ctypes.c_int * 64)()
-    config[4] = 0  # `blocking`, behind size, magic and version
+    config = (ctypes.c_uint * 6)(24, 0, 0xCAFEBEEF, 21400)  # size, magic, version; not `blocking`
     handle, name = ctypes.c_size_t(), UniqueId(b"alone")
     begun = call("ncclCommInitRankConfig", ctypes.byref(handle), 2, name, 0, config)
     comm, memory = handle.value, device_memory(b"a")
@@ -395,6 +394,20 @@ def create(size: str, rank: str, gpu: str) -> None:
     say("begins")
     handle, name = ctypes.c_size_t(), UniqueId(b"create")
     say(call("ncclCommInitRank", ctypes.byref(handle), int(size), name, int(rank)))
+
+
+def configured(*configurations: str) -> None:
+    """A communicator of this rank alone by each, with a call of the first, and halves of it."""
+    results, comm = [], ctypes.c_size_t()
+    for number, config in enumerate(configurations):
+        identifier, made_one = UniqueId(b"%d" % number), ctypes.c_size_t()
+        arguments = (ctypes.byref(made_one), 1, identifier, 0, bytes.fromhex(config))
+        results.append(call("ncclCommInitRankConfig", *arguments))
+        comm = comm or made_one
+    memory = device_memory(b"ab")
+    done("ncclAllReduce", memory, memory, 2, BYTE, SUM, comm, stream())
+    done("ncclCommSplit", comm, 0, 0, ctypes.byref(ctypes.c_size_t()), None)
+    say(results)
 
 
 def collectives(rank: str, size: str) -> None:

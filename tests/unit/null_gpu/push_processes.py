@@ -349,6 +349,8 @@ async def story(case, engines, *, is_colocated, on_host, killed_at):
         """Of an engine the victim counts its own rounds, in NCCL or as trainer rank 0's."""
         return trainer.ranks[0] if is_colocated else fleet.engines[0].client.process
 
+    # The limit for connecting is not one for their start.
+    await asyncio.gather(*(engine.client.process.call("num_rounds") for engine in fleet.engines))
     await push(1)
     version, pids, seen = 1, trainer.pids, {}
     if killed_at:

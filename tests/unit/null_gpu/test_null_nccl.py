@@ -10,12 +10,13 @@ import pytest
 from waiting import wait_until
 
 from megatron_r1.push.matching.rounds import NO_BUCKET, ProcessLink, RoundSchedule
+from megatron_r1.push.transports.nccl_communicator import push_config
 from tools.bench.push.stream_operations import BucketTransfer, Step, link_threads
 from tools.null_gpu import launch, segment_records, watch
 from tools.null_gpu.segment_records import read
 from tools.null_gpu.wait_graph import abandoned_calls, find_cycle
 
-INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS = 5, 6, 7
+INVALID_ARGUMENT, INVALID_USAGE, REMOTE_ERROR, IN_PROGRESS = 4, 5, 6, 7
 
 
 def started(segment) -> list[segment_records.Call]:
@@ -236,6 +237,26 @@ def test_making_one_without_blocking_can_be_aborted(start, segment):
     program.go_on()
     assert program.says() == "aborted"
     wait_until(lambda: not any(one.waits for one in read(segment)))
+
+
+def test_the_configuration_of_a_push_is_checked_as_nccl_does_and_communicators_are_counted(
+    start, tmp_path
+):
+    def changed(**fields: int) -> str:
+        config = push_config()
+        for name, value in {"blocking": 1, "commName": None, **fields}.items():
+            setattr(config, name, value)
+        return bytes(config).hex()
+
+    refused = ({"magic": 1}, {"blocking": 2}, {"minCTAs": 9}, {"nChannelsPerNetPeer": 0})
+    # NCCL 2.26 did not have this one, and 2.16 neither of the channels.
+    taken = ({}, {"nChannelsPerNetPeer": 0, "version": 22600}, {"maxCTAs": 0, "version": 21600})
+    counters = {"NULL_GPU_COUNTERS": str(tmp_path / "counters")}
+    program = start("configured", *(changed(**one) for one in (*taken, *refused)), **counters)
+    assert program.says() == [0] * len(taken) + [INVALID_ARGUMENT] * len(refused)
+    assert program.ends() == 0
+    counted = json.loads((tmp_path / f"counters.{program.process.pid}.json").read_text())
+    assert [(c["size"], c["calls"]) for c in counted["communicators"]] == [(1, 1), *[(1, 0)] * 3]
 
 
 def test_two_ranks_on_one_gpu_are_refused(start):

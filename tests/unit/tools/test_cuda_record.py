@@ -1,11 +1,25 @@
-"""Whether the record of the tests on a null GPU is of the present code."""
+"""Whether the record of the tests on a null GPU is of the present files."""
 
 import json
+import py_compile
+import shutil
 import subprocess
 
 import pytest
 
 from tools import cuda_record
+from tools.opened_files import run_traced
+
+needs_strace = pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+TESTS = """
+import subprocess, sys
+import once
+import module
+def test_passes():
+    subprocess.run([sys.executable, "-c", "open('recipe.yaml')"], check=True)
+def test_fails():
+    assert not open("README.md").read()
+"""
 
 
 def git(tree, *arguments: str) -> str:
@@ -16,51 +30,111 @@ def git(tree, *arguments: str) -> str:
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
+    """A repository whose tests open all of its files but unused.py."""
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
+    monkeypatch.setenv("PYTHONPATH", f"{cuda_record.ROOT}:{tmp_path}", prepend=":")
+    monkeypatch.setattr(cuda_record, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     git(tmp_path, "init", "-q")
-    for covered in cuda_record.COVERED_PATHS:
-        path = tmp_path / (covered + "code.py" if covered.endswith("/") else covered)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("def chosen_experts():\n    return 1\n")
-    (tmp_path / "kernels/r1_kernels/primitives/sum_triton.py").write_text("SUM = 1\n")
+    (tmp_path / "tests/nullgpu").mkdir(parents=True)
+    (tmp_path / "tests/nullgpu/test_all.py").write_text(TESTS)
+    (tmp_path / "recipe.yaml").write_text("lr: 1\n")
+    (tmp_path / ".gitignore").write_text("once.py\n__pycache__\n.pytest_cache\n")
+    for name in ("module.py", "once.py", "unused.py", "README.md"):
+        (tmp_path / name).write_text("# a comment\n")
+    py_compile.compile("module.py", doraise=True)  # the tests open its cache
+
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "--no-verify", "-m", "Begin")
-    record = {"commit": git(tmp_path, "rev-parse", "HEAD"), "date": "2026-01-02"}
-    record |= {"passed": 33, "failed": 0, "skipped": 1}
-    (tmp_path / cuda_record.RECORD).write_text(json.dumps(record))
-    git(tmp_path, "add", ".")
     return tmp_path
 
 
-def test_a_record_is_current_until_a_covered_file_computes_something_else(tree):
-    commit = git(tree, "rev-parse", "HEAD")
-    current = f"is current: 33 passed, 0 failed at {commit}, 2026-01-02"
-    assert current in cuda_record.record_state(tree)
-    (tree / "README.md").write_text("other")
-    code = tree / "megatron_r1/models/code.py"
-    code.write_text(f'"""Docs."""\n\n{code.read_text()}  # why\n')
-    assert current in cuda_record.record_state(tree)
-    code.write_text(code.read_text().replace("1", "2"))
-    text = cuda_record.record_state(tree)
-    assert "is old" in text and "megatron_r1/models/code.py" in text and "trainer" not in text
+@pytest.fixture
+def recorded(tree):
+    assert cuda_record.run(["-q"]) == 1
+    return tree
 
 
-def test_a_kernel_of_gpus_alone_is_covered(tree):
-    (tree / "kernels/r1_kernels/primitives/sum_triton.py").write_text("SUM = 2\n")
-    assert "primitives/sum_triton.py changed" in cuda_record.record_state(tree)
+@needs_strace
+def test_the_record_is_of_the_files_that_the_tests_and_their_processes_open(recorded):
+    record = json.loads((recorded / cuda_record.RECORD).read_text())
+    assert (record["passed"], record["failed"], record["skipped"]) == (1, 1, 0)
+    lines = (recorded / cuda_record.OPENED).read_text().splitlines()
+    names = {line.split(" ", 1)[1] for line in lines}
+    assert names == {"module.py", "recipe.yaml", "tests/nullgpu/test_all.py"}
+    state = cuda_record.record_state(recorded)
+    assert f"is current: 1 passed, 1 failed at {git(recorded, 'rev-parse', 'HEAD')[:8]}" in state
 
 
-def test_a_file_that_goes_makes_the_record_old(tree):
-    git(tree, "mv", "megatron_r1/push/code.py", "other.py")
-    assert "megatron_r1/push/code.py changed" in cuda_record.record_state(tree)
+@needs_strace
+def test_a_changed_or_deleted_file_makes_the_record_old_if_it_was_opened(recorded):
+    for name in ("unused.py", "README.md", "once.py"):
+        (recorded / name).write_text("SUM = 2\n")
+    assert "is current" in cuda_record.record_state(recorded)
+    (recorded / "module.py").write_text("# another comment\n")
+    state = cuda_record.record_state(recorded)
+    assert "is old" in state and ": module.py changed" in state
+    (recorded / "recipe.yaml").unlink()
+    assert ": module.py changed, recipe.yaml changed;" in cuda_record.record_state(recorded)
 
 
-def test_a_clone_without_the_commit_cannot_tell(tree):
-    path = tree / cuda_record.RECORD
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "0" * 40}))
-    assert "does not have the commit" in cuda_record.record_state(tree)
+@needs_strace
+def test_tests_that_the_record_does_not_have_are_named(recorded):
+    (recorded / "tests/nullgpu/test_other.py").write_text("def test_other(): pass\n")
+    state = cuda_record.record_state(recorded)
+    assert "is old" in state and ": tests/nullgpu/test_other.py is new;" in state
+
+
+@needs_strace
+@pytest.mark.more
+def test_two_files_at_once_are_recorded_as_one_after_the_other(tree):
+    (tree / "tests/nullgpu/test_more.py").write_text("def test_more(): pass\n")
+    git(tree, "add", ".")
+    git(tree, "commit", "-q", "--no-verify", "-m", "Add")
+    arguments = ["-q", "-n", "2", "--dist", "loadfile"]
+    cuda_record.run([*arguments, "-k", "more or fails"])
+    assert not (tree / cuda_record.RECORD).exists()
+    assert cuda_record.run(arguments) == 1
+    record = json.loads((tree / cuda_record.RECORD).read_text())
+    assert (record["passed"], record["failed"], record["skipped"]) == (2, 1, 0)
+    opened = (tree / cuda_record.OPENED).read_text()
+    for name in ("module.py", "recipe.yaml", "test_all.py", "test_more.py"):
+        assert f"{name}\n" in opened
+
+
+@needs_strace
+def test_a_list_of_another_run_is_named(recorded):
+    with (recorded / cuda_record.OPENED).open("a") as file:
+        file.write("00 other.py\n")
+    assert "not of the same run" in cuda_record.record_state(recorded)
+
+
+@needs_strace
+def test_nothing_is_recorded_of_files_that_are_not_committed(tree, capfd):
+    (tree / "recipe.yaml").write_text("lr: 2\n")
+    cuda_record.run(["-q"])
+    assert not (tree / cuda_record.RECORD).exists() and "M recipe.yaml" in capfd.readouterr().out
+    git(tree, "commit", "-aq", "--no-verify", "-m", "Change")
+    cuda_record.run(["-q", "-k", "passes"])
+    assert not (tree / cuda_record.RECORD).exists()
 
 
 def test_without_a_record_the_command_is_named(tree):
-    (tree / cuda_record.RECORD).unlink()
     assert "make test-cuda" in cuda_record.record_state(tree)
+
+
+@needs_strace
+def test_names_are_given_as_they_were_opened(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("file")
+    script = f"cd {tmp_path}/folder && cat ../link missing; exit 3"
+    status, opened = run_traced(["sh", "-c", script])
+    assert status == 3 and f"{tmp_path}/folder/../link" in opened
+    assert not any(name.endswith("missing") for name in opened)
+
+
+def test_without_strace_the_package_is_named(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="apt-get install strace"):
+        run_traced(["true"])

@@ -47,6 +47,10 @@ def _use_our_attention(module) -> None:
     transformer_engine_on_host.use_our_attention()
 
 
+def _call_no_attention_early(module) -> None:
+    module._call_attention = lambda *ignored: None  # ours has no kernel to compile
+
+
 def _our_kernels(registry) -> None:
     in_torch = registry.load_primitives("torch")
     registry.load_primitives = lambda backend: in_torch
@@ -77,8 +81,16 @@ def _vllm_experts(module) -> None:
     module.invoke_fused_moe_triton_kernel = vllm_on_host.experts
 
 
+def _deep_gemm(module) -> None:
+    import vllm_on_host
+
+    module.fp8_gemm_nt = vllm_on_host.deep_gemm_product
+    module.m_grouped_fp8_gemm_nt_contiguous = vllm_on_host.deep_gemm_experts
+
+
 def _no_flashinfer(module) -> None:
-    """As where there is no nvcc: FlashInfer would compile its kernels, which cannot run."""
+    """As where there is no nvcc: FlashInfer compiles for minutes what cannot run. vLLM then takes
+    its own rotary embeddings, samplers and experts, and DeepGEMM."""
     module.has_flashinfer = lambda: False
 
 
@@ -97,11 +109,13 @@ CHANGES: dict[str, Callable[..., Any]] = {
     "triton.runtime.interpreter": _install_triton_interpreter,
     "transformer_engine.pytorch": _transformer_engine,
     "megatron.core.extensions.transformer_engine_spec_provider": _use_our_attention,
+    "megatron_r1.trainer.first_steps": _call_no_attention_early,
     "r1_kernels.registry": _our_kernels,
     "vllm.engine.arg_utils": _vllm_arguments,
     "vllm.model_executor.kernels.linear.cute_dsl.ll_bf16": _no_cutlass,
     "vllm.model_executor.layers.fused_moe.fused_moe": _vllm_experts,
     "vllm.platforms": _vllm_operators,
+    "vllm.utils.deep_gemm": _deep_gemm,
     "vllm.utils.flashinfer": _no_flashinfer,
     "vllm.v1.sample.ops.topk_topp_sampler": _no_triton,
 }

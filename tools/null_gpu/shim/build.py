@@ -2,7 +2,8 @@
 
     libnullgpu.so       preloaded: CUDA's runtime (runtime.c, streams.c, events.c, memory.c,
                         copies.c), NCCL (communicators.c, calls.c, numbers.c), cuBLAS and NVRTC
-                        (libraries.c), what processes share and count (segment.c, counters.c)
+                        (libraries.c), questions to cuDNN (cudnn.c), what processes share and count
+                        (segment.c, counters.c)
     libcuda.so.1        in the place of the driver (driver.c)
     libnvidia-ml.so.1   in the place of the driver's management library (nvml.c)
 
@@ -21,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 _TORCH = importlib.util.find_spec("torch")
 PACKAGES = Path(_TORCH.origin).parents[1] if _TORCH and _TORCH.origin else Path()
-INCLUDE = [PACKAGES / "nvidia/cu13/include", PACKAGES / "nvidia/nccl/include"]
+INCLUDE = [PACKAGES / f"nvidia/{name}/include" for name in ("cu13", "nccl", "cudnn")]
 HEADERS_OF_TRITON = PACKAGES / "triton/backends/nvidia/include"
 STANDALONE_FUNCTIONS = [
     "runtime.c",
@@ -57,9 +58,8 @@ def build(folder: Path) -> None:
     imported = _imported_symbols()
     runtime = {name for name in imported if re.fullmatch(RUNTIME, name)} | BY_NAME
     driver = {name for name in imported if re.fullmatch(DRIVER, name)} | _declared_by_the_driver()
-    _compile_library(
-        folder / "libnullgpu.so", [*STANDALONE_FUNCTIONS, "libraries.c"], runtime, INCLUDE
-    )
+    sources = [*STANDALONE_FUNCTIONS, "libraries.c", "cudnn.c"]
+    _compile_library(folder / "libnullgpu.so", sources, runtime, INCLUDE)
     _compile_library(folder / "libcuda.so.1", ["driver.c"], driver, INCLUDE)
     _compile_library(folder / "libnvidia-ml.so.1", ["nvml.c"], (), INCLUDE)
 

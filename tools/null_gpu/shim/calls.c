@@ -275,6 +275,7 @@ ncclResult_t ncclGroupEnd(void) {
 
 static ncclResult_t issue(ncclComm_t c, cudaStream_t s, task t) {
     if (t.peer >= c->size) return ncclInvalidArgument;
+    c->count->calls++;
     group = realloc(group, (num_calls + 1) * sizeof *group);
     group[num_calls++] = (member_call){c, stream_of(s), t};
     if (depth) return ncclSuccess;

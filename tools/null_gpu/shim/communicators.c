@@ -117,9 +117,25 @@ static void *meet_apart(void *argument) {
     return 0;
 }
 
+// Whether NCCL takes it, which reads the fields that its version had (init.cc, parseCommConfig).
+static int is_config(ncclConfig_t *given) {
+    ncclConfig_t c = {0};
+    memcpy(&c, given, given->size < sizeof c ? given->size : sizeof c);
+    int limits[] = {c.minCTAs, c.maxCTAs, c.nvlsCTAs, c.nChannelsPerNetPeer};
+    const unsigned since[] = {21700, 21700, 22700, 22800};
+    if (c.magic != NCCL_API_MAGIC || (c.blocking != NCCL_CONFIG_UNDEF_INT && c.blocking >> 1)) return 0;
+    for (int i = 0; i < 4; i++) {
+        if (c.version < since[i]) limits[i] = NCCL_CONFIG_UNDEF_INT;
+        if (limits[i] != NCCL_CONFIG_UNDEF_INT && limits[i] <= 0) return 0;
+    }
+    return limits[0] <= limits[1];
+}
+
 static ncclResult_t make(ncclComm_t *made, int size, uint64_t id, int rank, ncclConfig_t *config) {
     if (size > RANKS || size < 1 || rank < 0 || rank >= size) return ncclInvalidArgument;
+    if (config && !is_config(config)) return ncclInvalidArgument;
     ncclComm_t c = *made = calloc(1, sizeof *c);
+    c->count = count_communicator(size);
     c->size = size;
     c->rank = rank;
     c->id = id;

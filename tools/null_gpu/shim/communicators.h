@@ -1,6 +1,7 @@
 // NCCL of the null GPU. The ranks of a communicator are processes of one machine, or threads with a GPU each; they share
 // a `board` and read each other's memory.
 #pragma once
+#include "counters.h"
 #include "nccl_types.h"
 #include "streams.h"
 
@@ -38,6 +39,7 @@ struct ncclComm {
     void *buffers[RANKS][MESSAGES];    // of sends that have ended before they were received
     int64_t charged;
     member_record *shown;
+    communicator_count *count;
 };
 
 extern const size_t type_sizes[];

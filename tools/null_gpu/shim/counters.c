@@ -1,4 +1,4 @@
-// Counters of the null GPU: how often and where the host waited for a stream, a device or a copy.
+// Counters of the null GPU: how often and where the host waited for a stream, a device or a copy; its communicators.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <execinfo.h>
@@ -17,6 +17,8 @@ static const char *kinds[] = {"none", "stream", "device", "event", "copy", "free
 typedef struct { int kind; char label[64], place[128]; long number; int64_t ns; } row;
 static row rows[ROWS];
 static int num_rows;
+static communicator_count communicators[ROWS + 1];  // the last one: of those that have no row
+static int num_communicators;
 static char label[64];
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 
@@ -74,6 +76,15 @@ long null_gpu_waits(int kind) {
     return number;
 }
 
+communicator_count *count_communicator(int size) {
+    pthread_mutex_lock(&mutex);
+    communicator_count *made = communicators + num_communicators;
+    if (num_communicators < ROWS) num_communicators++;
+    *made = (communicator_count){size, 0};
+    pthread_mutex_unlock(&mutex);
+    return made;
+}
+
 static void write_text(FILE *out, const char *text) {  // of JSON
     fputc('"', out);
     for (; *text; text++)
@@ -116,6 +127,9 @@ __attribute__((destructor)) void null_gpu_write_counters(void) {
         write_text(out, rows[i].place);
         fprintf(out, ", \"number\": %ld, \"seconds\": %.6f}", rows[i].number, rows[i].ns / 1e9);
     }
+    fprintf(out, "],\n \"communicators\": [");
+    for (int i = 0; i < num_communicators; i++)
+        fprintf(out, "%s{\"size\": %d, \"calls\": %ld}", i ? ", " : "", communicators[i].size, communicators[i].calls);
     pthread_mutex_unlock(&mutex);
     fprintf(out, "]}\n");
     fclose(out);

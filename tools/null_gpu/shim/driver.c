@@ -52,6 +52,8 @@ CUresult cuDevicePrimaryCtxGetState(CUdevice d, unsigned *flags, int *active) {
     *active = 1;
     return 0;
 }
+// NVRTC asks for tables of private functions, and compiles without them.
+CUresult cuGetExportTable(const void **table, const CUuuid *id) { return CUDA_ERROR_NOT_FOUND; }
 CUresult cuStreamIsCapturing(CUstream s, CUstreamCaptureStatus *status) { *status = 0; return 0; }
 
 // Memory is allocated by the runtime (memory.c); here are questions about it, and what vLLM's sleep needs: addresses

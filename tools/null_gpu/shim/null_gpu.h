@@ -7,8 +7,8 @@
 #define MEMORY_BYTES (80ul << 30)
 #define CUDA_VERSION_NUMBER 13000
 #define DRIVER_VERSION "580.65.06"
-#define MAJOR 9
-#define MINOR 0
+#define MAJOR (architecture() / 10)
+#define MINOR (architecture() % 10)
 #define MULTIPROCESSORS 132
 #define WARP 32
 #define THREADS_PER_BLOCK 1024
@@ -18,6 +18,11 @@
 #define SHARED_PER_BLOCK_OPTIN 232448
 #define SHARED_PER_MULTIPROCESSOR 233472
 #define L2_BYTES (50 << 20)
+
+static inline int architecture(void) {
+    const char *number = getenv("NULL_GPU_ARCHITECTURE");
+    return number ? atoi(number) : 90;
+}
 
 static inline long gpu_bytes(void) {
     const char *number = getenv("NULL_GPU_BYTES");
