@@ -149,12 +149,7 @@ class Continuation:
         return "new branch"
 
     def _ids_to_append(self, last: int | None, written: str, new: str) -> list[int]:
-        """Return the tokens to append behind an answer.
-
-        Args:
-            last: the last sampled token of the answer; None: it has none.
-            written: what the template writes behind such an answer.
-            new: what the template writes for the messages that follow."""
+        """Return the tokens to append behind an answer."""
         for closing_id, text in self._ends.items():
             if written.startswith(text):
                 missing_ids = [] if last == closing_id else [closing_id]
@@ -232,11 +227,7 @@ def _has_reasoning(message: Message) -> bool:
 
 def _sample_conversation(history: Sequence[Message], thinks: bool) -> list[Message]:
     """Return a short conversation of the shape of `history`, with an earlier answer, if `history`
-    has any: some templates rewrite all answers but the last one.
-
-    Args:
-        history: messages whose last is an answer.
-        thinks: whether that answer has reasoning."""
+    has any: some templates rewrite all answers but the last one."""
     conversation: list[Message] = [{"role": "user", "content": "u"}]
     if history[0]["role"] in ("system", "developer"):
         conversation.insert(0, {"role": history[0]["role"], "content": "s"})

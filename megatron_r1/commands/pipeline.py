@@ -115,13 +115,7 @@ def _check_states(
     config: PipelineConfig, plan: PipelinePlan, graph: StageGraph, stage_names: list[str]
 ) -> None:
     """Raise UserError for stale stages without `pipeline.rerun`, and for `pipeline.only` with a
-    stage that needs others first.
-
-    Args:
-        config: the section `pipeline`.
-        plan: the stages as they are to run.
-        graph: which stages need which.
-        stage_names: the stages that would run."""
+    stage that needs others first."""
     statuses = all_statuses(plan, graph)
     if config.only:
         unfinished = [

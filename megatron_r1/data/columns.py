@@ -234,13 +234,7 @@ def _usual_column(
     names: Sequence[str], rows: Sequence[Row], fits: Callable[[Any], bool], taken_column: str | None
 ) -> str | None:
     """Return the first of `names` that rows have as a column; one whose values are all none only
-    where there is no other.
-
-    Args:
-        names: usual names, the most usual first.
-        rows: the file's first rows.
-        fits: whether a value is of the column's kind.
-        taken_column: the column that is already taken; None: none is."""
+    where there is no other."""
     all_columns = dict.fromkeys(name for row in rows for name in row)
     empty_columns = [
         n for n in all_columns if n != taken_column and all(is_missing(row.get(n)) for row in rows)
@@ -304,13 +298,6 @@ def _find_column(
 ) -> tuple[str | None, str]:
     """Return (column, reason): by its name; else, of two columns, the one that is left, where
     questions are longer than truths.
-
-    Args:
-        source: the data set, for errors.
-        names: the usual names of the column.
-        rows: rows of the data set.
-        fits: whether a value is of the column's kind.
-        taken_column: the column that is already taken; None: none is.
 
     Raises:
         UserError: a column of a usual name has rows without a value."""

@@ -158,13 +158,7 @@ class _hub_errors:  # noqa: N801 - a context manager, named like a function
 
 
 def _read_saved(path: str, folder: Path, split: str | None, key: str) -> Iterator[LocatedRow]:
-    """Yield the rows of a folder of `save_to_disk`.
-
-    Args:
-        path: the data set as the recipe names it.
-        folder: its folder.
-        split: the split that is asked for, or None.
-        key: the setting, for errors."""
+    """Yield the rows of a folder of `save_to_disk`."""
     try:
         import datasets
     except ImportError:

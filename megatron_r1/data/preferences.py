@@ -90,11 +90,6 @@ def read_preferences(path: str | Path, kind: Kind) -> Iterator[Preference]:
 def _chat_texts(location: str, row: CanonicalRow, names: Sequence[str]) -> CanonicalRow:
     """Return the row with question and responses as text, where some of them are chats.
 
-    Args:
-        location: the row's place, for errors.
-        row: the fields of the row.
-        names: the fields that are responses.
-
     Raises:
         UserError: responses to different questions, or several turns."""
     prompt_value = next(

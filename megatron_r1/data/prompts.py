@@ -132,15 +132,7 @@ def _check_arguments(
     num_heldout: int | None,
     heldout_fraction: float,
 ) -> None:
-    """Raise UserError for arguments of `load_prompts` that do not go together.
-
-    Args:
-        path: the file of questions.
-        heldout_path: the file of held-out questions.
-        task: the generated task.
-        num_train: the most training questions.
-        num_heldout: the most held-out questions.
-        heldout_fraction: the part of the questions that is held out."""
+    """Raise UserError for arguments of `load_prompts` that do not go together."""
     if path is None and task is None:
         raise UserError(
             "data.path is missing: give a file of questions, or data.task",
@@ -214,13 +206,7 @@ def _require_prompts(
 def _from_file(
     reader: RowReader, path: str | Path, key: str, reports: list[DataReport]
 ) -> Iterator[Prompt]:
-    """Return the prompts of a file or data set, whose report is added to `reports`.
-
-    Args:
-        reader: makes prompts of rows.
-        path: the file or data set.
-        key: the setting that names it, for errors.
-        reports: receives the file's report."""
+    """Return the prompts of a file or data set, whose report is added to `reports`."""
     reports.append(DataReport(str(path)))
     return reader.prompts(path, key, reports[-1])
 

@@ -21,10 +21,6 @@ Conditions = Mapping[str, Any]
 def _check_conditions(conditions: Conditions, key: str = "data.where") -> None:
     """Check the conditions on rows before any row is read.
 
-    Args:
-        conditions: the conditions.
-        key: the setting that has them, for errors.
-
     Raises:
         UserError: a condition with an unknown key, a limit that is not a number, or no limit."""
     for column, condition in conditions.items():

@@ -131,11 +131,7 @@ class SFTTokenizer:
     def _encode_conversation(
         self, example: SFTExample, messages: list[Message]
     ) -> tuple[list[int], list[bool]]:
-        """Return `encode` of a conversation.
-
-        Args:
-            example: the example that it belongs to.
-            messages: the messages as the template gets them."""
+        """Return `encode` of a conversation."""
         text = self._render_conversation(example, messages)
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
@@ -179,13 +175,7 @@ class SFTTokenizer:
         self, example: SFTExample, messages: list[Message], number: int, text: str
     ) -> tuple[int, int]:
         """Return where the message of that number begins and ends in the conversation's text, the
-        header not included.
-
-        Args:
-            example: the conversation with its tools.
-            messages: its messages.
-            number: the message's place among them, from 0.
-            text: the text of the whole conversation."""
+        header not included."""
         prompt = (
             self._render_conversation(example, messages[:number], prompt=True) if number else ""
         )

@@ -140,13 +140,7 @@ def _max_with_property(population: int, sampled: int, num_found: int) -> int:
 
 
 def _cumulative_probability(count: int, population: int, num_marked: int, sampled: int) -> float:
-    """Return P(X <= count) of the hypergeometric distribution.
-
-    Args:
-        count: the most marked ones among those drawn.
-        population: how many there are.
-        num_marked: how many of the population are marked.
-        sampled: how many are drawn."""
+    """Return P(X <= count) of the hypergeometric distribution."""
     first = max(0, sampled - (population - num_marked))
     log_samples = _log_choose(population, sampled)
     return math.fsum(

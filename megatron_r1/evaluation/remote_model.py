@@ -265,11 +265,7 @@ async def wait_until_listening(
 
 @contextlib.asynccontextmanager
 async def _report_waiting(name: str, reason: Callable[[], str]) -> AsyncIterator[None]:
-    """Print a line when the block begins, and a line with the latest reason every few seconds.
-
-    Args:
-        name: what is waited for.
-        reason: returns the reason, or "" while none is known."""
+    """Print a line when the block begins, and a line with the latest reason every few seconds."""
     print(f"waiting for {name}", flush=True)
     started_at = time.monotonic()
 

@@ -174,14 +174,7 @@ async def _cons_at_k_curve(
     sizes: Sequence[int],
     seed: int,
 ) -> dict[int, Estimate]:
-    """Return k → cons@k; empty if some responses have no answer that can be compared.
-
-    Args:
-        pool: compares answers.
-        prompts: the questions.
-        groups: the graded responses to each question.
-        sizes: the values of k.
-        seed: of the subsets, and of the intervals."""
+    """Return k → cons@k; empty if some responses have no answer that can be compared."""
     if not all(can_vote(prompt.kind) for prompt in prompts):
         return {}
     rewards = [[response.reward for response in group] for group in groups]

@@ -162,13 +162,7 @@ def describe_status(status: int) -> str:
 
 
 def _copy_output(source: BinaryIO, log: Path, target: BinaryIO, prefix: bytes) -> None:
-    """Copy lines to the log and to the terminal; a terminal that is gone must not stop the work.
-
-    Args:
-        source: the output of the stage.
-        log: the file that the lines are appended to.
-        target: the terminal.
-        prefix: what each line on the terminal begins with."""
+    """Copy lines to the log and to the terminal; a terminal that is gone must not stop the work."""
     with log.open("ab") as file:
         for line in source:
             file.write(line)

@@ -42,12 +42,6 @@ def _broken_format(response: TextResponse, prompt: Prompt, *, form: str = "eithe
     """Drop a response that is not of the form `form`, or whose thought or summary is empty. An
     empty thought would teach the model not to think.
 
-    Args:
-        response: what the policy sampled; the filter reads its text.
-        prompt: the row of the data that it answers.
-        form: "answer_tags": `<think>…</think><answer>…</answer>`, as R1-Zero writes it; "summary":
-            `<think>…</think>` and plain text, as R1 does; "either".
-
     Returns:
         Why it is dropped, "" if it is kept.
 
@@ -88,15 +82,6 @@ def _mixed_languages(
     Words are counted as by the language reward, so code, formulae, names and numbers are in no
     language.
 
-    Args:
-        response: what the policy sampled; the filter reads its text.
-        prompt: the row of the data that it answers.
-        min_fraction: a fraction of the counted words, above 0 and at most 1.
-        target: "en" or "zh"; None: the question's own `target`, as for the reward, or the language
-            of most words.
-        part: "response", or "thought" for questions whose answer is in another language than the
-            thought.
-
     Returns:
         Why it is dropped, "" if it is kept.
 
@@ -128,12 +113,6 @@ def _long_paragraphs(
 
     Words are separated by spaces, and may be numbers and formulae; 1.7 Chinese characters are one,
     so that a page counts alike in both languages. Code blocks are left to `code_blocks`.
-
-    Args:
-        response: what the policy sampled; the filter reads its text.
-        prompt: its prompt, which is not used.
-        max_words: the longest paragraph that is accepted, words.
-        part: the judged part of the response.
 
     Raises:
         ValueError: the limit is not a positive number.

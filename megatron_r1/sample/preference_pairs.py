@@ -116,14 +116,7 @@ class PreferencePairs:
         texts: dict[int, str],
         outcome: PairVotes | Ungradable,
     ) -> tuple[dict[int, Decision], list[dict[str, Any]]]:
-        """Return the decisions by index, and the row of a pair with a winner.
-
-        Args:
-            prompt: the question.
-            first: one response.
-            second: the response it was compared with.
-            texts: index → the text of a response that the judge saw.
-            outcome: the votes, or why there are none."""
+        """Return the decisions by index, and the row of a pair with a winner."""
         indices = (first.index, second.index)
         if isinstance(outcome, Ungradable):
             return dict.fromkeys(indices, Decision(UNGRADED_CODE, str(outcome))), []

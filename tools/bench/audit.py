@@ -286,12 +286,7 @@ def _rows_of(
 def _fraction_figures(
     population: int, label: float, estimates: Sequence[FractionEstimate]
 ) -> dict[str, Any]:
-    """Return the figures of a fraction.
-
-    Args:
-        population: how many verdicts it is of.
-        label: the fraction by labels.
-        estimates: those of all draws."""
+    """Return the figures of a fraction of so many verdicts, which is `label` by their labels."""
     undecided = sum(estimate.num_undecided for estimate in estimates)
     return {
         "of": population,

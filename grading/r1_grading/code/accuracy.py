@@ -117,13 +117,7 @@ def _size_in_bytes(expected: object) -> int:
 
 
 def _run_tests(problem: Problem, program: Program, limits: Limits, end: float) -> Iterator[Grade]:
-    """Yield the grade of each test.
-
-    Args:
-        problem: the tests.
-        program: the compiled answer.
-        limits: the limits of one answer.
-        end: time.monotonic() at which no further test starts."""
+    """Yield the grade of each test."""
     is_call = problem.function is not None
     is_equal = same_result
     if not is_call:

@@ -49,11 +49,7 @@ def find_program(response: str, *, thought_opened: bool = False) -> Extraction:
 
 
 def _is_output(tag: str, lines: list[str]) -> bool:
-    """Return whether a block behind a program shows what it prints, or calls at a prompt.
-
-    Args:
-        tag: the fence's language.
-        lines: the lines of the block."""
+    """Return whether a block behind a program shows what it prints, or calls at a prompt."""
     if tag in NO_PROGRAM or next(filter(None, map(str.strip, lines)), "").startswith(PROMPTS):
         return True
     return not tag and not any(sign in line for line in lines for sign in SYNTAX)

@@ -68,14 +68,7 @@ def _grade_against_truth(
 ) -> Grade:
     """Return the grade of a response against one truth.
 
-    Where a row has several, the best one counts.
-
-    Args:
-        response: the text that ends with the answer.
-        truth: the one truth, as a number or text.
-        thought_opened: whether the prompt ended with `<think>`.
-        reading: where the answer is, as in `read_answer`.
-        reads_last_line: whether "strict" also reads a last line that is the answer."""
+    Where a row has several, the best one counts."""
     expected = math_truth(truth)
     truth = answer_after_mark(str(truth))
     truth_answer = _extract_truth_answer(truth)

@@ -286,12 +286,6 @@ def _radian_pair(
 ) -> tuple[str, str] | None:
     r"""Return both angles in radians where one is in degrees and the other a multiple of \pi.
 
-    Args:
-        left: the number of the first angle, as LaTeX.
-        left_unit: the unit of `left`; None without one.
-        right: the number of the second angle, as LaTeX.
-        right_unit: the unit of `right`; None without one.
-
     Returns:
         The two numbers, or None for other units."""
     if left_unit == "°" and right_unit in (None, "rad") and r"\pi" in right:

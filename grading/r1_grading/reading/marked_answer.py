@@ -137,13 +137,7 @@ def _marked_value(
 ) -> tuple[str, bool, int] | None:
     """Return the answer that a marking sentence gives, in itself or in the line below it.
 
-    The result is the value, whether a sentence states it, and the position where it ends.
-
-    Args:
-        text: the text of the response after its thought.
-        start: the index of the sentence's first character.
-        end: the index behind its last one.
-        truth_is_number: whether an answer in words is refused."""
+    The result is the value, whether a sentence states it, and the position where it ends."""
     sentence = text[start:end]
     _, marker, marked_text = sentence.rpartition(MARKER)
     if marker and not marked_text.startswith("#"):
@@ -180,12 +174,7 @@ def _stated_below(text: str, end: int, truth_is_number: bool) -> tuple[str, bool
 
 
 def _read_value(stated: str, truth_is_number: bool, words: bool) -> str | None:
-    """Return the one value that a text is.
-
-    Args:
-        stated: the text, which may have Markdown's signs and a period.
-        truth_is_number: whether an answer in words is refused.
-        words: whether it is accepted otherwise."""
+    """Return the one value that a text is."""
     stated = stated.strip().strip("*_`").strip()
     stated = stated.rstrip(".。!！").strip().strip("*_`").strip()
     plain_text = with_plain_signs(stated)

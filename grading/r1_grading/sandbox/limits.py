@@ -36,11 +36,7 @@ class Budget:
 
 
 def _capped_field(default: float, cap: float) -> Any:
-    """Return a field of `Limits`.
-
-    Args:
-        default: the value without one in the prompt.
-        cap: the largest value that a prompt may set."""
+    """Return a field of `Limits`."""
     return field(default=default, metadata={"cap": cap})
 
 

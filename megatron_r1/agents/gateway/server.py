@@ -253,13 +253,6 @@ class Gateway:
     ) -> SampledTurn:
         """Sample a turn.
 
-        Args:
-            session: the episode that the turn belongs to.
-            request: what `parse_request` has returned.
-            prompt: the place of the turn in the episode's tree.
-            prompt_ids: all tokens before the turn.
-            max_tokens: the most tokens of the turn.
-
         Raises:
             RequestError: no engine could sample, or other turns at once have used up the episode's
                 tokens.
@@ -362,14 +355,7 @@ async def _stream_turn(
     http_request: web.Request,
 ) -> web.StreamResponse:
     """Send a turn as server-sent events, after comments that keep the connection alive while the
-    turn is being sampled.
-
-    Args:
-        wire_format: writes the events in the API of the request.
-        session: the session that the turn is added to.
-        task: samples the turn.
-        request: what `parse_request` has returned.
-        http_request: the request that is replied to."""
+    turn is being sampled."""
     head = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
     stream = web.StreamResponse(headers=head)
     await stream.prepare(http_request)

@@ -71,14 +71,7 @@ def questions(rows: Rows, options: Options) -> Iterator[Question]:
 
 
 def _task_questions(task: str, options: Options, needs_all: bool) -> Iterator[Question]:
-    """Yield distinct questions of one task, `questions` of them.
-
-    Args:
-        task: the name of the task.
-        options: the options of the benchmark.
-        needs_all: whether a task with fewer questions is an error; in a suite, it gives what it
-            has.
-    """
+    """Yield distinct questions of one task, `questions` of them."""
     parameters, difficulty = dict(options["parameters"]), options["difficulty"]
     if difficulty != "default":
         if difficulty not in DIFFICULTIES:

@@ -228,13 +228,7 @@ def _compare_tied_head(step: RecordedStep) -> Comparison:
 def _compare_size_of_change(
     step: RecordedStep, parameter: str, largest_change: float, norm: float
 ) -> Comparison:
-    """Check that the weights moved, and not further than Adam can.
-
-    Args:
-        step: what the run recorded of it.
-        parameter: the parameter that moved furthest.
-        largest_change: how far it moved.
-        norm: the norm of the change of all parameters."""
+    """Check that the weights moved, and not further than Adam can."""
     rates = step.learning_rates
     limit = MAX_STEP_FACTOR * sum(rates)
     rate = max(rates)

@@ -204,11 +204,7 @@ class FP8Search:
     def _weight_parts(
         self, values: Mapping[str, Tensor], newest_tensors: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Yield parts of the weights with their other values: experts, then groups of tensors.
-
-        Args:
-            values: tensors that differ from the newest.
-            newest_tensors: the newest, all of them."""
+        """Yield parts of the weights with their other values: experts, then groups of tensors."""
         for gap in experts_by_gap(self._gaps)[:MAX_CANDIDATE_EXPERTS] if values else ():
             expert_values = {}
             for name in values:

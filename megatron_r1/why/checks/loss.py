@@ -99,13 +99,7 @@ def _show_search(
     comparisons: Sequence[Comparison],
     num_candidates: int,
 ) -> None:
-    """Show what departs before its cause is searched, which may take minutes.
-
-    Args:
-        step: what the run recorded of it.
-        recomputation: its updates.
-        comparisons: those of the loss and its metrics.
-        num_candidates: the candidate causes that will be tried."""
+    """Show what departs before its cause is searched, which may take minutes."""
     if any(comparison.differs for comparison in comparisons):
         recomputation.show_departures(comparisons)
     else:
@@ -119,12 +113,7 @@ def _likely_place(
     step: RecordedStep, base: RecomputedUpdates, comparisons: Sequence[Comparison]
 ) -> tuple[str, str] | None:
     """Return that metrics.jsonl is where to look, with the remedy. None unless a single metric
-    departs, and the weights and Adam's moments after the step are known and as recomputed.
-
-    Args:
-        step: what the run recorded of it.
-        base: its updates.
-        comparisons: those of the loss and its metrics."""
+    departs, and the weights and Adam's moments after the step are known and as recomputed."""
     is_known = base.update_distance is not None and base.moment_distance is not None
     names = [comparison.name for comparison in comparisons if comparison.differs]
     if len(names) != 1 or not is_known or update_departs(step, base):
@@ -140,12 +129,7 @@ def _likely_place(
 def _with_terms(
     comparisons: Sequence[Comparison], step: RecordedStep, recomputation: Recomputation
 ) -> list[Comparison]:
-    """Return the comparisons with the terms whose gradient departs, in those that depart.
-
-    Args:
-        comparisons: those of the loss, which nothing explains.
-        step: what the run recorded of it.
-        recomputation: its updates."""
+    """Return the comparisons with the terms whose gradient departs, in those that depart."""
     if not any(comparison.differs for comparison in comparisons):
         return list(comparisons)
     reason, remedy = term_departure(step, recomputation)

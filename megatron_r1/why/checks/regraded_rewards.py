@@ -141,13 +141,7 @@ def _is_departing_grade(graded: GradedResponse, term: str, new_grade: Grade) -> 
 def _describe_departures(
     step: RecordedStep, new_grades: Grades, term: str, departing_responses: list[ResponseIndex]
 ) -> str:
-    """Return in words how the grades of a term differ from those that were logged.
-
-    Args:
-        step: what the run recorded of it.
-        new_grades: grades by response and term.
-        term: the name of a reward in `rewards.weights`.
-        departing_responses: the responses whose grades differ."""
+    """Return in words how the grades of a term differ from those that were logged."""
     first = departing_responses[0]
     logged_reward, new_grade = step.responses[first].rewards[term], new_grades[first][term]
     ungraded_responses = [
@@ -197,11 +191,7 @@ async def _run_programs(
     step: RecordedStep, responses: Sequence[ResponseIndex]
 ) -> dict[ResponseIndex, Grade]:
     """Return the grades of programs whose tests run again; without those that cannot be run here,
-    and those that come out otherwise from run to run.
-
-    Args:
-        step: what the run recorded of it.
-        responses: the programs."""
+    and those that come out otherwise from run to run."""
     if not responses:
         return {}
     settings = step.run_config.rewards
@@ -220,12 +210,7 @@ async def _run_programs(
 async def _run_program(
     step: RecordedStep, index: ResponseIndex, graders: RewardTerms
 ) -> Grade | None:
-    """Return the grade of a program, as of `_run_programs`; None for one that is left out.
-
-    Args:
-        step: what the run recorded of it.
-        index: the program.
-        graders: grade in the workers of a pool."""
+    """Return the grade of a program, as of `_run_programs`; None for one that is left out."""
     for run in range(MAX_RUNS):
         new_grade = (await _regrade_response(step, index, graders, [ACCURACY]))[ACCURACY]
         departs = _is_departing_grade(step.responses[index], ACCURACY, new_grade)

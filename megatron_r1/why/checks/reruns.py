@@ -167,13 +167,6 @@ def _engine_distances(
     """Return the distances over the tokens of the newest version, of the responses that depart
     where some do.
 
-    Args:
-        gaps: the logged log-probabilities' differences from transformers'.
-        fresh_logprobs: the fresh engine's log-probabilities.
-        transformers_logprobs: transformers', at temperature 1 over the whole vocabulary.
-        refined_comparison: the comparison of the logged ones.
-        has_plain_sampling: whether the run sampled at temperature 1 from the whole vocabulary.
-
     Raises:
         CannotRecompute: no token is of the version before the step."""
     departing_responses = (

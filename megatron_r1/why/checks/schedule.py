@@ -96,11 +96,7 @@ def _is_no_number(step: RecordedStep, key: str) -> bool:
 
 
 def _not_a_number(name: str, key: str) -> Comparison:
-    """Return the comparison of a metric that is null.
-
-    Args:
-        name: the quantity.
-        key: the metric."""
+    """Return the comparison of a metric that is null."""
     return Comparison(
         SCHEDULE,
         name,

@@ -135,11 +135,7 @@ class _Verdicts:
 
 
 def _collect_verdicts(step: RecordedStep, accepts: Callable[[str, str], bool]) -> _Verdicts:
-    """Return how the accuracies of a step's responses compare with a second reader's verdicts.
-
-    Args:
-        step: what the run recorded of it.
-        accepts: returns whether an answer, given first, is right by the truth, given second."""
+    """Return how the accuracies of a step's responses compare with a second reader's verdicts."""
     verdicts = _Verdicts()
     for index, graded in list(step.responses.items())[:MAX_READ]:
         prompt = step.groups[index[0]].prompt

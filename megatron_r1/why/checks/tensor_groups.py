@@ -125,12 +125,7 @@ def _exchanged_modules(
     tensors: dict[str, Tensor], names: dict[str, str], pair: tuple[str, str]
 ) -> dict[str, Tensor]:
     """Return the values of a layer's tensors with two modules exchanged; empty where they are not
-    there or have other shapes.
-
-    Args:
-        tensors: the model's.
-        names: the layer's full names, by the name in it.
-        pair: the modules."""
+    there or have other shapes."""
     sources: dict[str, Tensor] = {}
     for part, name in names.items():
         for module, other_module in (pair, pair[::-1]):

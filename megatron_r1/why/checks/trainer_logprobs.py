@@ -227,13 +227,7 @@ def _is_logged(
     logprobs: Sequence[np.ndarray],
     engine: Sequence[np.ndarray] | None = None,
 ) -> bool:
-    """Return whether log-probabilities are as far from the engine's as those of the trainer.
-
-    Args:
-        step: what the run recorded of it.
-        recomputation: its sequences.
-        logprobs: log-probabilities of the sequences' tokens.
-        engine: log-probabilities that the engine would have; None: those that it recorded."""
+    """Return whether log-probabilities are as far from the engine's as those of the trainer."""
     engine_logprobs = engine or [sequence.logprobs for sequence in recomputation.models.sequences]
     gaps = np.concatenate(
         [

@@ -139,9 +139,6 @@ class ChangedPartLogprobs:
         return self._logprobs_with({name: partial(torch.zeros, shapes[name]) for name in names})
 
     def _logprobs_with(self, values: Mapping[str, Callable[[], Tensor]]) -> list[np.ndarray]:
-        """Return log-probabilities under the step's streamed policy with some other tensors.
-
-        Args:
-            values: functions that return the others, by published name."""
+        """Return log-probabilities under the step's streamed policy with some other tensors."""
         source = self._models.policy.source.with_replacements(values)
         return self._policies.logprobs_under(self._models.policy.with_source(source))

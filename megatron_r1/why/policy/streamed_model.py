@@ -273,14 +273,8 @@ def _row_logprobs(
     temperatures: Sequence[float],
     memory: StreamMemory,
 ) -> list[Tensor]:
-    """Return a row's log-probabilities by temperature, float64.
-
-    Args:
-        head: the model's.
-        hidden: outputs of the last layer, (sampled tokens, hidden size).
-        row: the sequence.
-        temperatures: the logits are divided by each.
-        memory: how many logits are there at once."""
+    """Return a row's log-probabilities by temperature, float64, from the last layer's outputs,
+    (sampled tokens, hidden size)."""
     pieces = [[torch.empty(0, dtype=torch.float64)] for _ in temperatures]
     for tokens, part in _split_row(row, memory.logit_tokens):
         logits = head(hidden[tokens])

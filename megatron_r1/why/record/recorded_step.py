@@ -320,12 +320,7 @@ def response_advantages(
 def _reward_terms(
     groups: Sequence[Group], config: Config, reward_weights: dict[str, float]
 ) -> tuple[dict[str, GroupRewards], dict[str, float]]:
-    """Return the rewards by name and group, with that of the length, and their weights.
-
-    Args:
-        groups: those that are trained on.
-        config: the settings at their step.
-        reward_weights: the weight of each reward in the step."""
+    """Return the rewards by name and group, with that of the length, and their weights."""
     rl, limit = config.rl, config.rollout.max_response_tokens
     weights = reward_weights
     rewards: dict[str, GroupRewards] = {

@@ -129,11 +129,7 @@ def _fitting_token_ids(sequence: TokenSequence, length: int) -> list[int]:
 
 
 def _sampled_logprobs(sequence: TokenSequence, reply: array[float]) -> np.ndarray:
-    """Return the log-probabilities of a sequence's sampled tokens.
-
-    Args:
-        sequence: the one that was scored.
-        reply: the log-probability of each token but the first, as far as it was scored."""
+    """Return the log-probabilities of a sequence's sampled tokens."""
     logprobs = np.full(len(sequence.token_ids), np.nan, np.float32)
     logprobs[1 : 1 + len(reply)] = reply
     return logprobs[sequence.is_sampled]

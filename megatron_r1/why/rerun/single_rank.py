@@ -143,11 +143,7 @@ async def _measure_logprob_distance(
 
 
 def _with_logprobs(sample: Sample, logprobs: np.ndarray) -> Sample:
-    """Return a sample with other log-probabilities in place of the engine's.
-
-    Args:
-        sample: what the trainer receives.
-        logprobs: (sampled tokens,)."""
+    """Return a sample with other log-probabilities in place of the engine's."""
     num_tokens = len(sample) - sample.prompt_length
     values = np.zeros(num_tokens, np.float32)
     values[np.frombuffer(sample.is_sampled, bool) if sample.is_sampled else slice(None)] = logprobs

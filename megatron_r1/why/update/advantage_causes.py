@@ -43,12 +43,7 @@ def advantage_causes(step: RecordedStep, differences: RunDifferences) -> Iterato
 
 
 def _compute_advantages(step: RecordedStep, rewards: Rewards, **options: Any) -> Advantages:
-    """Return the advantages of other rewards.
-
-    Args:
-        step: the step, whose settings are used.
-        rewards: those of each group.
-        options: arguments of `formulas.recomputed_advantages` in place of the step's."""
+    """Return the advantages of other rewards."""
     rl = step.config.rl
     arguments: dict[str, Any] = {"std": rl.advantage_std, "epsilon": rl.advantage_epsilon} | options
     return formulas.recomputed_advantages(rewards, step.rules, **arguments)
@@ -179,11 +174,7 @@ def _scaled_advantage_causes(
 
 def _truncation_cause(step: RecordedStep, all_advantages: Advantages) -> CandidateCause:
     """Return the advantages where truncated responses are trained on if the settings leave them
-    out, and are left out otherwise.
-
-    Args:
-        step: what the run recorded of it.
-        all_advantages: the advantages with which every response is trained on."""
+    out, and are left out otherwise."""
     if step.config.rl.truncated == "mask":
         return CandidateCause(
             "truncated responses trained on", "rl.truncated", advantages=all_advantages

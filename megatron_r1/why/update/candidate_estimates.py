@@ -96,12 +96,7 @@ class CandidateEstimates:
     def _estimated_metrics(
         self, rows: Sequence[TokenRow], ref_logprobs: Sequence[Tensor] | None, rules: LossRules
     ) -> dict[str, float]:
-        """Return the metrics of a loss of the log-probabilities and entropies by the settings.
-
-        Args:
-            rows: the rows, with their advantages.
-            ref_logprobs: their log-probabilities under the reference.
-            rules: the loss."""
+        """Return the metrics of a loss of the log-probabilities and entropies by the settings."""
         updates = []
         for trace in self._updates.traces:
             indices = [index for index in trace.rows if rows[index].is_trained]

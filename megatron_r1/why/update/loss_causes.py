@@ -100,13 +100,7 @@ def _ratio_causes(rl: RLConfig) -> Iterator[CandidateCause]:
 
 
 def _inverse_causes(name: str, setting: str, remedy: str, rule: str) -> Iterator[CandidateCause]:
-    """Yield a log-ratio that is negated, with its gradient and without.
-
-    Args:
-        name: as of `CandidateCause`, like the next two.
-        setting: what it is a value of.
-        remedy: what to change.
-        rule: the field of `LossRules`."""
+    """Yield a log-ratio that is negated, with its gradient and without."""
     yield CandidateCause(name, setting, remedy, loss=((rule, True),))
     yield CandidateCause(
         f"{name}, with the gradient of one that is not inverted,",

@@ -169,13 +169,7 @@ def update_means(updates: Sequence[Update]) -> tuple[dict[str, float], dict[str,
 def _clipped_surrogate(
     row: TokenRow, logprobs: Tensor, old_logprobs: Tensor, loss: LossRules
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the policy's term of each token, the ratio, and whether a clip is active.
-
-    Args:
-        row: the sequence.
-        logprobs: the policy's log-probabilities of its sampled tokens.
-        old_logprobs: those of the policy before the step.
-        loss: the rules of the loss."""
+    """Return the policy's term of each token, the ratio, and whether a clip is active."""
     x = logprobs - (logprobs.detach() if loss.is_on_policy else old_logprobs)
     if loss.inverts_ratio:
         x = _negate_log_ratio(x, loss)

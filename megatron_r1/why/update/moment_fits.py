@@ -109,11 +109,7 @@ class MomentFits:
     def _remade_terms(
         self, coefficients: Mapping[str, float], norms: tuple[float, ...]
     ) -> TermGradients:
-        """Return the terms' gradients in updates that are made with them.
-
-        Args:
-            coefficients: how often each term is added.
-            norms: the norm of each update's gradient, unless a part of it is not computed here."""
+        """Return the terms' gradients in updates that are made with them."""
         gradients = TermGradients(self._inputs.loss_terms, coefficients)
         self._make_updates(None if self._inputs.trains_mtp_layers else norms, gradients)
         return gradients
@@ -209,13 +205,7 @@ def fit_clip(
 def _least_squares(
     traces: Sequence[Trace], before: Moments, after: Moments, settings: OptimizerConfig
 ) -> tuple[float, ...]:
-    """Return the norms that these gradients need, by least squares; 0: one was not clipped.
-
-    Args:
-        traces: the gradients of each update.
-        before: first moments before the step.
-        after: the first moments of the run after it.
-        settings: the optimizer's settings."""
+    """Return the norms that these gradients need, by least squares; 0: one was not clipped."""
     clip, beta = settings.clip_grad, settings.beta1
     count = len(traces)
     columns = [

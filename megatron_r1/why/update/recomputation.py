@@ -136,14 +136,7 @@ class Recomputation:
         model: Any = None,
         matches_record: Callable[[Mapping[str, float]], bool] | None = None,
     ) -> tuple[StepUpdates, RecomputedUpdates | None]:
-        """Make the updates with a candidate cause in place.
-
-        Args:
-            candidate: what is computed otherwise.
-            norms: the norms of the whole gradients; None: those that fit the run.
-            gradients: where the gradients of the terms are collected; None: nowhere.
-            model: the policy before the step, which is changed; None: a copy that stays.
-            matches_record: as of `run`; None: all updates are made."""
+        """Make the updates with a candidate cause in place."""
         self.inputs.check_updates()
         rows = self.inputs.candidate_rows(candidate)
         loss = replace(self.inputs.loss_rules(), **dict(candidate.loss))
@@ -234,11 +227,7 @@ class Recomputation:
     def _remake_updates(
         self, norms: tuple[float, ...] | None, gradients: TermGradients | None
     ) -> StepUpdates:
-        """Make the updates as the settings say once more, on a copy of the model that is changed.
-
-        Args:
-            norms: as of `_make_updates`.
-            gradients: likewise."""
+        """Make the updates as the settings say once more, on a copy that is changed."""
         return self._make_updates(CandidateCause(""), norms, gradients, self._scratch_model())[0]
 
     @cached_property

@@ -67,13 +67,7 @@ def with_token_advantages(
 def _rewards_to_go(
     row: TokenRow, old_logprobs: Tensor, ref_logprobs: Tensor | None, step: RecordedStep
 ) -> Tensor:
-    """Return the discounted sums of what follows each token, itself included.
-
-    Args:
-        row: the sequence.
-        old_logprobs: log-probabilities of the policy before the step.
-        ref_logprobs: those of the reference, or None.
-        step: what the run recorded of it."""
+    """Return the discounted sums of what follows each token, itself included."""
     rl = step.config.rl
     rewards = torch.zeros_like(old_logprobs)
     if ref_logprobs is not None and rl.kl_beta:

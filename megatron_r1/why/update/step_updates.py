@@ -132,11 +132,7 @@ class StepUpdates:
         self, minibatch: Sequence[int], terms: TermGradients | None
     ) -> Update | None:
         """Return the first update as it was made before, and add its trace; None where it was not,
-        or without the gradients of terms.
-
-        Args:
-            minibatch: its rows.
-            terms: where the gradients of the terms are added."""
+        or without the gradients of terms."""
         first_update, rows = self._first_update, self._trained_rows(minibatch)
         if (
             first_update is None
@@ -161,12 +157,7 @@ class StepUpdates:
     def _keep_first_update(
         self, minibatch: Sequence[int], update: Update | None, terms: TermGradients | None
     ) -> None:
-        """Keep what the first update computed for later recomputations.
-
-        Args:
-            minibatch: its rows.
-            update: what it measures; None: it has no gradients.
-            terms: the gradients of the terms; None: they were not computed."""
+        """Keep what the first update computed for later recomputations."""
         first_update = self._first_update
         if (
             update is None
@@ -203,16 +194,7 @@ class StepUpdates:
         is_possible: Callable[[Sequence[Update]], bool] | None,
     ) -> Update | None:
         """Compute an update's gradients, add its trace and return what it measures; None where that
-        is not possible.
-
-        Args:
-            index: its number.
-            minibatch: its rows.
-            loss: as of `run`, like the next two.
-            rows_without_gradient: those whose gradient is lost.
-            terms: where the gradients of the terms are added.
-            earlier_updates: the updates before it.
-            is_possible: as of `run`; it is asked before the last backward pass."""
+        is not possible."""
         rows = self._trained_rows(minibatch)
         first_update = self._first_update if index == 0 else None
         if first_update is not None and not first_update.has_inputs(rows):
@@ -263,14 +245,7 @@ class StepUpdates:
         totals: Totals,
         trace: Trace | None,
     ) -> dict[int, dict[str, Tensor]]:
-        """Return the terms of the loss of each row.
-
-        Args:
-            rows: by number.
-            forward_pass: their forward pass.
-            loss: the rules of the loss.
-            totals: the sums that they are added to.
-            trace: where their log-probabilities are kept; None: nowhere."""
+        """Return the terms of the loss of each row."""
         terms_by_row = {}
         for (row_index, row), logits in zip(rows.items(), forward_pass.logits, strict=True):
             logprobs, entropy = token_logprobs_and_entropies(logits, row, loss.temperature)
@@ -290,14 +265,7 @@ class StepUpdates:
         terms: TermGradients,
         first_update: FirstUpdate | None,
     ) -> None:
-        """Add the gradients of rows that are left out of the loss, at the same weights.
-
-        Args:
-            index: the number of the update.
-            loss: the rules of the loss.
-            totals: the sums of the rows that are not left out; they stay.
-            terms: where they are added.
-            first_update: the first update's forward passes, where it is that."""
+        """Add the gradients of rows that are left out of the loss, at the same weights."""
         for batch in self._batched_rows(terms.left_out_rows(index)):
             left_out_totals = Totals(denominator=totals.denominator)
             forward_pass = self._forward_pass(batch, first_update)

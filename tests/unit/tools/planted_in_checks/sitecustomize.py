@@ -9,7 +9,7 @@ import os
 import sys
 
 OF_GPUS = "NVTE_DEBUG"
-"""A variable that `gpu_check.layers` sets for the ranks on GPUs."""
+"""A variable that `tests.gpu.trainer_layers` sets for the ranks on GPUs."""
 
 
 def attend_to_other_samples(module):
