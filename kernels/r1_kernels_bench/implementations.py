@@ -1,7 +1,7 @@
 """The implementations that are timed: each a call on seeded inputs, with its gradients.
 
 The peers among them, each imported when it is measured, are Apple's cut-cross-entropy 25.1.1,
-Liger-Kernel 0.8.5, Megatron-Core 0.16.1 and TRL 1.16.
+Liger-Kernel 0.8.5, Megatron-Core 0.19.2 and TRL 1.16.
 
 The calls take a function of one of these signatures, with further results after `...`:
 

@@ -190,21 +190,6 @@ def _patch_megatron_random_state() -> None:
 
 
 @_patch(
-    "MLA asks for Transformer Engine classes that failed to import",
-    "transformer/multi_latent_attention.py",
-    "TEColumnParallelLinear, TELinear, Linear, set_save_original_input",
-)
-def _patch_mla_linear_names() -> None:
-    import megatron.core.transformer.multi_latent_attention as mla
-
-    class Absent:
-        """Placeholder for a Transformer Engine class, so that `x is TELinear` is False."""
-
-    mla.HAVE_TE = False
-    mla.TELinear = mla.TEColumnParallelLinear = mla.Linear = Absent
-
-
-@_patch(
     "the router's GEMM imports from Transformer Engine",
     "transformer/moe/moe_utils.py",
     "te_general_gemm",
@@ -266,22 +251,6 @@ def _patch_uneven_gathers() -> None:
 
 
 @_patch(
-    "recomputing a norm takes fp8=False for FP8 and asks Transformer Engine",
-    "tensor_parallel/random.py:CheckpointWithoutOutput.__init__",
-    "self.fp8 = fp8 is not None",
-)
-def _patch_recompute_without_fp8() -> None:
-    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
-
-    init = CheckpointWithoutOutput.__init__
-
-    def without_fp8(self, fp8=None):
-        init(self, fp8 or None)
-
-    CheckpointWithoutOutput.__init__ = without_fp8
-
-
-@_patch(
     "loading torch's AdamW, whose state has a step that Megatron saves elsewhere",
     "optimizer/distrib_optimizer.py:DistributedOptimizer._set_main_param_and_optimizer_states",
     "for key in dst_tensors:",
@@ -295,7 +264,7 @@ def _patch_adam_step_on_load() -> None:
         # The step count was restored before, apart from the tensors; keep it.
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        # All parameters share one tensor (distrib_optimizer.py:825), which AdamW would then
+        # All parameters share one tensor (distrib_optimizer.py:1032), which AdamW would then
         # increment once per parameter.
         state["step"] = state["step"].clone()
         set_state(self, model_param, {"step": state["step"], **tensors})

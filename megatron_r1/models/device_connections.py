@@ -1,8 +1,8 @@
 """Chooses CUDA_DEVICE_MAX_CONNECTIONS, the host's queues of work to a trainer rank's GPU.
 
 With one, kernels start in the order of their calls: a collective of tensor or context ranks is then
-on its way before the product that hides it (Megatron-Core 0.16.1, tensor_parallel/layers.py:526,
-545 and 558; Transformer Engine 2.20.2, module/base.py:1675). The experts' exchange behind another
+on its way before the product that hides it (Megatron-Core 0.19.2, tensor_parallel/layers.py:621,
+640 and 653; Transformer Engine 2.20.2, module/base.py:1675). The experts' exchange behind another
 micro-batch needs more. Where a recipe has both, Megatron-LM's training/arguments.py allows 1 or 32,
 by what is to be fast; here it is the exchange. Blackwell needs no such order. No torch."""
 

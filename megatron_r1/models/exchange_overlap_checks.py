@@ -1,6 +1,6 @@
 """Refuses `parallel.overlap_expert_exchange` where the model or another setting does not allow it.
 
-Most conditions are Megatron's own (TransformerConfig.__post_init__, Megatron-Core 0.16.1), which
+Most conditions are Megatron's own (TransformerConfig.__post_init__, Megatron-Core 0.19.2), which
 are assertions there; `models.expert_exchange_overlap` has the schedule. No torch or Megatron."""
 
 from __future__ import annotations
@@ -77,11 +77,10 @@ def overlap_conflicts(config: Config, hf_config: HFConfig) -> Iterator[OverlapCo
             "set model.dtype: bfloat16",
         )
     mtp = num_mtp_layers(hf_config) if config.model.mtp != "none" else 0
-    if mtp > 1 or (mtp and parallel.pipeline == 1):
+    if mtp > 1:
         yield OverlapConflict(
-            f"model.mtp: {config.model.mtp}, {mtp} MTP layers and parallel.pipeline: "
-            f"{parallel.pipeline}",
-            "Megatron allows one MTP layer, and only with pipeline ranks",
+            f"model.mtp: {config.model.mtp} and {mtp} MTP layers",
+            "Megatron allows one MTP layer",
             "set model.mtp: none",
         )
 

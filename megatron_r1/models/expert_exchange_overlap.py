@@ -1,17 +1,15 @@
 """Overlaps the exchange of tokens between experts' ranks with another micro-batch's computation.
 
 With `parallel.overlap_expert_exchange` Megatron's schedule runs the forward pass of one micro-batch
-and the backward pass of another layer by layer together (combined_1f1b.py, Megatron-Core 0.16.1),
+and the backward pass of another layer by layer together (combined_1f1b.py, Megatron-Core 0.19.2),
 each layer cut where its tokens leave for the experts and come back. DualPipe (arXiv 2412.19437,
 section 3.2.1) overlaps the same parts. `OverlapSchedulePlan` is a chunk's list of these parts.
 
 It differs from Megatron's plan in what our models need:
 - The last stage returns hidden states in their own dtype, not fp32.
 - MTP layers take packed batches, which Megatron's parts of them refuse
-  (fine_grained_callables.py:613). They are one part, whose exchange is not hidden.
+  (common/fine_grained_callables.py:88). They are one part, whose exchange is not hidden.
 - The final norm is also applied behind a dense layer; Megatron's is part of a sparse layer's end.
-- An expert alone on its rank keeps its input for the backward pass. Megatron frees it: of several
-  experts it has sorted copies (token_dispatcher.py, dispatch_postprocess).
 - The embedding's output has a gradient where the embedding is frozen (LoRA)."""
 
 import contextlib
@@ -20,31 +18,37 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
+from megatron.core.models.common.utils import PostProcessNode, PreProcessNode
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.fine_grained_callables import PostProcessNode, PreProcessNode
 from megatron.core.pipeline_parallel.utils import NoopScheduleNode, ScheduleNode
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 
+class _Inputs(PreProcessNode):
+    def forward_impl(self) -> Tensor:
+        hidden = super().forward_impl()
+        # The first layer's parts ask for the gradient of their input.
+        return hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+
+
+class _Outputs(PostProcessNode):
+    def forward_impl(self, hidden_states: Tensor) -> Tensor:
+        state = self.chunk_state
+        return self.model._postprocess(
+            hidden_states,
+            labels=state.labels,
+            loss_mask=state.loss_mask,
+            mtp_in_postprocess=False,
+            packed_seq_params=state.packed_seq_params,
+        )
+
+
 class OverlapSchedulePlan(TransformerModelChunkSchedulePlan):
     """The parts of one micro-batch's passes through a chunk, in the order in which they run."""
 
-    pre_process: Any
-    post_process: Any
-
-    def __init__(self, model: GPTModel, *args: Any, **kwargs: Any):
-        """Cut the passes into parts. Arguments are those of GPTModel.build_schedule_plan.
-
-        Args:
-            model: the chunk, bare.
-            *args: the model's inputs.
-            **kwargs: further inputs."""
-        super().__init__(model, *args, **kwargs)
-        stream = self.pre_process.stream
-        self.pre_process = _Inputs(model, self.state, self.event, stream)
-        if self.post_process is not None:
-            self.post_process = _Outputs(model, self.state, self.event, stream)
+    PRE_PROCESS_NODE_CLASS = _Inputs
+    POST_PROCESS_NODE_CLASS = _Outputs
 
     def _build_layer_schedule_plan(
         self, module: Any, comp_stream: torch.cuda.Stream, comm_stream: torch.cuda.Stream
@@ -56,9 +60,6 @@ class OverlapSchedulePlan(TransformerModelChunkSchedulePlan):
                 self._append_unsplit(self._run_mtp, comp_stream)
             return
         super()._build_layer_schedule_plan(module, comp_stream, comm_stream)
-        for plan in self._transformer_layers:
-            if isinstance(plan.layer.mlp, MoELayer) and plan.layer.mlp.num_local_experts == 1:
-                plan.mlp.free_input = False
         ends_sparse = bool(module.layers) and isinstance(module.layers[-1].mlp, MoELayer)
         if module.final_layernorm is not None and not ends_sparse:
             self._append_unsplit(module.final_layernorm, comp_stream)
@@ -88,25 +89,6 @@ class OverlapSchedulePlan(TransformerModelChunkSchedulePlan):
         return state.model._with_predictions(hidden, context)
 
 
-class _Inputs(PreProcessNode):
-    def forward_impl(self) -> Tensor:
-        hidden = super().forward_impl()
-        # The first layer's parts ask for the gradient of their input.
-        return hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-
-
-class _Outputs(PostProcessNode):
-    def forward_impl(self, hidden_states: Tensor) -> Tensor:
-        state = self.chunk_state
-        return self.gpt_model._postprocess(
-            hidden_states,
-            labels=state.labels,
-            loss_mask=state.loss_mask,
-            mtp_in_postprocess=False,
-            packed_seq_params=state.packed_seq_params,
-        )
-
-
 class _EmptyNode(NoopScheduleNode):
     def backward_dw(self) -> None:
         """Compute no weight gradient: there is no weight."""
@@ -129,9 +111,10 @@ class _UnsplitLayer:
     ):
         self.config = config
         self.mlp: Any = _UnsplitNode(function, stream, event, name="whole part")
-        self.attn = self.moe_dispatch = self.moe_combine = self.mtp_post_process = _EmptyNode()
+        self.moe_dispatch = self.moe_combine = self.mtp_post_process = NoopScheduleNode()
+        self.pre_dispatch_computation = _EmptyNode()
 
-    def get_fp8_context(self) -> contextlib.AbstractContextManager[None]:
+    def get_low_precision_context(self) -> contextlib.AbstractContextManager[None]:
         """Return no context: FP8 layers inside have their own."""
         return contextlib.nullcontext()
 

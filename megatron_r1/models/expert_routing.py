@@ -3,7 +3,7 @@
 Megatron scores a group of experts by its best topk / group_topk, where DeepSeek-V3 and its
 descendants take the best two and DeepSeek-V2 the best one: with any other ratio tokens would
 silently be routed differently. And with sigmoid it always normalizes the chosen scores, except for
-one expert, which it never does (moe_utils.py:724, Megatron-Core 0.16.1)."""
+one expert, which it never does (moe_utils.py:868, Megatron-Core 0.19.2)."""
 
 from typing import Any
 

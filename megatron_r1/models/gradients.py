@@ -13,7 +13,7 @@ Megatron reads from attributes of the parameter which ranks these are:
     copy of the embedding                         data, embedding    -
 
     a    tensor_model_parallel: the norm of all gradients counts the parameter on every tensor rank,
-         without it on the first only (tensor_parallel/layers.py:89, Megatron-Core 0.16.1)
+         without it on the first only (tensor_parallel/layers.py:87, Megatron-Core 0.19.2)
     b    sequence_parallel
     c    allreduce is False, where experts have another grid than the other parameters
 
@@ -96,22 +96,11 @@ def correct_attributes(model: Module, config: TransformerConfig) -> None:
 
 
 def _correct_experts(model: Module, config: TransformerConfig) -> None:
-    """Have experts' gradients summed over the right ranks, and all counted in their norm.
-
-    Sum: Megatron sets `allreduce` to False only when expert_parallel > 1
-    (tensor_parallel/layers.py). With tensor_parallel 2 and both expert sizes 1, two ranks hold the
-    same experts and see different tokens, and their gradients would not be summed. Norm: no tensor
-    rank has another's experts or another's part of their gradients; Megatron's own layers have
-    `tensor_model_parallel`, Transformer Engine's grouped ones do not."""
-    if not config.num_moe_experts:
-        return
-    for name, parameter in model.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-            if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
-                parameter.allreduce = False  # type: ignore[attr-defined]
-                # Megatron marks the bias of an expert's second layer, whose gradient would be
-                # summed over the tensor group once more.
+    """Keep the bias of an expert's second layer, which Megatron marks as every row-parallel bias,
+    from being summed over the tensor group once more where its ranks have different experts."""
+    if config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+        for name, parameter in model.named_parameters():
+            if ".mlp.experts." in name:
                 parameter.sequence_parallel = False  # type: ignore[attr-defined]
 
 
@@ -141,7 +130,7 @@ def embedding_ranks(pipeline_layout: str | None, pipeline: Sequence[int]) -> lis
 
     They are the first, and the one with the MTP layers, which without a layout is the last. Where
     MTP layers and head are on different ranks, Megatron would otherwise treat the last rank's head
-    as a copy of the embedding (Megatron-Core 0.16.1, language_module.py:47).
+    as a copy of the embedding (Megatron-Core 0.19.2, language_module.py:81).
 
     Args:
         pipeline_layout: Megatron's description of the stages; None: an even spread.

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_r1.models.attention import CoreAttention
-from megatron_r1.models.layers import ExpertOutput, LatentAttention, PackedMTPLayer, RMSNorm
+from megatron_r1.models.layers import ExpertOutput, LatentAttention, RMSNorm
 
 
 def block_specs(
@@ -53,11 +53,9 @@ def block_specs(
     mtp = get_gpt_mtp_block_spec(
         config, _last_layer(config, transformer_engine), transformer_engine, vp_stage=vp_stage
     )
-    for spec in mtp.layer_specs if mtp is not None else []:
-        spec.module = PackedMTPLayer
-        if not transformer_engine:
-            parts = spec.submodules
-            parts.enorm = parts.hnorm = parts.layer_norm = RMSNorm
+    for spec in mtp.layer_specs if mtp is not None and not transformer_engine else []:
+        parts = spec.submodules
+        parts.enorm = parts.hnorm = parts.layer_norm = RMSNorm
     return block, mtp
 
 
@@ -77,9 +75,10 @@ def _local_layer(spec: ModuleSpec) -> ModuleSpec:
     for norm in ("q_layernorm", "k_layernorm", "kv_layernorm"):
         if getattr(attention, norm, None) not in (None, IdentityOp):
             setattr(attention, norm, RMSNorm)
-    if layer.mlp.module is MoELayer:
+    if layer.mlp.func is MoELayer:
         # Megatron's map names this norm as if it were fused with a dense MLP, which experts have
         # not: Transformer Engine's layers save it under its own name.
         layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-        layer.mlp.submodules.experts.submodules.linear_fc2 = ExpertOutput
+        experts = layer.mlp.keywords["submodules"].experts
+        experts.keywords["submodules"].linear_fc2 = ExpertOutput
     return spec

@@ -1,14 +1,10 @@
 """Layers that Megatron-Core lacks on a CPU, or has wrong."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from megatron.core.transformer.multi_token_prediction import (
-    MultiTokenPredictionLayer,
-)
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
@@ -112,7 +108,7 @@ class LatentAttention(MLASelfAttention):
     With Megatron's own column-parallel layers the gradient of the shared rotary key is wrong for
     tensor_parallel > 1: each rank's heads contribute to it, and
     gather_from_tensor_model_parallel_region does not sum the contributions
-    (multi_latent_attention.py:607, Megatron-Core 0.16.1). Behind a replicated projection, the
+    (multi_latent_attention.py:738, Megatron-Core 0.19.2). Behind a replicated projection, the
     backward pass of the gather over the sequence sums them."""
 
     def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any):
@@ -129,36 +125,8 @@ class ExpertOutput(tensor_parallel.RowParallelLinear):
     """An expert's second layer, whose output may be changed in place.
 
     With one rank along every axis Megatron's passes it through a reduction that returns its
-    argument, to which autograd allows no bias to be added (mlp.py:247, Megatron-Core 0.16.1)."""
+    argument, to which autograd allows no bias to be added (mlp.py:354, Megatron-Core 0.19.2)."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.explicit_expert_comm = True
-
-
-class PackedMTPLayer(MultiTokenPredictionLayer):
-    """An MTP layer that can be recomputed as a whole on packed batches.
-
-    Megatron passes every argument through its checkpoint function, which saves them as tensors
-    (multi_token_prediction.py:838, Megatron-Core 0.16.1); PackedSeqParams is not a tensor. With
-    FP8 it passes all of them by name to Transformer Engine's checkpoint function (:829), whose
-    gradients are of arguments by position alone: the layer would not be recomputed, nor trained."""
-
-    def _checkpointed_forward(
-        self,
-        forward_func: Callable[..., Tensor],
-        *,
-        hidden_states: Tensor,
-        decoder_input: Tensor,
-        **context: Any,
-    ) -> Tensor:
-        if self.config.fp8:  # Transformer Engine's checkpoint function takes any argument
-            return super()._checkpointed_forward(
-                forward_func, hidden_states, decoder_input, **context
-            )
-
-        def forward(hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
-            return forward_func(hidden_states, decoder_input, **context)
-
-        save_in_parts = self.config.distribute_saved_activations
-        return tensor_parallel.checkpoint(forward, save_in_parts, hidden_states, decoder_input)

@@ -5,10 +5,10 @@ of tokens to experts: `model.attention_backend`, `model.fusions` and `parallel.d
 Megatron's fields. What this machine cannot do is an error with the setting's name; nothing is
 replaced silently.
 
-FP8: Megatron-Core 0.16.1 wraps every decoder and MTP layer in Transformer Engine's autocast when
-`TransformerConfig.fp8` is set (transformer_block.py:717, multi_token_prediction.py:774). Embedding,
-head, router and norms are not Transformer Engine linear layers; `fp8_dot_product_attention=False`
-excludes attention."""
+FP8: Megatron-Core 0.19.2 wraps every decoder and MTP layer in Transformer Engine's autocast when
+`TransformerConfig.fp8` is set (transformer_block.py:650, multi_token_prediction.py:1181).
+Embedding, head, router and norms are not Transformer Engine linear layers;
+`fp8_dot_product_attention=False` excludes attention."""
 
 import os
 from collections.abc import Mapping
@@ -275,7 +275,7 @@ def _pipeline_fields(parallel: ParallelConfig, num_layers: int, num_mtp: int) ->
         "pipeline_model_parallel_layout": layout,
         "virtual_pipeline_model_parallel_size": len(stages[0]) if is_interleaved else None,
         # Each direction is a message of its own, on its way while a chunk computes. Shapes, which
-        # Megatron would swap between two ranks (p2p_communication.py:221, Megatron-Core 0.16.1),
+        # Megatron would swap between two ranks (p2p_communication.py:242, Megatron-Core 0.19.2),
         # are not sent: `trainer.stage_communication` knows them.
         "overlap_p2p_comm": is_interleaved,
     }

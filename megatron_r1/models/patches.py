@@ -11,11 +11,6 @@ upstream line is the one that is wrong, or too slow; tests/unit/models/test_patc
 is gone. What concerns one layer is no patch but a subclass that the layer specs choose
 (`models.layers`); parameters' marks are corrected in `models.gradients`."""
 
-import functools
-from typing import Any
-
-import torch
-from megatron.core.extensions import transformer_engine
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer import multi_token_prediction
@@ -105,31 +100,3 @@ def _allow_fused_gradients_without_apex() -> None:
     # Safe: only the output layer's product uses Apex's kernel, and `LMHead` has no product. The
     # other layers with fused gradients are Transformer Engine's, with a kernel of their own.
     layers._grad_accum_fusion_available = True
-
-
-@_patch(
-    "an empty extra state of grouped experts is subscripted, and no checkpoint can be written",
-    "extensions/transformer_engine.py:TEGroupedLinear._split_extra_state",
-    'state["extra_fp8_variables"]',
-)
-def _patch_empty_extra_state() -> None:
-    # None without Transformer Engine, and with one too old for grouped layers.
-    if transformer_engine.TEGroupedLinear is not None:
-        accept_empty_extra_state(transformer_engine.TEGroupedLinear)
-
-
-def accept_empty_extra_state(grouped_linear: Any) -> None:
-    """Have Megatron's grouped experts split an empty extra state into empty ones.
-
-    From 2.17 on Transformer Engine writes an empty tensor for recipes without a history, which
-    `_split_extra_state` decodes to None. Checkpoints leave the parts out anyway
-    (`trainer.checkpoints.contents`)."""
-    split = grouped_linear._split_extra_state
-
-    @functools.wraps(split)
-    def split_or_repeat(self: Any, state: Any) -> list[Any]:
-        if isinstance(state, torch.Tensor) and state.numel() == 0:
-            return [state] * self.num_gemms
-        return split(self, state)
-
-    grouped_linear._split_extra_state = split_or_repeat

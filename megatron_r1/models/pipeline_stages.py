@@ -1,6 +1,6 @@
 """The model chunks of each pipeline stage, spread evenly or spelled out. No torch.
 
-The meaning is that of Megatron-Core 0.16.1 (transformer/pipeline_parallel_layer_layout.py and
+The meaning is that of Megatron-Core 0.19.2 (transformer/pipeline_parallel_layer_layout.py and
 transformer_block.py), whose own classes need process groups. Pipeline rank p of P holds the chunks
 (0, p) … (V - 1, p) of V virtual stages, and micro-batches pass the chunks in the order (0, 0), (0,
 1) … (0, P - 1), (1, 0) …"""

@@ -11,6 +11,7 @@ Processes that run transformers or vLLM must not call `prepare_process()`: both 
 by `torch.cuda`, whose patched functions would mislead them."""
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -28,7 +29,7 @@ from megatron_r1.base.processes.process_memory import keep_freed_memory, without
 from megatron_r1.models.cpu_patches import CPU_DEVICE, PATCHES
 from megatron_r1.models.rendezvous_store import trainer_store
 
-MEGATRON_VERSION = "0.16.1"
+MEGATRON_VERSION = "0.19.2"
 """The version whose lines are patched (`models.cpu_patches`, `models.patches`)."""
 TRANSFORMER_ENGINE_VERSION = "2.20.2"
 """The version in requirements/cuda.lock, with which names, shapes and checkpoints are tested."""
@@ -41,7 +42,8 @@ def _check_megatron() -> None:
     if installed_version != MEGATRON_VERSION:
         raise UserError(
             f"megatron-core {installed_version} is installed, and this code is written against "
-            f"{MEGATRON_VERSION}: pip install --no-deps megatron-core=={MEGATRON_VERSION}",
+            f"{MEGATRON_VERSION}: pip install --no-deps --ignore-requires-python "
+            f"megatron-core=={MEGATRON_VERSION}",
             key="megatron-core",
             cause=Cause.CONFLICT,
         )
@@ -177,7 +179,10 @@ def broadcast_from_rank_zero(value: Any, group: dist.ProcessGroup | None = None)
 
 
 def silence_warnings() -> None:
-    """Ignore, on a CPU, Megatron's warnings that Apex and Transformer Engine are missing."""
+    """Ignore that Megatron prefers its HybridModel and computes the gradients' layout itself; on a
+    CPU also that Apex and Transformer Engine are missing."""
+    for name in ("models.gpt.gpt_model", "distributed.distributed_data_parallel"):
+        logging.getLogger(f"megatron.core.{name}").setLevel(logging.ERROR)
     if not _REAL_CUDA:
         warnings.filterwarnings("ignore", module=r"megatron\.core\.")
 

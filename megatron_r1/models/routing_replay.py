@@ -5,8 +5,8 @@ Only the choice is replayed: the weights of the chosen experts are the trainer's
 normalized over the chosen, so gradients reach the router as usual. The expert bias and the limit on
 groups affect only the choice and so have no effect on a replayed token.
 
-A router calls the object in its `router_replay` for the top k (moe_utils.py:706, Megatron-Core
-0.16.1). Megatron's own class (router_replay.py) replays all tokens or none, and a caller has to set
+A router calls the object in its `router_replay` for the top k (moe_utils.py:832, Megatron-Core
+0.19.2). Megatron's own class (router_replay.py) replays all tokens or none, and a caller has to set
 whether a pass is a forward pass or its recomputation, which is not possible with a schedule that
 interleaves the two.
 
@@ -197,8 +197,8 @@ class RoutingReplay:
                         self.layers.append(shape.moe_layers.index(layer.layer_number - 1))
             mtp_block = getattr(model, "mtp", None)
             for mtp_layer in mtp_block.layers if mtp_block is not None and recomputes else ():
-                if hasattr(mtp_layer.transformer_layer.mlp, "router"):
-                    replays.append(_attach_replay(mtp_layer.transformer_layer.mlp, None))
+                if hasattr(mtp_layer.mtp_model_layer.mlp, "router"):
+                    replays.append(_attach_replay(mtp_layer.mtp_model_layer.mlp, None))
 
     def begin(self, chunk: torch.nn.Module, recorded: RecordedRouting | None) -> None:
         """Prepare a forward pass of `chunk` over the tokens of `recorded`.

@@ -1,11 +1,11 @@
 """Seconds and bytes of the exchange of tokens between experts' ranks where it is overlapped.
 
-`parallel.overlap_expert_exchange` and layers recomputed whole exclude each other (Megatron 0.16.1):
+`parallel.overlap_expert_exchange` and layers recomputed whole exclude each other (Megatron 0.19.2):
 both are compared.
 
 In a combined pass each of a layer's four all-to-alls has one part of the other micro-batch's layer
 to hide behind (model_chunk_schedule_plan.py, TransformerLayerSchedulePlan.run, Megatron-Core
-0.16.1): the gradients' way to the experts behind attention forward, the tokens' way there behind
+0.19.2): the gradients' way to the experts behind attention forward, the tokens' way there behind
 the experts' backward pass, the gradients' way back behind the experts forward, the tokens' way back
 behind attention backward. Attention stands for all but the routed experts, shared experts included.
 The forward passes of the warm-up and the backward passes of the drain have no other micro-batch.

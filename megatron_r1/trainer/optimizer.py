@@ -82,7 +82,7 @@ def offload_fields(config: Config) -> dict[str, Any]:
         "optimizer_offload_fraction": fraction,
         "overlap_cpu_optimizer_d2h_h2d": True,
         # The hybrid optimizer reads gradients from where this one leaves them
-        # (optimizer/cpu_offloading/hybrid_optimizer.py:102, Megatron-Core 0.16.1).
+        # (optimizer/cpu_offloading/hybrid_optimizer.py:102, Megatron-Core 0.19.2).
         **_PRECISION_AWARE,
     }
 

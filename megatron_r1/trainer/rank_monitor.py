@@ -58,8 +58,8 @@ def describe_collective(
 ) -> str | None:
     """Return a description of the collective that `innermost` waits in, or None.
 
-    Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:32)", or "a
-    request among ranks 0, 1 (tensor), waited for by backward (layers.py:535)".
+    Such as "all_reduce among ranks 0, 1 (tensor), asked for by _reduce (mappings.py:35)", or "a
+    request among ranks 0, 1 (tensor), waited for by backward (layers.py:630)".
 
     Args:
         innermost: the innermost frame of a thread.
@@ -115,7 +115,7 @@ def _describe_call(frame: FrameType, groups: ProcessGroupCollection | None) -> s
 
 
 def _frame_location(frame: FrameType) -> str:
-    """Return the function, file and line, such as "_reduce (mappings.py:32)"."""
+    """Return the function, file and line, such as "_reduce (mappings.py:35)"."""
     file = frame.f_code.co_filename.rpartition("/")[2]
     return f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
 

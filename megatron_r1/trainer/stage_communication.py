@@ -18,7 +18,7 @@ class KnownShapesCommunicator(P2PCommunicator):
 
     Every pipeline rank holds the same micro-batches, so a receiver knows how long they are.
     With lengths that vary, Megatron sends the shape of every tensor ahead of it, and the CPU waits
-    for the whole device until the shape is there (p2p_communication.py:242, Megatron-Core 0.16.1):
+    for the whole device until the shape is there (p2p_communication.py:263, Megatron-Core 0.19.2):
     in every hop of every micro-batch, forward and backward.
 
     Shapes: T tokens of a micro-batch on a context rank, t ranks that share a sequence, H hidden

@@ -36,7 +36,7 @@ MORE = pytest.mark.more
 @pytest.mark.parametrize(
     ("world_size", "grids"),
     [
-        (2, ["ep2+plain,one-expert"]),
+        (2, ["ep2+plain,one-expert,mtp"]),
         pytest.param(2, ["ep2+bf16,selective,core_attn,replay,prompts"], marks=pytest.mark.slow),
         pytest.param(2, ["ep2+lora,fp8,dense-end,score"], marks=pytest.mark.slow),
         pytest.param(2, ["cp2xep2+selective,replay", "tp2xep2+plain,selective"], marks=MORE),

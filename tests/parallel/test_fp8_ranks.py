@@ -83,7 +83,7 @@ def test_every_linear_but_the_head_and_the_router_is_fp8(folder):
         return names | mlp(f"{prefix}.mlp.shared_experts")
 
     want = layer("decoder.layers.0", dense=True) | layer("decoder.layers.1", dense=False)
-    want |= layer("mtp.layers.0.transformer_layer", dense=False) | {"mtp.layers.0.eh_proj"}
+    want |= layer("mtp.layers.0.mtp_model_layer", dense=False) | {"mtp.layers.0.eh_proj"}
     assert set(report(folder, "saved")["emulated"]) == want
     assert report(folder, "bf16")["emulated"] == []
 

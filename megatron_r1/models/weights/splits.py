@@ -130,7 +130,7 @@ def vocab_parallel(
 class QueryGroups:
     """Grouped-query attention: [queries; key; value] of each group. Ranks hold whole groups or,
     where there are more ranks than groups, equal runs of rows, whose products Megatron gathers
-    (attention.py:1398, Megatron-Core 0.16.1).
+    (attention.py:1839, Megatron-Core 0.19.2).
 
     Attributes:
         num_groups: the number of key and value heads."""

@@ -304,7 +304,7 @@ def _expert_biases(hf_config: HFConfig, local: str, router: str) -> list[WeightR
 
 
 def _mtp_rules(hf_config: HFConfig, decoder_layer: list[WeightRule]) -> list[WeightRule]:
-    hidden, prefix = hf_config["hidden_size"], "transformer_layer."
+    hidden, prefix = hf_config["hidden_size"], "mtp_model_layer."
     return [
         weight_rule("enorm", "enorm", (hidden,), replicated),
         weight_rule("hnorm", "hnorm", (hidden,), replicated),

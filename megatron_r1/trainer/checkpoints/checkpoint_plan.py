@@ -98,7 +98,9 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
         self.memory = memory
         self.staged: StagedCheckpoint | None = None
 
-    def async_save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> AsyncRequest:
+    def async_save(
+        self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path, async_strategy: str = ""
+    ) -> AsyncRequest:
         self.memory.gather(sharded_state_dict)
         by_key = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)[0]
         writer = _Copier(checkpoint_dir, self.memory)

@@ -270,8 +270,8 @@ def _little_to_collect() -> Iterator[None]:
 def _separate_steps(torch_optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter of torch's AdamW a step tensor of its own again.
 
-    After loading they share one (distrib_optimizer.py:825): the next update would increment it once
-    per parameter, and Adam's bias correction would be over in one step. On a GPU the step is a
+    After loading they share one (distrib_optimizer.py:1032): the next update would increment it
+    once per parameter, and Adam's bias correction would be over in one step. On a GPU the step is a
     number of the group."""
     for state in torch_optimizer.state.values():
         if torch.is_tensor(state.get("step")):

@@ -1,10 +1,10 @@
 """Gathers the distributed optimizer's shards in host memory, a slice at a time: of each slice a
 rank keeps what it writes.
 
-Megatron's own gathering (distrib_optimizer.py:977) makes five copies in fresh memory, each whole on
-every replica: 66 GiB a rank in the recipe for 2,048 GPUs, of which it writes a sixteenth. It also
-leaves out the padding between buckets (:1112) that the index of parameters counts (:1499): with
-more than one bucket, the state of all later ones is stored off by up to 127 elements."""
+Megatron's own gathering (distrib_optimizer.py:1262) makes five copies in fresh memory, each whole
+on every replica: 66 GiB a rank in the recipe for 2,048 GPUs, of which it writes a sixteenth. It
+also leaves out the padding between buckets (:1396) that the index of parameters counts (:1788):
+with more than one bucket, the state of all later ones is stored off by up to 127 elements."""
 
 import contextlib
 from collections.abc import Iterator

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_r1.models import platform
 
 OPTIMIZER = "optimizer.state."
-"""What the keys of the gathered state begin with (distrib_optimizer.py:1462)."""
+"""What the keys of the gathered state begin with (distrib_optimizer.py:1748)."""
 
 
 class AddressRanges:

@@ -34,6 +34,8 @@ from megatron_r1.why.policy.transformers_adapters import attach_transformers_ada
 MOMENT_NAMES = ("exp_avg", "exp_avg_sq")
 STATE_PREFIX, REFERENCE_PREFIX = "optimizer.state.", "reference."
 ADAPTERS_PREFIX = "adapters."
+COMMON_STATE = "common_state/shard_0_1"
+"""Megatron's key of what is no tensor and the same on all ranks."""
 
 
 def open_checkpoint(checkpoint: Path) -> DistributedCheckpoint:
@@ -288,7 +290,11 @@ def read_state(checkpoint: Path) -> int | None:
 
     Raises:
         UserError: its file is damaged."""
-    file = checkpoint / "common.pt"
+    saved = open_checkpoint(checkpoint)
+    file = checkpoint / "common.pt"  # up to Megatron-Core 0.18
+    if not file.is_file():
+        step = saved.read_object(COMMON_STATE)[0].get("optimizer_step")
+        return None if step is None else int(step)
     try:
         common = torch.load(file, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:

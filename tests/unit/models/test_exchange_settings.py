@@ -48,8 +48,6 @@ CASES = [
         None,
     ),
     ({"dtype": "float32"}, DEEPSEEK, "model.dtype: float32", {"bf16": False}),
-    ({"mtp": "train"}, MTP, "model.mtp: train", {"mtp_num_layers": 1}),
-    ({"mtp": "frozen"}, MTP, "model.mtp: frozen", {"mtp_num_layers": 1}),
     (
         {"mtp": "train", "pipeline": 2, "virtual_pipeline": 2},
         TWO_MTP,

@@ -39,20 +39,14 @@ def test_a_parameter_that_every_rank_applies_to_its_own_tokens_is_summed(by_sequ
 
 
 @pytest.mark.parametrize(("tensor", "expert_tensor"), [(1, 1), (2, 1), (2, 2), (1, 2)])
-def test_experts_that_are_divided_otherwise_than_the_rest_are_summed_apart(tensor, expert_tensor):
-    built = model("layers.mlp.experts.linear_fc1.weight", "layers.mlp.router.weight")
-    expert, router = built.layers.mlp.experts.linear_fc1.weight, built.layers.mlp.router.weight
+def test_the_bias_of_experts_that_are_divided_otherwise_is_not_summed_twice(tensor, expert_tensor):
+    built = model("layers.mlp.experts.linear_fc2.bias", "layers.mlp.router.bias")
+    expert, router = built.layers.mlp.experts.linear_fc2.bias, built.layers.mlp.router.bias
+    expert.sequence_parallel = router.sequence_parallel = True
     sizes = {"tensor_model_parallel_size": tensor, "expert_tensor_parallel_size": expert_tensor}
     gradients.correct_attributes(built, config(**sizes))
-    assert expert.tensor_model_parallel is True
-    assert getattr(expert, "allreduce", True) is (tensor == expert_tensor)
-    assert not hasattr(router, "allreduce") and not hasattr(router, "tensor_model_parallel")
-
-
-def test_dense_models_are_left_as_they_are():
-    built = model("layers.mlp.experts.weight")
-    gradients.correct_attributes(built, config(num_moe_experts=None))
-    assert not hasattr(built.layers.mlp.experts.weight, "allreduce")
+    assert expert.sequence_parallel is (tensor == expert_tensor)
+    assert router.sequence_parallel is True
 
 
 def test_softmax_offsets_of_every_tensor_rank_are_counted():

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 import upstream
 
 from megatron_r1.models import patches
@@ -50,21 +49,3 @@ def test_the_upstream_line_that_needs_the_patch_is_still_there(patch):
 def test_no_model_is_built_before_the_patches_are_installed():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_grouped_experts_of_recipes_without_history_can_be_saved():
-    class Upstream:
-        """TEGroupedLinear of Megatron's extensions/transformer_engine.py."""
-
-        num_gemms = 3
-
-        def _split_extra_state(self, state):
-            if not state.numel():
-                return None["extra_fp8_variables"]
-            return ["split"] * self.num_gemms
-
-    patches.accept_empty_extra_state(Upstream)
-    empty, full = torch.empty(0, dtype=torch.uint8), torch.ones(2)
-    parts = Upstream()._split_extra_state(empty)
-    assert len(parts) == 3 and all(part is empty for part in parts)
-    assert Upstream()._split_extra_state(full) == ["split"] * 3

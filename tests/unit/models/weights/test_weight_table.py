@@ -260,7 +260,7 @@ def test_transformer_engines_names_replace_megatrons():
         "decoder.layers.0.mlp.linear_fc1.layer_norm_weight",
         "decoder.layers.1.pre_mlp_layernorm.weight",
         "decoder.layers.1.self_attention.linear_kv_up_proj.layer_norm_weight",
-        "mtp.layers.0.transformer_layer.self_attention.linear_q_up_proj.layer_norm_weight",
+        "mtp.layers.0.mtp_model_layer.self_attention.linear_q_up_proj.layer_norm_weight",
     ):
         assert name in names
     dense = weights.parameter_layout(SMALL_QWEN, shard(SMALL_QWEN, transformer_engine=True))
