@@ -118,6 +118,8 @@ class PolicyModel(SchedulableModel):
         decoder_input: Tensor | None = None,
         inference_context: BaseInferenceContext | None = None,
         extra_block_kwargs: dict[str, Any] | None = None,
+        output_processor: None = None,
+        output_processor_context: None = None,
         **context: Any,
     ) -> Tensor:
         """Return hidden states in place of Megatron's logits: (s, b, h) before the last stage,
