@@ -26,13 +26,6 @@ def load_strictly() -> None:
     contents.load_weights = lambda module, weights: module.load_state_dict(weights)
 
 
-def subscript_empty_extra_state() -> None:
-    """Leave Megatron's split of the grouped experts' extra state as it is."""
-    from megatron.core.extensions.transformer_engine import TEGroupedLinear
-
-    TEGroupedLinear._split_extra_state = TEGroupedLinear._split_extra_state.__wrapped__
-
-
 def store_remainders() -> None:
     """Keep master weights as the remainders of the bf16 parameters."""
     from megatron_r1.trainer import optimizer
@@ -52,7 +45,6 @@ DEFECTS = {
     defect.__name__: defect
     for defect in (
         load_strictly,
-        subscript_empty_extra_state,
         store_remainders,
         save_the_reference_from_the_gpu,
     )

@@ -80,10 +80,9 @@ def test_so_are_adapters_of_transformer_engine_s_layers(on_null_gpu, models, mod
     ("settings", "defect", "message"),
     [
         (BF16, "load_strictly", "Missing key(s) in state_dict"),
-        (BLOCKWISE, "subscript_empty_extra_state", "'NoneType' object is not subscriptable"),
         (BF16_MOMENTS, "store_remainders", "AssertionError"),
     ],
-    ids=["strict load", "empty extra state", "remainders"],
+    ids=["strict load", "remainders"],
 )
 def test_a_defect_of_the_past_is_found_when_it_is_planted_again(
     on_null_gpu, models, settings, defect, message

@@ -153,8 +153,6 @@ def test_the_host_waits_per_micro_batch_only_for_counts_that_it_does_not_know(
 
 
 def test_recomputed_mtp_layers_have_their_gradients_in_fp8(on_null_gpu, models):
-    """Megatron gives their inputs to Transformer Engine's checkpoint function by name, which makes
-    no gradients then (`models.layers.PackedMTPLayer`)."""
     script = ["recomputed_mtp.py", models["fp8", 4]]
     settings = {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"}
     norms = json.loads(on_null_gpu(*TORCHRUN, *script, **settings).splitlines()[-1])

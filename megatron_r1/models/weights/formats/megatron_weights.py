@@ -92,7 +92,7 @@ def stored_layout(
         with_mtp: whether the checkpoint has the MTP layers.
         transformer_engine: whether Transformer Engine's layers saved the checkpoint; only the names
             of latent attention differ.
-        stacked: whether the layers are an axis of one tensor; None: as Megatron 0.16 does, for
+        stacked: whether the layers are an axis of one tensor; None: as Megatron does, for
             models without experts.
     """
     table = weight_table(hf_config)
@@ -120,6 +120,8 @@ def stored_layout(
 
 def _stored_name(name: str, stacked: bool) -> tuple[str, tuple[int, ...]]:
     index: tuple[int, ...] = ()
+    # As it was called up to 0.16: MultiTokenPredictionLayer.sharded_state_dict keeps the name.
+    name = name.replace(".mtp_model_layer.", ".transformer_layer.")
     if expert := _EXPERT.fullmatch(name):
         fc = expert["fc"] or expert["te_fc"]
         name = f"{expert['prefix']}.experts.{fc}"
