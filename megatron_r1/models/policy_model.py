@@ -26,7 +26,6 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.multi_token_prediction import (
     MTPLossAutoScaler,
-    MTPLossLoggingHelper,
     roll_tensor,
 )
 from megatron.core.utils import unwrap_model
@@ -180,14 +179,6 @@ class PolicyModel(SchedulableModel):
             mask, num_tokens = roll_tensor(mask, packed_seq_params=packed_seq_params, **roll)
             rows = rows_of_layers[layer] if rows_of_layers else None
             losses = mask * self._cross_entropy(states, labels, mask, rows)
-            if self.training:
-                MTPLossLoggingHelper.save_loss_to_tracker(
-                    losses.sum() / num_tokens.clamp(min=1),
-                    layer,
-                    self.config.mtp_num_layers,
-                    # Over data and context parallelism, whose ranks have other tokens.
-                    avg_group=self.pg_collection.dp_cp,
-                )
             # With per-token losses the schedule divides by the number of tokens of the whole step.
             divisor = 1 if self.config.calculate_per_token_loss else num_tokens.clamp(min=1)
             divisor *= self.mtp_only_divisor or 1

@@ -29,7 +29,6 @@ from megatron.core.tensor_parallel import (  # noqa: E402
     gather_from_tensor_model_parallel_region,
     vocab_parallel_cross_entropy,
 )
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from megatron_r1 import models  # noqa: E402
@@ -188,7 +187,6 @@ def compare(name, hf_config, grid, sizes, oracle, out):
     for chunk in chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    MTPLossLoggingHelper.tracker.clear()
     results = run(packed_step, chunks, [pack(groups[i]) for i in mine], forward_only=False)
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         difference = 0.0
