@@ -61,6 +61,10 @@ def build_model(
     block, mtp = block_specs(config, vp_stage=vp_stage, shares_prompts=shares_prompts)
     tensor_parallel = config.tensor_model_parallel_size
     num_virtual = config.virtual_pipeline_model_parallel_size
+    yarn = yarn_scaling(hf_config)
+    if yarn:
+        # Megatron's attention, when it is built, reads this, and multiplies by 1 + ln(factor) / 10.
+        config.yarn_rotary_scaling_factor = yarn["factor"]
     kind = ScoreModel if has_score_head(hf_config) else PolicyModel
     built_model = kind(
         config=config,
@@ -83,7 +87,7 @@ def build_model(
     if scaling:
         rotary = built_model.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **scaling)
-    if yarn := yarn_scaling(hf_config):
+    if yarn:
         _set_yarn(built_model, **yarn)
     return built_model
 
@@ -117,7 +121,7 @@ def _set_yarn(
     beta_slow: float,
     truncate: bool,
 ) -> None:
-    """Scale the angles and embeddings of a model by YaRN (arXiv 2309.00071), before its first use,
+    """Scale the angles of a model by YaRN (arXiv 2309.00071), before its first use,
     as transformers does.
 
     Args:
@@ -137,5 +141,3 @@ def _set_yarn(
         low, high, size // 2, rotary.inv_freq.device
     )
     rotary.inv_freq = rotary.inv_freq * (1 - ramp) + rotary.inv_freq / factor * ramp
-    # Megatron's attention multiplies by 1 + ln(factor) / 10 where its configuration has this.
-    model.config.yarn_rotary_scaling_factor = factor
