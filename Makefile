@@ -37,7 +37,7 @@ help:
 	@echo "make setup-cuda  for GPUs: CUDA torch, Transformer Engine, vLLM in $(CUDA_VENV) (9 GB; 5 minutes on two cores, more with JOBS=1)"
 	@echo "make agents    verifiers, in $(AGENTS_VENV): environments of others for agents.verifiers (0.5 GB)"
 	@echo "make test-faults  plants faults in copies of the tree: which does make test catch?"
-	@echo "make test-cuda  those packages on a null GPU, without a driver (half an hour to an hour and a half on two cores)"
+	@echo "make test-cuda  those packages on a null GPU, without a driver (two hours on two cores; goes on after a stop)"
 	@echo "make lint      style, imports between packages, types;  make format: repair the style"
 	@echo "make kernel-files  write what is generated from the list of kernels: README's table, compiled resources"
 	@echo "make house     the structure of the code in figures: packages, imports, what one command needs"
@@ -194,9 +194,10 @@ test-faults: setup
 	$(BIN)/python tests/faults
 
 # tests/nullgpu: a driver and a CUDA runtime whose memory is the host's and whose kernels do nothing, below the real
-# packages. What only hardware can tell is left to gpu-check. Two files at once need up to 24 GB.
+# packages. What only hardware can tell is left to gpu-check. Two files at once need up to 24 GB; those whose record is
+# current are not run again.
 test-cuda: trace-packages setup-cuda
-	$(CUDA_BIN)/python -m tools.cuda_record --run -n 2 --dist loadfile --durations 0
+	$(CUDA_BIN)/python -m tools.cuda_record --run --durations 0
 
 lint: setup
 	$(BIN)/ruff check .

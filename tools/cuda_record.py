@@ -3,10 +3,11 @@
     .venv-cuda/bin/python -m tools.cuda_record --run    as `make test-cuda` does
     python -m tools.cuda_record                         compares the record with the files it is of
 
-The record, tests/nullgpu/passed.json, has the commit, the date and the numbers of tests that passed
-and failed; opened.txt next to it has the repository's files that the tests and all their processes
-opened (`tools.opened_files`), each with a hash of its bytes, pages aside. These tests need 9 GB of
-packages, so CI does not run them: one of its last lines names the files that have changed since."""
+The record, tests/nullgpu/passed.json, has for each file of tests the commit, the date and the
+numbers of tests that passed and failed; opened.txt next to it has the repository's files that the
+tests and all their processes opened (`tools.opened_files`), pages aside, each with a hash of its
+bytes and the files of tests. Only tests whose record is old are run. They need 9 GB of packages, so
+CI does not run them: one of its last lines names the files that have changed since."""
 
 import argparse
 import datetime
@@ -16,8 +17,11 @@ import os
 import re
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +29,17 @@ from tools.evidence.records import git_output, head
 from tools.opened_files import run_traced
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORD = Path("tests/nullgpu/passed.json")
+FOLDER = Path("tests/nullgpu")
+RECORD = FOLDER / "passed.json"
+OPENED = FOLDER / "opened.txt"
 COUNTS = "R1_TEST_COUNTS"
 """Variable: the file that the tests' process writes its counts to."""
-OPENED = Path("tests/nullgpu/opened.txt")
-DESELECTED = ".deselected"
-"""The end of the name of a file next to the counts, which exists if a test was left out."""
+AT_ONCE = 2
+"""Files of tests that run at once: they need up to 12 GB each."""
 PAGES = (".md", RECORD.name, OPENED.name)
 """Ends of names of files that the record is not of."""
 CACHED_MODULE = re.compile(r"__pycache__/([^/.]+)\.[^/]*\.pyc$")
+_writing = threading.Lock()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -42,31 +48,20 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     Path(os.environ[COUNTS]).write_text(json.dumps(counts), encoding="utf-8")
 
 
-def pytest_deselected(items: list[Any]) -> None:
-    """Note that not all tests run: a hook, also of pytest-xdist's workers, which tell nobody."""
-    if items:
-        Path(os.environ[COUNTS] + DESELECTED).touch()
-
-
 def record_state(root: Path = ROOT) -> str:
     """Return a sentence that says whether the record is of the present files."""
-    remedy = "run `make test-cuda`"
-    try:
-        record = json.loads((root / RECORD).read_text(encoding="utf-8"))
-        text = (root / OPENED).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return f"null GPU: no record of a run and the files it opened; {remedy}"
-    run = f"{record['passed']} passed, {record['failed']} failed at {record['commit']}, "
-    run += record["date"]
-    if _hash(text.encode()) != record.get("opened"):
-        return f"null GPU: {OPENED.name} is not of the same run as {RECORD.name}; {remedy}"
-    hashes = [line.split(" ", 1) for line in text.splitlines()]
-    changed = [f"{name} changed" for value, name in hashes if _hash_of_file(root / name) != value]
-    tests = (f"{OPENED.parent}/{path.name}" for path in (root / OPENED).parent.glob("test_*.py"))
-    changed += [f"{name} is new" for name in sorted({*tests} - {name for _, name in hashes})]
+    results, opened = _read(root)
+    if not results:
+        return "null GPU: no record of a run; run `make test-cuda`"
+    run = ", ".join(
+        f"{sum(r[way] for r in results.values())} {way}" for way in ("passed", "failed")
+    )
+    run += f" at {' '.join(sorted({result['commit'][:8] for result in results.values()}))}"
+    changed = {reason for name in _tests(root) for reason in _changes(root, name, results, opened)}
     if changed:
-        return f"null GPU: the record is old ({run}): {', '.join(changed)}; {remedy}"
-    return f"null GPU: the record is current: {run}, which opened {len(hashes)} files"
+        reasons = ", ".join(sorted(changed))
+        return f"null GPU: the record is old ({run}): {reasons}; run `make test-cuda`"
+    return f"null GPU: the record is current: {run}, which opened {len(opened)} files"
 
 
 def sources(root: Path, opened: Iterable[str]) -> list[str]:
@@ -79,45 +74,104 @@ def sources(root: Path, opened: Iterable[str]) -> list[str]:
 
 
 def run(arguments: list[str]) -> int:
-    """Run the tests and write the record; return pytest's exit code.
+    """Run the tests whose record is old or has failures, the longest first; return 1 if one failed.
 
-    Nothing is recorded of code that is not committed, as the record names a commit."""
-    commit = head(ROOT)
+    Each file's record is written when it ends. Nothing is recorded of code that is not committed,
+    as the record names a commit, nor of a part of a file's tests."""
+    results, opened = _read(ROOT)
+    old = [
+        name
+        for name in _tests(ROOT)
+        if _changes(ROOT, name, results, opened) or results[name]["failed"]
+    ]
+    old.sort(key=lambda name: -results.get(name, {}).get("minutes", 0))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        codes = list(pool.map(lambda name: _run_file(name, arguments), old))
+    print(record_state(ROOT))
+    return int(any(codes))
+
+
+def _run_file(name: str, arguments: list[str]) -> int:
+    commit, start = head(ROOT), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[COUNTS] = f"{folder}/counts"
-        pytest = [sys.executable, "-m", "pytest", "-p", "tools.cuda_record", "tests/nullgpu"]
-        code, opened = run_traced([*pytest, *arguments])
-        counts = Counter(json.loads(Path(os.environ[COUNTS]).read_text(encoding="utf-8")))
-        are_left_out = Path(os.environ[COUNTS] + DESELECTED).exists()
+        path = Path(folder) / "counts"
+        pytest = [sys.executable, "-m", "pytest", "-p", "tools.cuda_record", f"{FOLDER}/{name}"]
+        code, opened = run_traced(["env", f"{COUNTS}={path}", *pytest, *arguments])
+        counts = Counter(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
     names = sources(ROOT, opened)
     uncommitted = git_output(ROOT, "status", "--porcelain", "--", *names) if commit else "no commit"
-    if uncommitted or head(ROOT) != commit:
-        print(f"{RECORD} stays as it is: not of the commit {commit}:\n{uncommitted}")
-        return code
     failed = counts["failed"] + counts["error"]
-    if are_left_out or not counts["passed"] + failed:
-        print(f"{RECORD} stays as it is: not all of the tests have run")
+    if uncommitted or head(ROOT) != commit:
+        print(f"{name}: not recorded, as not of the commit {commit}:\n{uncommitted}")
+    elif counts["deselected"] or not counts["passed"] + failed:
+        print(f"{name}: not recorded, as not all of the tests have run")
         return code or 1
-    text = "".join(f"{_hash_of_file(ROOT / name)} {name}\n" for name in names)
-    record = {
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-        "passed": counts["passed"],
-        "failed": failed,
-        "skipped": counts["skipped"],
-        "opened": _hash(text.encode()),
-    }
-    (ROOT / OPENED).write_text(text, encoding="utf-8")
-    (ROOT / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    else:
+        result = {
+            "commit": commit,
+            "date": datetime.date.today().isoformat(),
+            "minutes": round((time.monotonic() - start) / 60),
+            "passed": counts["passed"],
+            "failed": failed,
+            "skipped": counts["skipped"],
+        }
+        _record(name, result, names)
     return code
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=6).hexdigest()
+def _record(name: str, result: dict[str, Any], names: list[str]) -> None:
+    with _writing:
+        results, opened = _read(ROOT)
+        present = {*_tests(ROOT)}
+        results = {
+            key: value for key, value in (results | {name: result}).items() if key in present
+        }
+        opened = {key: tests & present - {name} for key, tests in opened.items()}
+        for file in names:
+            opened.setdefault((file, _hash_of_file(ROOT / file)), set()).add(name)
+        lines = [
+            f"{hash_} {file} {','.join(sorted(tests))}\n"
+            for (file, hash_), tests in sorted(opened.items())
+            if tests
+        ]
+        (ROOT / OPENED).write_text("".join(lines), encoding="utf-8")
+        (ROOT / RECORD).write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def _read(root: Path) -> tuple[dict[str, dict[str, Any]], dict[tuple[str, str], set[str]]]:
+    # The results of the files of tests; the files of tests that opened a file of a hash.
+    if not (root / RECORD).exists() or not (root / OPENED).exists():
+        return {}, {}
+    lines = (root / OPENED).read_text(encoding="utf-8").splitlines()
+    opened = {}
+    for line in lines:
+        hash_, file, tests = line.split(" ")
+        opened[file, hash_] = set(tests.split(","))
+    return json.loads((root / RECORD).read_text(encoding="utf-8")), opened
+
+
+def _tests(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / FOLDER).glob("test_*.py"))
+
+
+def _changes(
+    root: Path,
+    name: str,
+    results: dict[str, dict[str, Any]],
+    opened: dict[tuple[str, str], set[str]],
+) -> list[str]:
+    # Why the record of a file of tests is old.
+    if name not in results:
+        return [f"{FOLDER}/{name} is new"]
+    return [
+        f"{file} changed"
+        for (file, hash_), tests in opened.items()
+        if name in tests and _hash_of_file(root / file) != hash_
+    ]
 
 
 def _hash_of_file(path: Path) -> str:
-    return _hash(path.read_bytes()) if path.is_file() else ""
+    return hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest() if path.is_file() else ""
 
 
 def main() -> int:

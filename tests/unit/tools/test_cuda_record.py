@@ -28,6 +28,11 @@ def git(tree, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
+def endings(tree) -> dict[str, tuple[int, int, int]]:
+    record = json.loads((tree / cuda_record.RECORD).read_text())
+    return {name: (r["passed"], r["failed"], r["skipped"]) for name, r in record.items()}
+
+
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A repository whose tests open all of its files but unused.py."""
@@ -57,11 +62,11 @@ def recorded(tree):
 
 @needs_strace
 def test_the_record_is_of_the_files_that_the_tests_and_their_processes_open(recorded):
-    record = json.loads((recorded / cuda_record.RECORD).read_text())
-    assert (record["passed"], record["failed"], record["skipped"]) == (1, 1, 0)
+    assert endings(recorded) == {"test_all.py": (1, 1, 0)}
     lines = (recorded / cuda_record.OPENED).read_text().splitlines()
     names = {line.split(" ", 1)[1] for line in lines}
-    assert names == {"module.py", "recipe.yaml", "tests/nullgpu/test_all.py"}
+    expected = {"module.py", "recipe.yaml", "tests/nullgpu/test_all.py"}
+    assert names == {f"{name} test_all.py" for name in expected}
     state = cuda_record.record_state(recorded)
     assert f"is current: 1 passed, 1 failed at {git(recorded, 'rev-parse', 'HEAD')[:8]}" in state
 
@@ -87,26 +92,27 @@ def test_tests_that_the_record_does_not_have_are_named(recorded):
 
 @needs_strace
 @pytest.mark.more
-def test_two_files_at_once_are_recorded_as_one_after_the_other(tree):
-    (tree / "tests/nullgpu/test_more.py").write_text("def test_more(): pass\n")
+def test_only_tests_whose_record_is_old_or_failed_are_run_again(tree):
+    tests = tree / "tests/nullgpu"
+    (tests / "test_more.py").write_text("import unused\ndef test_more(): pass\n")
+    (tests / "test_ran.py").write_text("open('.gitignore')\ndef test_ran(): pass\n")
     git(tree, "add", ".")
     git(tree, "commit", "-q", "--no-verify", "-m", "Add")
-    arguments = ["-q", "-n", "2", "--dist", "loadfile"]
-    cuda_record.run([*arguments, "-k", "more or fails"])
-    assert not (tree / cuda_record.RECORD).exists()
-    assert cuda_record.run(arguments) == 1
-    record = json.loads((tree / cuda_record.RECORD).read_text())
-    assert (record["passed"], record["failed"], record["skipped"]) == (2, 1, 0)
+    assert cuda_record.run(["-q"]) == 1
+    first = {"test_all.py": (1, 1, 0), "test_more.py": (1, 0, 0), "test_ran.py": (1, 0, 0)}
+    assert endings(tree) == first
+    before = json.loads((tree / cuda_record.RECORD).read_text())
+    (tree / "unused.py").write_text("SUM = 3\n")
+    (tests / "test_all.py").write_text("def test_passes(): pass\n")
+    git(tree, "commit", "-aqm", "Change", "--no-verify")
+    assert cuda_record.run(["-q"]) == 0
+    assert endings(tree) == first | {"test_all.py": (1, 0, 0)}
+    after = json.loads((tree / cuda_record.RECORD).read_text())
+    assert [name for name in before if after[name]["commit"] == before[name]["commit"]] == [
+        "test_ran.py"
+    ]
     opened = (tree / cuda_record.OPENED).read_text()
-    for name in ("module.py", "recipe.yaml", "test_all.py", "test_more.py"):
-        assert f"{name}\n" in opened
-
-
-@needs_strace
-def test_a_list_of_another_run_is_named(recorded):
-    with (recorded / cuda_record.OPENED).open("a") as file:
-        file.write("00 other.py\n")
-    assert "not of the same run" in cuda_record.record_state(recorded)
+    assert "recipe.yaml" not in opened and ".gitignore test_ran.py\n" in opened
 
 
 @needs_strace
