@@ -251,6 +251,22 @@ def _patch_uneven_gathers() -> None:
 
 
 @_patch(
+    "recomputing a norm takes fp8=False for FP8 and asks Transformer Engine",
+    "tensor_parallel/random.py:CheckpointWithoutOutput.__init__",
+    "self.fp8 = fp8 is not None",
+)
+def _patch_recompute_without_fp8() -> None:
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    init = CheckpointWithoutOutput.__init__
+
+    def without_fp8(self, fp8=None):
+        init(self, fp8 or None)
+
+    CheckpointWithoutOutput.__init__ = without_fp8
+
+
+@_patch(
     "loading torch's AdamW, whose state has a step that Megatron saves elsewhere",
     "optimizer/distrib_optimizer.py:DistributedOptimizer._set_main_param_and_optimizer_states",
     "for key in dst_tensors:",
