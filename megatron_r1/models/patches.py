@@ -11,8 +11,9 @@ upstream line is the one that is wrong, or too slow; tests/unit/models/test_patc
 is gone. What concerns one layer is no patch but a subclass that the layer specs choose
 (`models.layers`); parameters' marks are corrected in `models.gradients`."""
 
+import torch
 from megatron.core.models.common.embeddings import rope_utils
-from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel import layers, random
 from megatron.core.transformer import multi_token_prediction
 from megatron.core.transformer.moe import moe_layer, router, token_dispatcher
 
@@ -100,3 +101,18 @@ def _allow_fused_gradients_without_apex() -> None:
     # Safe: only the output layer's product uses Apex's kernel, and `LMHead` has no product. The
     # other layers with fused gradients are Transformer Engine's, with a kernel of their own.
     layers._grad_accum_fusion_available = True
+
+
+@_patch(
+    "each rank compiles, in the home folder and behind a lock file, what refills freed storages",
+    "tensor_parallel/random.py:_get_share_storage",
+    "load_inline(",
+)
+def _patch_refilled_storages() -> None:
+    # A rank killed while it compiles leaves the lock, on which all later ranks wait forever.
+    def refill(output: torch.Tensor, recomputed: torch.Tensor) -> None:
+        source = recomputed.untyped_storage()
+        output.untyped_storage().resize_(source.nbytes())
+        output.untyped_storage().copy_(source)
+
+    random._get_share_storage = lambda: refill
