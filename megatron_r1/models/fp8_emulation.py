@@ -156,12 +156,14 @@ def _forward_impl(
     grad_output_buffer: list[Tensor] | None = None,
     wgrad_deferral_limit: int | None = None,
     tp_group: ProcessGroup | None = None,
+    gtp_remat_size: int = 1,
 ) -> Tensor:
     """Compute what Megatron's linear_with_grad_accumulation_and_async_allreduce (layers.py) does.
 
     `input` is (s, b, in), under sequence parallelism this rank's part of s, and `weight` is (out,
     in); the result is (s, b, out)."""
     assert not gradient_accumulation_fusion and not grad_output_buffer, "CUDA only: not emulated"
+    assert gtp_remat_size == 1, "no recipe shards a weight over more than its tensor group"
     if sequence_parallel:
         # Over the tensor group, before quantizing: tiles along the tokens are then those of a
         # single process.
