@@ -4,9 +4,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import upstream
 
-from megatron_r1.models import patches
+from megatron_r1.models import patches, platform
+
+platform.prepare_process()
+
+from megatron.core.tensor_parallel import random  # noqa: E402
 
 PROGRAM = """
 from megatron_r1.models import platform
@@ -49,3 +54,24 @@ def test_the_upstream_line_that_needs_the_patch_is_still_there(patch):
 def test_no_model_is_built_before_the_patches_are_installed():
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_an_output_is_recomputed_without_a_compiler(monkeypatch, tmp_path):
+    """A lock that a killed process left in the folder of compiled extensions stops nobody."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "share_storage_ext").mkdir()
+    (tmp_path / "share_storage_ext/lock").touch()
+    monkeypatch.setattr(random, "_get_share_storage", random._get_share_storage)
+    next(p for p in patches.PATCHES if "_get_share_storage" in p.upstream).install()
+
+    x = torch.randn(4, 6, requires_grad=True)
+    checkpoint = random.CheckpointWithoutOutput()
+    output = checkpoint.checkpoint(torch.sin, x)
+    squared = output.view(24)[3:].square()  # autograd keeps a view of the output
+    hooked = squared * 1
+    checkpoint.discard_output_and_register_recompute(hooked)
+    assert output.untyped_storage().nbytes() == 0
+    hooked.sum().backward()
+    expected = torch.sin(2 * x.detach())
+    expected.view(-1)[:3] = 0
+    torch.testing.assert_close(x.grad, expected)
