@@ -15,6 +15,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers, random
 from megatron.core.transformer import multi_token_prediction
+from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
 from megatron.core.transformer.moe import moe_layer, router, token_dispatcher
 
 from megatron_r1.models.expert_routing import route_tokens
@@ -116,3 +117,21 @@ def _patch_refilled_storages() -> None:
         output.untyped_storage().copy_(source)
 
     random._get_share_storage = lambda: refill
+
+
+@_patch(
+    "latent attention gives queries that are not compressed a norm, which no model has",
+    "transformer/mla_qk_norm_config.py:QKNormConfigResolver._resolve_mla_qk_layernorm",
+    "self.submodules.linear_q_proj",
+)
+def _patch_query_norm() -> None:
+    resolve = QKNormConfigResolver.resolve
+
+    def with_plain_queries(self: QKNormConfigResolver) -> dict:
+        projection = self.submodules.linear_q_proj or self.linear_impl
+        if self.has_q_lora:
+            return resolve(self)
+        self.has_q_lora = True  # as if: the norm of compressed queries is not built without them
+        return resolve(self) | {"linear_q_proj": projection}
+
+    QKNormConfigResolver.resolve = with_plain_queries
