@@ -7,7 +7,8 @@ from functools import cached_property
 from megatron_r1.plan.communication import communication_section
 from megatron_r1.plan.communicators import COMMUNICATORS
 from megatron_r1.plan.counts import parameter_section
-from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS
+from megatron_r1.plan.engine_buffers import DEEPEP_BUFFERS, exchange_backend
+from megatron_r1.plan.engine_communication import LOW_LATENCY
 from megatron_r1.plan.engine_memory import EngineMemory, rollout_section
 from megatron_r1.plan.exchange_overlap_time import StepEstimate, exchange_choice, unpaired_fraction
 from megatron_r1.plan.expert_balancer import moved_experts_section
@@ -297,7 +298,7 @@ class JobEstimate:
         return (
             f"an engine GPU {space} for KV cache {occupants}; one sample of "
             f"{job.max_sample_tokens:,} tokens needs {_byte_text(required_bytes)}: "
-            f"{self._more_room(required_bytes - engines.cache_bytes)}"
+            f"{self._more_room()}"
         )
 
     def _push_problem(self) -> str | None:
@@ -313,7 +314,7 @@ class JobEstimate:
             )
             if larger_fraction <= engines.free_bytes / memory:
                 remedy = f"set rollout.gpu_memory to {larger_fraction:g}, or "
-        if fewer_tokens := self._fewer_tokens(required_bytes - engines.cache_bytes):
+        if fewer_tokens := self._fewer_tokens():
             remedy += f"{fewer_tokens}, or "
         return (
             f"a push over nccl needs {_byte_text(required_bytes)} of a GPU in the place of the KV "
@@ -321,25 +322,28 @@ class JobEstimate:
             "push.transport to gloo"
         )
 
-    def _fewer_tokens(self, short_bytes: float) -> str:
-        """Return the remedy with the largest passes that leave `short_bytes` more for the cache, ""
-        where a pass could not even decode all sequences."""
-        if buffer_bytes := self.engines.buffers.get(DEEPEP_BUFFERS):
-            return FEWER_BUFFERED_TOKENS if buffer_bytes > self.engines.weight_bytes else ""
-        tokens = self.engines.tokens_that_free(short_bytes)
+    def _fewer_tokens(self) -> str:
+        """Return the remedy with the largest passes that leave the cache room for a sample and a
+        push, "" where a pass could not even decode all sequences."""
+        engines, job = self.engines, self.job
+        buffer_bytes = engines.buffers.get(DEEPEP_BUFFERS)
+        if buffer_bytes and exchange_backend(job) == LOW_LATENCY:
+            return FEWER_BUFFERED_TOKENS if buffer_bytes > engines.weight_bytes else ""
+        needed_bytes = max(engines.token_bytes * job.max_sample_tokens, reused_kv_cache_bytes(job))
+        tokens = engines.tokens_that_free(needed_bytes - engines.cache_bytes)
         if tokens < decoded_tokens(self.job):
             return ""
         return f"{FEWER_BUFFERED_TOKENS} to {tokens:,}"
 
-    def _more_room(self, short_bytes: float) -> str:
-        """Return the remedies that leave an engine GPU `short_bytes` more for its cache."""
+    def _more_room(self) -> str:
+        """Return the remedies that leave an engine GPU more for its cache."""
         rollout = self.job.config.rollout
         note = ", fewer engines" if rollout.engines > 1 else ""
         # Data-parallel copies of a dense model are whole: only tensor parallelism shrinks them.
         axis = "data_parallel" if self.job.has_experts else "tensor_parallel"
         size = getattr(rollout, axis)
         remedies = [f"raise rollout.{axis}={size} (more GPUs for an engine{note})"]
-        if fewer_tokens := self._fewer_tokens(short_bytes):
+        if fewer_tokens := self._fewer_tokens():
             remedies.insert(0, fewer_tokens)
         if rollout.tensor_parallel * rollout.data_parallel == 1:
             remedies = [f"lower rollout.engines={rollout.engines} (more GPUs each)"]

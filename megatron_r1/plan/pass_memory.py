@@ -32,6 +32,8 @@ BLACKWELL = ("B200",)
 OWN_COPIES = 5
 """Hidden states of a rank's own tokens that exist at once, next to one of all data ranks'. No
 function of vLLM has the number: it was measured (tests/nullgpu/test_engine_memory.py)."""
+NAMED_BACKENDS = {"triton": "TRITON", "deep_gemm": "DEEPGEMM", "cutlass": "VLLM_CUTLASS"}
+"""vLLM's names of the backends that `rollout.vllm.moe_backend` may ask for."""
 FP8_BYTES = 1 + FP32_BYTES / 128
 """Bytes of a value in FP8 with its part of a scale."""
 LOGIT_COPIES = 4
@@ -113,6 +115,10 @@ def _expert_workspace(job: PlannedJob, tokens: int, ranks: int) -> Quantity:
     shape = f"{hidden} x {size} x {config['num_experts_per_tok']}"
     dtype = "fp8" if pushes_fp8(job) else "bfloat16"
     choices = table["expert backends"][f"{dtype}, {_family(job)}, {place}"]
+    named_backend = job.config.rollout.vllm.get("moe_backend", "auto")
+    choices = (
+        choices if named_backend == "auto" else [NAMED_BACKENDS.get(named_backend, named_backend)]
+    )
     managed = "; without what FlashInfer allocates itself" * ("FLASHINFER" in " ".join(choices))
     backend = exchange_backend(job) if spreads_experts(job) else None
     lines, first = table["expert workspace"].get(shape), max(hidden, 2 * size)
@@ -133,6 +139,9 @@ def _expert_workspace(job: PlannedJob, tokens: int, ranks: int) -> Quantity:
         for name, (per_token, per_expert, rest) in lines.items()
         if name in choices
     }
+    if not sizes:
+        formula = f"{passed}, rollout.vllm.moe_backend: {named_backend}, experts {shape}"
+        return byte_quantity(0, f"{NOT_ASKED}: {formula}")
     largest = max(sizes, key=sizes.__getitem__)
     others = ", ".join(name for name in choices if name not in sizes)
     names = ", ".join(sizes) + (f"; {NOT_ASKED}: {others}" if others else "") + managed
@@ -140,7 +149,8 @@ def _expert_workspace(job: PlannedJob, tokens: int, ranks: int) -> Quantity:
         sizes[largest],
         f"vLLM {table['vllm']}'s workspace_shapes of {largest}, the largest of those asked "
         f"({names}): {passed}, experts {shape}",
-        ", at most as with NCCL" if backend == HIGH_THROUGHPUT else "",
+        (", at most as with NCCL" if backend == HIGH_THROUGHPUT else "")
+        + (" of all of FlashInfer's, vLLM's first choice" if "FLASHINFER" in choices[0] else ""),
     )
 
 
@@ -159,11 +169,11 @@ def _hidden_states(job: PlannedJob, tokens: int, ranks: int) -> Quantity:
         return byte_quantity(2 * tokens * values, f"{tokens:,} tokens x {values:,} values x 2 B")
     if not pushes_fp8(job):
         num_bytes = 2 * (ranks + OWN_COPIES) * hidden
-        formula = f"2 B x ({ranks} data ranks' + {OWN_COPIES} copies) x {hidden:,}"
+        formula = f"2 B x ({ranks} data ranks' + {OWN_COPIES} copies, measured) x {hidden:,}"
         return byte_quantity(tokens * num_bytes, f"{tokens:,} tokens x {formula}")
     inner = config["num_experts_per_tok"] * config["moe_intermediate_size"]
     num_bytes = 2 * OWN_COPIES * hidden + ranks * (hidden + inner) * FP8_BYTES
-    formula = f"2 B x {OWN_COPIES} copies x {hidden:,}, and in FP8 {ranks} data ranks' "
+    formula = f"2 B x {OWN_COPIES} copies, measured, x {hidden:,}, and in FP8 {ranks} data ranks' "
     formula += f"({hidden:,} and of Triton's experts {inner:,}) x {FP8_BYTES:.3f} B"
     return byte_quantity(tokens * num_bytes, f"{tokens:,} tokens x ({formula})")
 
@@ -184,7 +194,8 @@ def _logits(job: PlannedJob) -> Quantity:
     rows, vocabulary = decoded_tokens(job), job.hf_config["vocab_size"]
     return byte_quantity(
         rows * vocabulary * LOGIT_COPIES * FP32_BYTES,
-        f"{rows:,} sampled tokens x {vocabulary:,} x {LOGIT_COPIES} copies x {FP32_BYTES} B",
+        f"{rows:,} sampled tokens x {vocabulary:,} x {LOGIT_COPIES} copies (assumed) x "
+        f"{FP32_BYTES} B",
     )
 
 

@@ -80,11 +80,25 @@ def test_a_refusal_names_the_largest_passes_that_fit():
         settings = {"rollout__redundant_experts": 128, "rollout__vllm": vllm}
         return JobEstimate(planned(**settings)).problems()
 
-    *_, push = problems(8192)
-    tokens = int(
-        re.search(r"max_num_batched_tokens of rollout.vllm to ([\d,]+)", push)[1].replace(",", "")
+    named = re.findall(
+        r"max_num_batched_tokens of rollout.vllm to ([\d,]+)", "".join(problems(8192))
     )
-    assert problems(tokens) == [] and problems(tokens + 1) != []
+    (tokens,) = {int(number.replace(",", "")) for number in named}  # of the cache and of the push
+    assert len(named) == 2 and problems(tokens) == [] and problems(tokens + 1) != []
+
+
+def test_experts_of_a_named_backend_are_those_that_are_planned():
+    (job,) = parts(ROOT / "examples/deepseek_r1/r1_zero_fp8.yaml")[:1]
+    formulas = {}
+    for backend in ("auto", "deep_gemm", "triton", "marlin"):
+        vllm = job.config.rollout.vllm | {"moe_backend": backend}
+        rollout = job.config.rollout.model_copy(update={"vllm": vllm})
+        config = job.config.model_copy(update={"rollout": rollout})
+        passes = EngineMemory(replace(job, config=config)).passes
+        formulas[backend] = passes["workspace of experts"].formula
+    assert "of DEEPGEMM" in formulas["deep_gemm"] and "of TRITON" in formulas["triton"]
+    doubted = {name for name, text in formulas.items() if text.startswith("not asked")}
+    assert doubted == {"auto", "marlin"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
