@@ -33,7 +33,8 @@ def test_every_check_is_reached_in_order(tmp_path):
     start(tmp_path, "540").wait()
     found = archived(tmp_path)
     assert list(found) == [check.name for check in PART_ONE]
-    assert "no time" not in {check["status"] for check in found.values()}
+    endings = {name: (check["status"], check["reason"]) for name, check in found.items()}
+    assert {status for status, _ in endings.values()} <= {"passed", "stopped"}, endings
     assert "times are meaningless" in (tmp_path / "gpu_check.md").read_text()
 
 

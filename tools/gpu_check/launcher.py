@@ -3,7 +3,8 @@
 They are tests (tests/gpu), run in the order of what a second of each proves, within --budget
 seconds and without a network. Each has a process of its own and a limit; one whose limit no longer
 fits is not begun. --out has a page, the figures, the output of each check, and an archive of them
-(gpu_check.tar.gz) that is complete after every check, and after SIGTERM. Status 1: a check failed,
+(gpu_check.tar.gz) that is complete after every check, and after
+SIGTERM, SIGINT and SIGHUP. Status 1: a check failed,
 or was stopped."""
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.files import atomic_write
+from megatron_r1.engines.server.environment_variables import compiler_environment
 from tools.bench import host
 from tools.gpu_check.checks import (
     CHECKS,
@@ -37,6 +39,7 @@ from tools.gpu_check.pytest_plugin import DEADLINE, FOLDER, RESULT
 PACKAGES: tuple[str, ...] = ("torch", "triton", "transformer-engine", "megatron-core", "vllm")
 PACKAGES += ("nvidia-cudnn-cu13", "nvidia-cuda-nvrtc", "nvidia-cuda-nvcc", "flash-attn")
 QUERY = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,mig.mode.current"
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CACHES = {
     "VLLM_CACHE_ROOT": "vllm",
     "DG_JIT_CACHE_DIR": "deep_gemm",
@@ -59,7 +62,7 @@ ON_NULL_GPU = "**This is the null GPU of tools/null_gpu: times are meaningless.*
 
 
 class Terminated(Exception):
-    """SIGTERM has come."""
+    """A signal of `ENDING` has come."""
 
 
 class Results:
@@ -121,7 +124,7 @@ class Results:
         """Run a check for at most so many seconds, and add its outcome.
 
         Raises:
-            Terminated: SIGTERM has come; the check is stopped."""
+            Terminated: a signal has come; the check is stopped."""
         folder = self.out / check.slug
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -145,12 +148,12 @@ class Results:
         except (subprocess.TimeoutExpired, Terminated) as error:
             by_signal = isinstance(error, Terminated)
             try:
-                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until it is stopped
+                signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until it is stopped
                 # Before it is stopped: there may be no time for more.
-                add(None, "by SIGTERM" if by_signal else f"after {seconds - GRACE_SECONDS:.0f} s")
+                add(None, f"by {error}" if by_signal else f"after {seconds - GRACE_SECONDS:.0f} s")
             finally:
                 _stop(process)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
             if by_signal:
                 raise
         else:
@@ -250,8 +253,9 @@ def _select_checks(args: argparse.Namespace) -> list[Check]:
 
 
 def _terminate(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)
-    raise Terminated
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise Terminated(signal.Signals(number).name)
 
 
 def main() -> int:
@@ -279,12 +283,14 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     os.environ |= {name: str(out / "cache" / folder) for name, folder in CACHES.items()}
     results = Results(out)
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in ENDING:
+        signal.signal(number, _terminate)
     try:
         if args.interpret:
             os.environ["TRITON_INTERPRET"] = "1"
         else:
             _check_gpu()
+            os.environ |= compiler_environment()
         left = args.budget - (time.time() - start)
         factor = max(1.0, left / sum(check.limit + OVERHEAD_SECONDS for check in checks))
         for index, check in enumerate(checks):
