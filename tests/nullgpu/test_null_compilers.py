@@ -2,6 +2,7 @@
 
 import os
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ def of_an_engine(monkeypatch) -> dict[str, str]:
     folders = os.environ["PATH"].split(":")
     without = ":".join(folder for folder in folders if not Path(folder, "nvcc").exists())
     monkeypatch.setenv("PATH", without)
-    return EngineSettings(device="cuda").environment()
+    variables = EngineSettings(device="cuda").environment()
+    assert variables["CUDA_HOME"] == f"{sys.prefix}/cuda"
+    return variables
 
 
 def is_for_hopper(cubin: bytes) -> bool:

@@ -101,7 +101,10 @@ def _toolkit_fault(home: str) -> str:
         return str(error)
     compiler = re.findall(r"release (\d+)\.(\d+)", printed)
     headers = re.findall(r"#define CUDART_VERSION +(\d+)0(\d)0\b", header.read_text())
-    return "" if compiler == headers else f"nvcc is of {compiler}, its headers of {headers}"
+    of_compiler, of_headers = (" ".join(map(".".join, pairs)) for pairs in (compiler, headers))
+    return (
+        "" if compiler == headers else f"nvcc is of CUDA {of_compiler}, its headers of {of_headers}"
+    )
 
 
 def fp8_scale_environment(hf_config: HFConfig) -> dict[str, str]:

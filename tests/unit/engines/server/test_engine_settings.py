@@ -105,7 +105,7 @@ def test_engines_compile_with_the_installed_toolkit_unless_one_is_set(tmp_path, 
 
 @pytest.mark.parametrize(
     ("nvcc", "headers", "shown"),
-    [(None, 13000, "bin/nvcc"), ("13.5", 13000, ("13", "5")), ("12.8", 12090, ("12", "9"))],
+    [(None, 13000, "bin/nvcc"), ("13.5", 13000, "CUDA 13.5"), ("12.8", 12090, "headers of 12.9")],
 )
 def test_a_toolkit_that_cannot_compile_is_refused(nvcc, headers, shown, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(write_toolkit(tmp_path, nvcc, headers)))
