@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path("tests/nullgpu")
 RECORD = FOLDER / "passed.json"
 OPENED = FOLDER / "opened.txt"
+LOCK = Path("requirements/cuda.lock")
+"""The packages, which tests open in ignored folders."""
 COUNTS = "R1_TEST_COUNTS"
 """Variable: the file that the tests' process writes its counts to."""
 AT_ONCE = 2
@@ -98,7 +100,7 @@ def _run_file(name: str, arguments: list[str]) -> int:
         pytest = [sys.executable, "-m", "pytest", "-p", "tools.cuda_record", f"{FOLDER}/{name}"]
         code, opened = run_traced(["env", f"{COUNTS}={path}", *pytest, *arguments])
         counts = Counter(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
-    names = sources(ROOT, opened)
+    names = sources(ROOT, {*opened, str(ROOT / LOCK)})
     uncommitted = git_output(ROOT, "status", "--porcelain", "--", *names) if commit else "no commit"
     failed = counts["failed"] + counts["error"]
     if uncommitted or head(ROOT) != commit:
