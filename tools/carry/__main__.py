@@ -124,6 +124,8 @@ def main() -> None:
     print(f"the checks ended with status {status}; {len(files)} files in {len(pieces)} pieces")
     if len(pieces) > MAX_PIECES:
         sys.exit(f"more than {MAX_PIECES} pieces: name fewer checks by --only, or set XZ_OPT=-9")
+    if status:
+        sys.exit("files that the rest of the checks would have opened are not in the pieces")
 
 
 if __name__ == "__main__":
