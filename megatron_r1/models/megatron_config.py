@@ -178,7 +178,7 @@ def transformer_config(hf_config: HFConfig, config: Config) -> TransformerConfig
     if fields.get("softmax_type") and config.model.attention_backend == "flash":
         raise UserError(
             "model.attention_backend: flash has no learned softmax offsets, which "
-            f"{hf_config['architectures'][0]} needs; use auto",
+            f"{hf_config['architectures'][0]} needs; use unfused, or auto",
             key="model.attention_backend",
             cause=Cause.UNSUPPORTED,
         )
