@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_r1.base.files import atomic_write
-from megatron_r1.engines.server.environment_variables import compiler_environment
 from tools.bench import host
 from tools.gpu_check.checks import (
     CHECKS,
@@ -289,6 +288,9 @@ def main() -> int:
         if args.interpret:
             os.environ["TRITON_INTERPRET"] = "1"
         else:
+            # Here, as kernels alone need less.
+            from megatron_r1.engines.server.environment_variables import compiler_environment
+
             _check_gpu()
             os.environ |= compiler_environment()
         left = args.budget - (time.time() - start)
