@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +41,7 @@ AT_ONCE = 2
 PAGES = (".md", RECORD.name, OPENED.name)
 """Ends of names of files that the record is not of."""
 CACHED_MODULE = re.compile(r"__pycache__/([^/.]+)\.[^/]*\.pyc$")
+Result = dict[str, Any]
 _writing = threading.Lock()
 
 
@@ -59,11 +60,12 @@ def record_state(root: Path = ROOT) -> str:
         f"{sum(r[way] for r in results.values())} {way}" for way in ("passed", "failed")
     )
     run += f" at {' '.join(sorted({result['commit'][:8] for result in results.values()}))}"
-    changed = {reason for name in _tests(root) for reason in _changes(root, name, results, opened)}
+    changed = {reason for name in _tests(root) for reason in _changes(root, name, opened)}
     if changed:
         reasons = ", ".join(sorted(changed))
         return f"null GPU: the record is old ({run}): {reasons}; run `make test-cuda`"
-    return f"null GPU: the record is current: {run}, which opened {len(opened)} files"
+    files = {file for hashes in opened.values() for file in hashes}
+    return f"null GPU: the record is current: {run}, which opened {len(files)} files"
 
 
 def sources(root: Path, opened: Iterable[str]) -> list[str]:
@@ -81,11 +83,7 @@ def run(arguments: list[str]) -> int:
     Each file's record is written when it ends. Nothing is recorded of code that is not committed,
     as the record names a commit, nor of a part of a file's tests."""
     results, opened = _read(ROOT)
-    old = [
-        name
-        for name in _tests(ROOT)
-        if _changes(ROOT, name, results, opened) or results[name]["failed"]
-    ]
+    old = [n for n in _tests(ROOT) if _changes(ROOT, n, opened) or results[n]["failed"]]
     old.sort(key=lambda name: -results.get(name, {}).get("minutes", 0))
     with ThreadPoolExecutor(AT_ONCE) as pool:
         codes = list(pool.map(lambda name: _run_file(name, arguments), old))
@@ -102,53 +100,43 @@ def _run_file(name: str, arguments: list[str]) -> int:
         counts = Counter(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
     names = sources(ROOT, {*opened, str(ROOT / LOCK)})
     uncommitted = git_output(ROOT, "status", "--porcelain", "--", *names) if commit else "no commit"
-    failed = counts["failed"] + counts["error"]
+    result = {way: counts[way] for way in ("passed", "failed", "skipped")}
+    result["failed"] += counts["error"]
     if uncommitted or head(ROOT) != commit:
         print(f"{name}: not recorded, as not of the commit {commit}:\n{uncommitted}")
-    elif counts["deselected"] or not counts["passed"] + failed:
+    elif counts["deselected"] or not result["passed"] + result["failed"]:
         print(f"{name}: not recorded, as not all of the tests have run")
         return code or 1
     else:
-        result = {
-            "commit": commit,
-            "date": datetime.date.today().isoformat(),
-            "minutes": round((time.monotonic() - start) / 60),
-            "passed": counts["passed"],
-            "failed": failed,
-            "skipped": counts["skipped"],
-        }
-        _record(name, result, names)
+        when = {"commit": commit, "date": datetime.date.today().isoformat()}
+        minutes = round((time.monotonic() - start) / 60)
+        hashes = {file: _hash_of_file(ROOT / file) for file in names}
+        _record(name, {**when, "minutes": minutes, **result}, hashes)
     return code
 
 
-def _record(name: str, result: dict[str, Any], names: list[str]) -> None:
+def _record(name: str, result: Result, hashes: dict[str, str]) -> None:
     with _writing:
         results, opened = _read(ROOT)
-        present = {*_tests(ROOT)}
-        results = {
-            key: value for key, value in (results | {name: result}).items() if key in present
-        }
-        opened = {key: tests & present - {name} for key, tests in opened.items()}
-        for file in names:
-            opened.setdefault((file, _hash_of_file(ROOT / file)), set()).add(name)
-        lines = [
-            f"{hash_} {file} {','.join(sorted(tests))}\n"
-            for (file, hash_), tests in sorted(opened.items())
-            if tests
-        ]
+        results[name], opened[name] = result, hashes
+        tests = defaultdict(list)
+        for each in sorted(results.keys() & set(_tests(ROOT))):
+            for file, hash_ in opened[each].items():
+                tests[file, hash_].append(each)
+        lines = [f"{key[1]} {key[0]} {','.join(tests[key])}\n" for key in sorted(tests)]
         (ROOT / OPENED).write_text("".join(lines), encoding="utf-8")
         (ROOT / RECORD).write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
-def _read(root: Path) -> tuple[dict[str, dict[str, Any]], dict[tuple[str, str], set[str]]]:
-    # The results of the files of tests; the files of tests that opened a file of a hash.
+def _read(root: Path) -> tuple[dict[str, Result], dict[str, dict[str, str]]]:
+    # By file of tests: its result, and the hashes of the files that it opened.
     if not (root / RECORD).exists() or not (root / OPENED).exists():
         return {}, {}
-    lines = (root / OPENED).read_text(encoding="utf-8").splitlines()
-    opened = {}
-    for line in lines:
+    opened: dict[str, dict[str, str]] = defaultdict(dict)
+    for line in (root / OPENED).read_text(encoding="utf-8").splitlines():
         hash_, file, tests = line.split(" ")
-        opened[file, hash_] = set(tests.split(","))
+        for name in tests.split(","):
+            opened[name][file] = hash_
     return json.loads((root / RECORD).read_text(encoding="utf-8")), opened
 
 
@@ -156,20 +144,12 @@ def _tests(root: Path) -> list[str]:
     return sorted(path.name for path in (root / FOLDER).glob("test_*.py"))
 
 
-def _changes(
-    root: Path,
-    name: str,
-    results: dict[str, dict[str, Any]],
-    opened: dict[tuple[str, str], set[str]],
-) -> list[str]:
+def _changes(root: Path, name: str, opened: dict[str, dict[str, str]]) -> list[str]:
     # Why the record of a file of tests is old.
-    if name not in results:
+    if name not in opened:
         return [f"{FOLDER}/{name} is new"]
-    return [
-        f"{file} changed"
-        for (file, hash_), tests in opened.items()
-        if name in tests and _hash_of_file(root / file) != hash_
-    ]
+    files = opened[name].items()
+    return [f"{file} changed" for file, hash_ in files if _hash_of_file(root / file) != hash_]
 
 
 def _hash_of_file(path: Path) -> str:

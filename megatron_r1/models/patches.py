@@ -11,6 +11,8 @@ upstream line is the one that is wrong, or too slow; tests/unit/models/test_patc
 is gone. What concerns one layer is no patch but a subclass that the layer specs choose
 (`models.layers`); parameters' marks are corrected in `models.gradients`."""
 
+from typing import Any
+
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers, random
@@ -127,7 +129,7 @@ def _patch_refilled_storages() -> None:
 def _patch_query_norm() -> None:
     resolve = QKNormConfigResolver.resolve
 
-    def with_plain_queries(self: QKNormConfigResolver) -> dict:
+    def with_plain_queries(self: QKNormConfigResolver) -> dict[str, Any]:
         projection = self.submodules.linear_q_proj or self.linear_impl
         if self.has_q_lora:
             return resolve(self)

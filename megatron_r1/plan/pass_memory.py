@@ -115,19 +115,18 @@ def _expert_workspace(job: PlannedJob, tokens: int, ranks: int) -> Quantity:
     shape = f"{hidden} x {size} x {config['num_experts_per_tok']}"
     dtype = "fp8" if pushes_fp8(job) else "bfloat16"
     choices = table["expert backends"][f"{dtype}, {_family(job)}, {place}"]
-    named_backend = job.config.rollout.vllm.get("moe_backend", "auto")
-    choices = (
-        choices if named_backend == "auto" else [NAMED_BACKENDS.get(named_backend, named_backend)]
-    )
+    if (backend_name := job.config.rollout.vllm.get("moe_backend", "auto")) != "auto":
+        choices = [NAMED_BACKENDS.get(backend_name, backend_name)]
     managed = "; without what FlashInfer allocates itself" * ("FLASHINFER" in " ".join(choices))
     backend = exchange_backend(job) if spreads_experts(job) else None
-    lines, first = table["expert workspace"].get(shape), max(hidden, 2 * size)
+    known_lines, first = table["expert workspace"].get(shape, {}), max(hidden, 2 * size)
+    lines = {name: known_lines[name] for name in choices if name in known_lines}
     passed = f"{ranks} data ranks x {tokens:,} tokens (max_num_batched_tokens)"
     if backend == LOW_LATENCY:
         rows = experts * low_latency_tokens(job) * job.engine_gpus
         source = f"{rows:,} rows of {experts} experts that DeepEP may fill"
         return _workspace_by_formula(rows, first, size, source)
-    if lines is None:
+    if not lines:
         rows = ranks * tokens * config["num_experts_per_tok"]
         rows += table["rows of DeepGEMM"] * (experts + 1) if "DEEPGEMM" in choices else 0
         source = f"python tools/ask_vllm.py {job.config.model.path} asks for {shape}{managed}: "
@@ -137,11 +136,7 @@ def _expert_workspace(job: PlannedJob, tokens: int, ranks: int) -> Quantity:
     sizes = {
         name: per_token * ranks * tokens + per_expert * experts + rest
         for name, (per_token, per_expert, rest) in lines.items()
-        if name in choices
     }
-    if not sizes:
-        formula = f"{passed}, rollout.vllm.moe_backend: {named_backend}, experts {shape}"
-        return byte_quantity(0, f"{NOT_ASKED}: {formula}")
     largest = max(sizes, key=sizes.__getitem__)
     others = ", ".join(name for name in choices if name not in sizes)
     names = ", ".join(sizes) + (f"; {NOT_ASKED}: {others}" if others else "") + managed
