@@ -36,8 +36,6 @@ LOCK = Path("requirements/cuda.lock")
 """The packages, which tests open in ignored folders."""
 COUNTS = "R1_TEST_COUNTS"
 """Variable: the file that the tests' process writes its counts to."""
-AT_ONCE = 2
-"""Files of tests that run at once: they need up to 12 GB each."""
 PAGES = (".md", RECORD.name, OPENED.name)
 """Ends of names of files that the record is not of."""
 CACHED_MODULE = re.compile(r"__pycache__/([^/.]+)\.[^/]*\.pyc$")
@@ -85,7 +83,7 @@ def run(arguments: list[str]) -> int:
     results, opened = _read(ROOT)
     old = [n for n in _tests(ROOT) if _changes(ROOT, n, opened) or results[n]["failed"]]
     old.sort(key=lambda name: -results.get(name, {}).get("minutes", 0))
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(2) as pool:  # a file needs up to 12 GB
         codes = list(pool.map(lambda name: _run_file(name, arguments), old))
     print(record_state(ROOT))
     return int(any(codes))
@@ -162,8 +160,6 @@ def main() -> int:
     args, pytest_arguments = options.parse_known_args()
     if args.run:
         return run(pytest_arguments)
-    if pytest_arguments:
-        options.error(f"unknown: {' '.join(pytest_arguments)}")
     print(record_state())
     return 0
 

@@ -259,11 +259,7 @@ def _patch_recompute_without_fp8() -> None:
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
     init = CheckpointWithoutOutput.__init__
-
-    def without_fp8(self, fp8=None):
-        init(self, fp8 or None)
-
-    CheckpointWithoutOutput.__init__ = without_fp8
+    CheckpointWithoutOutput.__init__ = lambda self, fp8=None: init(self, fp8 or None)
 
 
 @_patch(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.tensor_parallel import layers, random
-from megatron.core.transformer import multi_token_prediction
+from megatron.core.transformer import multi_latent_attention, multi_token_prediction
 from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
 from megatron.core.transformer.moe import moe_layer, router, token_dispatcher
 
@@ -137,3 +137,15 @@ def _patch_query_norm() -> None:
         return resolve(self) | {"linear_q_proj": projection}
 
     QKNormConfigResolver.resolve = with_plain_queries
+
+
+@_patch(
+    "values of latent attention are padded to the width of keys, from 128 to 192",
+    "transformer/multi_latent_attention.py:_prepare_mla_core_attention_value",
+    "F.pad(value",
+)
+def _patch_padded_values() -> None:
+    # Both widths are given: Transformer Engine has fused attention for them (docs/gpu.md).
+    multi_latent_attention._prepare_mla_core_attention_value = (
+        lambda attention, query, value, packed_seq_params: (value, False, None, None)
+    )

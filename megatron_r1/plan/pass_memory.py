@@ -33,7 +33,6 @@ OWN_COPIES = 5
 """Hidden states of a rank's own tokens that exist at once, next to one of all data ranks'. No
 function of vLLM has the number: it was measured (tests/nullgpu/test_engine_memory.py)."""
 NAMED_BACKENDS = {"triton": "TRITON", "deep_gemm": "DEEPGEMM", "cutlass": "VLLM_CUTLASS"}
-"""vLLM's names of the backends that `rollout.vllm.moe_backend` may ask for."""
 FP8_BYTES = 1 + FP32_BYTES / 128
 """Bytes of a value in FP8 with its part of a scale."""
 LOGIT_COPIES = 4

@@ -288,7 +288,6 @@ def main() -> int:
         if args.interpret:
             os.environ["TRITON_INTERPRET"] = "1"
         else:
-            # Here, as kernels alone need less.
             from megatron_r1.engines.server.environment_variables import compiler_environment
 
             _check_gpu()
