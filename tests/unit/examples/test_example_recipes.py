@@ -88,7 +88,10 @@ def test_every_recipe_can_be_planned_and_fits(recipe, tmp_path):
             "rollout.colocated rollout.gpu_memory rollout.vllm.max_num_batched_tokens "
             "rl.staleness parallel.processes parallel.pipeline parallel.virtual_pipeline",
         ),
-        ("r1_zero_fp8", "run.folder fp8.recipe fp8.scales push.fp8 rollout.gpu_memory"),
+        (
+            "r1_zero_fp8",
+            "run.folder fp8.recipe fp8.scales push.fp8 rollout.gpu_memory rollout.vllm.moe_backend",
+        ),
     ],
 )
 def test_a_variant_of_r1_zero_differs_where_its_comments_say(name, differ):
